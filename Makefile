@@ -1,0 +1,60 @@
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+BENCHES := engine compare
+
+BIN := .venv/bin
+# The interpreter to build with: $(PYTHON), or else a newer one that is installed.
+FIND_PYTHON = for python in "$(PYTHON)" python3.13 python3.12 python3.11; do \
+		"$$python" -c "import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && break; python=; \
+	done; \
+	test -n "$$python" || { echo "Python 3.11 or newer with its venv module is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+		"On Debian and Ubuntu: apt install python3.12-venv. Another interpreter: make venv PYTHON=/path/to/python3" >&2; exit 1; }
+
+.PHONY: venv fmt check test demo bench lock clean
+
+venv: .venv/.installed
+
+.venv/.locked: requirements.lock
+	@test -x $(BIN)/python || { $(FIND_PYTHON); echo "$$python -m venv .venv"; "$$python" -m venv .venv; }
+	$(BIN)/python -m pip install $(PIP_ARGS) -r requirements.lock
+	@touch $@
+
+.venv/.installed: .venv/.locked pyproject.toml
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation -e .
+	@touch $@
+
+fmt: venv
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+check: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: venv
+	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/serve
+
+# make demo ARGS="--help"
+demo: venv
+	$(BIN)/python -m clients demo $(ARGS)
+
+bench: venv
+	set -e; for name in $(BENCHES); do $(BIN)/python -m bench.$$name; done
+
+# What pyproject.toml resolves to today, without local suffixes (+cpu) and without the CUDA parts, which torch pins itself.
+lock:
+	rm -rf .venv-lock
+	@$(FIND_PYTHON); "$$python" -m venv .venv-lock
+	.venv-lock/bin/python -m pip install $(PIP_ARGS) ".[dev]"
+	{ echo "# What is tested. Remade by: make lock"; \
+	  .venv-lock/bin/python -m pip freeze --all --exclude pip --exclude lockstep \
+	  | sed -E "s/\+[a-z0-9.]+$$//" | grep -Ev "^(nvidia-|cuda-|triton==)"; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+	rm -rf .venv-lock build lockstep.egg-info
+
+clean:
+	rm -rf .venv .venv-lock build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path "./.git/*" -prune -exec rm -rf {} +

@@ -1,0 +1,303 @@
+"""The engine: sessions in, steps over whatever is ready, outputs out. One thread owns it; time comes in as `now`."""
+
+import logging
+import time
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from serve_app.config import AppConfig
+from serve_app.engine.inputs import InputStore
+from serve_app.engine.mailbox import Mailbox, Ticket
+from serve_app.engine.outputs import OutputStore
+from serve_app.engine.runner import StepRunner
+from serve_app.engine.scheduler import Batch, Scheduler
+from serve_app.engine.sessions import SessionTable, Status, Verdict
+from serve_app.engine.slots import SlotTable
+from serve_app.engine.state_pool import StatePool
+from serve_app.engine.stats import Stats, StepRecord
+from serve_app.errors import LockstepError, NotOwner, StepFailed
+from serve_app.frame import ABORT, Answer, Frame, Notice, Open
+from serve_app.models.interface import RecurrentModel
+from serve_app.spec import ModelSpec, finite
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Serves one model to the sessions it owns.
+
+    `receive` takes a frame, `step` runs one batch, `answers` says which calls can be answered, with what. Frames that
+    name another owner than `owner` are refused.
+    """
+
+    def __init__(self, model: RecurrentModel, config: AppConfig, owner: str = "local") -> None:
+        self.owner = owner
+        self._config = config
+        device = choose_device(config.engine.device)
+        if isinstance(model, torch.nn.Module):
+            model.to(device).eval().requires_grad_(False)
+        self._model = model
+        max_sessions = config.session.max_sessions
+        self._sessions = SessionTable(max_sessions, config.session.max_window_timesteps)
+        max_batch_size = min(config.engine.max_batch_size, config.engine.slots)
+        self._scheduler = Scheduler(max_batch_size, config.engine.max_step_timesteps, max_sessions)
+        self._slots = SlotTable(config.engine.slots, max_sessions)
+        self._page_of = np.full(max_sessions, -1, np.int64)  # of evicted states, by row
+        self._pool = StatePool(model, config.engine.slots, device)
+        self._runner = StepRunner(model, self._pool, device)
+        self._inputs = InputStore(model.input, max_sessions)
+        self._outputs = OutputStore()
+        self._mailboxes: dict[str, int] = {}
+        self._mail: dict[int, Mailbox] = {}
+        self._last_sender = 0
+        self._expire_at = 0.0
+        self.stats = Stats()
+        self.spec = ModelSpec(
+            config.model.name, model.input, dict(model.outputs), self._pool.state_bytes, getattr(model, "sample_rate", None)
+        )
+
+    def step(self, now: float) -> bool:
+        """Run one batch of whatever is ready; False when nothing is."""
+        batch = self._scheduler.schedule(now)
+        if batch is None:
+            return False
+        slots = self._bring_in(batch.rows, now)
+        x = self._inputs.take(batch.rows, batch.k)
+        began = time.monotonic()
+        try:
+            values = self._runner.run(x, slots)
+        except torch.AcceleratorError:
+            raise  # the device is in an unknown state: this process can serve nobody any more
+        except Exception as error:
+            self._fail(batch, error)
+        else:
+            self._complete(batch, values, now)
+            took_s = time.monotonic() - began
+            self.stats.add_step(StepRecord(len(batch.rows), batch.k, float(batch.waited_s.max()), took_s))
+        return True
+
+    def receive(self, frame: Frame, ticket: Ticket, now: float) -> None:
+        """Take a frame in; `ticket` comes back from `answers`. Raises InvalidInput or NotOwner, having done nothing."""
+        if frame.owner != self.owner:
+            raise NotOwner(f"the frame is for owner {frame.owner!r}, this is {self.owner!r}: ask the directory")
+        frame.check(self.spec.input.shape, self.spec.input.dtype)
+        sender, mailbox = self._mailbox(frame.sender)
+        for ask in frame.opens:
+            mailbox.notices.append(self._open(ask, sender, now))
+        accepted = self._sessions.accept(frame, now, self._room(frame), self._unfit(frame))
+        take = accepted.take > 0
+        if take.any():
+            rows, counts = accepted.rows[take], accepted.take[take]
+            offsets = (np.cumsum(frame.length) - frame.length + accepted.skip)[take]
+            self._inputs.add(frame.x, rows, offsets, counts)
+            self._scheduler.add(rows, counts, now)
+            self.stats.segments += len(rows)
+        known = np.unique(accepted.rows[accepted.rows >= 0])
+        self._outputs.ack(known, self._sessions.acked[known])
+        mailbox.mark(known[self._sessions.sent[known] < self._sessions.progress[known]].tolist())
+        for i in np.flatnonzero(accepted.verdict).tolist():
+            mailbox.notices.append(self._refuse(int(accepted.verdict[i]), frame, i, int(accepted.rows[i])))
+        self._end_some(frame, accepted.rows, known)
+        mailbox.calls.append((ticket, now + self._config.frame.answer_within_s))
+
+    def answers(self, now: float) -> list[tuple[Ticket, Answer]]:
+        """Calls to answer now: the oldest of each sender that has mail, and those that have waited long enough."""
+        answers: list[tuple[Ticket, Answer]] = []
+        for name, sender in list(self._mailboxes.items()):
+            mailbox = self._mail[sender]
+            while mailbox.calls and (mailbox.has_mail or mailbox.calls[0][1] <= now):
+                ticket, _ = mailbox.calls.popleft()
+                answer = mailbox.write_answer(self._sessions, self._outputs, self.spec, self._config.frame.max_bytes)
+                answers.append((ticket, answer))
+            if mailbox.idle:
+                del self._mailboxes[name], self._mail[sender]
+        return answers
+
+    def expire(self, now: float) -> None:
+        """End sessions that have been idle for too long. Looks at most every tenth of that time."""
+        if now >= self._expire_at:
+            timeout_s = self._config.session.idle_timeout_s
+            self._expire_at = now + timeout_s / 10
+            for row in self._sessions.idle_since(now - timeout_s).tolist():
+                self._end(row, "idle")
+
+    @property
+    def ready(self) -> bool:
+        """Whether `step` has something to do."""
+        return self._scheduler.ready
+
+    def wake_at(self) -> float:
+        """When `answers` or `expire` has something to do even if nothing arrives."""
+        return min([self._expire_at, *(mail.calls[0][1] for mail in self._mail.values() if mail.calls)])
+
+    def gauges(self) -> dict[str, float]:
+        """How full everything with a bound is, by name."""
+        return {
+            "sessions_open": self._sessions.num_open,
+            "sessions_running": int((self._scheduler.left > 0).sum()),
+            "sessions_evicted": self._pool.num_pages_used,
+            "slots_used": self._slots.num_used,
+            "pending_bytes": self._inputs.nbytes,
+            "retained_bytes": self._outputs.timesteps * self.spec.output_bytes,
+        }
+
+    def check(self) -> None:
+        """Assert what must always hold between calls."""
+        self._sessions.check()
+        self._scheduler.check()
+        self._slots.check()
+        left = self._sessions.next - self._sessions.progress
+        assert (left == self._scheduler.left).all(), "accepted and ready timesteps differ"
+        assert self._pool.num_pages_used == (self._page_of >= 0).sum(), "a page is lost"
+        assert not ((self._page_of >= 0) & (self._slots.slot_of >= 0)).any(), "a state is in two places"
+
+    def _open(self, ask: Open, sender: int, now: float) -> Notice:
+        try:
+            if ask.initial_state is not None:
+                self._pool.check_initial(ask.initial_state)
+            if not self._sessions.holds(ask.epoch):
+                row = self._sessions.open(ask.epoch, ask.session, sender, now)
+                self._mail[sender].num_sessions += 1
+                if ask.initial_state is not None:
+                    self._page_of[row] = self._pool.admit(ask.initial_state)
+        except LockstepError as error:
+            return Notice(ask.epoch, "refused", error.to_wire())
+        return Notice(ask.epoch, "opened")
+
+    def _unfit(self, frame: Frame) -> np.ndarray:
+        """Which entries [n] hold values that this engine refuses to run."""
+        unfit = np.zeros(len(frame), bool)
+        if self._config.session.nan == "refuse" and not finite(frame.x):
+            ends = np.cumsum(frame.length)
+            for i in np.flatnonzero(frame.length).tolist():
+                unfit[i] = not finite(frame.x[ends[i] - frame.length[i] : ends[i]])
+        return unfit
+
+    def _room(self, frame: Frame) -> int:
+        """Timesteps that may still be accepted: within the bounds on inputs held and on outputs kept."""
+        engine = self._config.engine
+        if self._inputs.nbytes + frame.x.nbytes > engine.max_pending_bytes:
+            return 0
+        return engine.max_retained_bytes // max(1, self.spec.output_bytes) - self._sessions.outstanding
+
+    def _bring_in(self, rows: np.ndarray, now: float) -> np.ndarray:
+        """Give every row a slot with its state in it; returns the slots."""
+        placement = self._slots.place(rows, self._scheduler.left, now)
+        if len(placement.evict_rows):
+            self._page_of[placement.evict_rows] = self._pool.evict(placement.evict_slots)
+            self.stats.evictions += len(placement.evict_rows)
+        pages = self._page_of[placement.enter_rows]
+        kept = pages >= 0
+        if kept.any():
+            self._pool.restore(placement.enter_slots[kept], pages[kept])
+            self._page_of[placement.enter_rows] = -1
+            self.stats.restores += int(kept.sum())
+        if not kept.all():
+            self._pool.reset(placement.enter_slots[~kept])
+        slots: np.ndarray = self._slots.slot_of[rows]
+        return slots
+
+    def _complete(self, batch: Batch, values: list[np.ndarray], now: float) -> None:
+        rows = batch.rows
+        self._outputs.append(rows, self._sessions.progress[rows], values)
+        self._sessions.progress[rows] += batch.k
+        self._sessions.active_at[rows] = now
+        self._scheduler.complete(batch, now)
+        self._mark(rows)
+        for row in self._sessions.due_to_close(rows).tolist():
+            self._end(row, "closed")
+
+    def _fail(self, batch: Batch, error: Exception) -> None:
+        """A step raised: its sessions are where they were before it, everything accepted from there on is given up."""
+        logger.error("a step of %d sessions, %d timesteps each, failed", len(batch.rows), batch.k, exc_info=error)
+        self.stats.failed_steps += 1
+        self._scheduler.drop(batch.rows)
+        self._inputs.drop(batch.rows)
+        self._sessions.fail(batch.rows)
+        for row in batch.rows.tolist():
+            due = int(self._sessions.next[row])
+            failed = StepFailed(
+                f"the model failed at timestep {due} ({type(error).__name__}: {error}): resend from {due}",
+                expected=due,
+                rewind=int(self._sessions.rewind[row]),
+            )
+            self._notify(row, Notice(int(self._sessions.epoch[row]), "failed", failed.to_wire()))
+
+    def _end_some(self, frame: Frame, rows: np.ndarray, known: np.ndarray) -> None:
+        """End what this frame aborts or lets close; free what it has acknowledged to the end."""
+        for row in np.unique(rows[(frame.close == ABORT) & (rows >= 0)]).tolist():
+            self._end(row, "aborted")
+        for row in self._sessions.due_to_close(known).tolist():
+            self._end(row, "closed")
+        for row in known[self._sessions.status[known] == Status.ENDED].tolist():
+            if not self._outputs.holds(row):
+                self._free(row)
+
+    def _end(self, row: int, reason: str) -> None:
+        """End a session. Closed in order, its outputs are kept until acknowledged; else they are given up."""
+        rows = np.array([row])
+        progress = int(self._sessions.progress[row])
+        self._notify(row, Notice(int(self._sessions.epoch[row]), "ended", reason=reason, progress=progress))
+        if self._sessions.status[row] == Status.OPEN:
+            self._scheduler.drop(rows)
+            self._inputs.drop(rows)
+            self._slots.release(rows)
+            if self._page_of[row] >= 0:
+                self._pool.free_pages(self._page_of[rows])
+                self._page_of[row] = -1
+            self._sessions.end(row, reason)
+            self.stats.ends[reason] += 1
+            self._tell_model(self._sessions.names[row], reason)
+        if reason != "closed" or not self._outputs.holds(row):
+            self._free(row)
+
+    def _free(self, row: int) -> None:
+        mailbox = self._mail[int(self._sessions.sender[row])]
+        mailbox.rows.pop(row, None)
+        mailbox.num_sessions -= 1
+        self._outputs.drop(row)
+        self._sessions.sender[row] = 0
+        self._sessions.free(row)
+
+    def _tell_model(self, session: str, reason: str) -> None:
+        tell = getattr(self._model, "session_ended", None)
+        if tell is None:
+            return
+        try:
+            tell(session, reason)
+        except Exception:
+            logger.exception("%s.session_ended(%r, %r) failed", type(self._model).__name__, session, reason)
+
+    def _refuse(self, verdict: int, frame: Frame, i: int, row: int) -> Notice:
+        epoch = int(frame.epoch[i])
+        stone = self._sessions.tombstones.get(epoch) if verdict == Verdict.UNKNOWN else None
+        if stone is not None:
+            return Notice(epoch, "ended", reason=stone.reason, progress=stone.progress)
+        error = self._sessions.refusal(verdict, frame, i, row)
+        self.stats.refusals[error.code] += 1
+        return Notice(epoch, "refused", error.to_wire())
+
+    def _mailbox(self, name: str) -> tuple[int, Mailbox]:
+        if name not in self._mailboxes:
+            self._last_sender += 1
+            self._mailboxes[name] = self._last_sender
+            self._mail[self._last_sender] = Mailbox()
+        sender = self._mailboxes[name]
+        return sender, self._mail[sender]
+
+    def _mark(self, rows: np.ndarray) -> None:
+        senders = self._sessions.sender[rows]
+        for sender in np.unique(senders).tolist():
+            self._mail[sender].mark(rows[senders == sender].tolist())
+
+    def _notify(self, row: int, notice: Notice) -> None:
+        self._mail[int(self._sessions.sender[row])].notices.append(notice)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` is the first GPU, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)

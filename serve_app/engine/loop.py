@@ -1,0 +1,101 @@
+"""The thread that owns an engine: frames in from any thread, answers out in one delivery a step."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from serve_app.engine.engine import Engine
+from serve_app.engine.mailbox import Ticket
+from serve_app.errors import LockstepError, Unavailable
+from serve_app.frame import Answer, Frame
+
+logger = logging.getLogger(__name__)
+
+Delivery = Sequence[tuple[Ticket, Answer | LockstepError]]
+
+
+class EngineLoop:
+    """Runs an engine until stopped. Every call is answered: by the engine, or with Unavailable once the loop is dead.
+
+    `deliver` is called on the loop's thread, with all answers that became due together.
+    """
+
+    def __init__(self, engine: Engine, deliver: Callable[[Delivery], None]) -> None:
+        self._engine = engine
+        self._deliver = deliver
+        self._arrived = threading.Condition()
+        self._inbox: list[tuple[Frame, Ticket]] = []
+        self._stopping = False
+        self._dead: BaseException | None = None
+        self._open_tickets: set[Ticket] = set()
+        self._thread = threading.Thread(target=self._run, name="lockstep-engine", daemon=True)
+        self._thread.start()
+
+    def call(self, frame: Frame, ticket: Ticket) -> None:
+        """Hand a frame to the engine, from any thread; `deliver` gets the (hashable, unique) ticket back with its answer."""
+        with self._arrived:
+            self._raise_if_dead()
+            self._inbox.append((frame, ticket))
+            self._arrived.notify()
+
+    def check_health(self) -> None:
+        """Raise Unavailable when the loop has ended."""
+        with self._arrived:
+            self._raise_if_dead()
+
+    def stop(self) -> None:
+        """End the loop after the step that runs; calls still open are answered with Unavailable."""
+        with self._arrived:
+            self._stopping = True
+            self._arrived.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._turn()
+        except BaseException as error:
+            logger.exception("the engine has died")
+            self._die(error)
+        else:
+            self._die(Unavailable("the replica is stopping: ask the directory for another"))
+
+    def _turn(self) -> None:
+        """Take what has arrived, run one step, hand out what can be answered."""
+        replies: list[tuple[Ticket, Answer | LockstepError]] = []
+        for frame, ticket in self._take_arrivals():
+            self._open_tickets.add(ticket)
+            try:
+                self._engine.receive(frame, ticket, time.monotonic())
+            except LockstepError as error:
+                replies.append((ticket, error))
+        self._engine.step(time.monotonic())
+        self._engine.expire(time.monotonic())
+        replies += self._engine.answers(time.monotonic())
+        if replies:
+            self._open_tickets.difference_update(ticket for ticket, _ in replies)
+            self._deliver(replies)
+
+    def _take_arrivals(self) -> list[tuple[Frame, Ticket]]:
+        """What has arrived; waits for something when the engine has nothing to do."""
+        with self._arrived:
+            if not self._inbox and not self._stopping and not self._engine.ready:
+                self._arrived.wait(max(0.0, self._engine.wake_at() - time.monotonic()))
+            arrivals, self._inbox = self._inbox, []
+        return arrivals
+
+    def _die(self, error: BaseException) -> None:
+        with self._arrived:
+            self._dead = error
+            lost = [*self._open_tickets, *(ticket for _, ticket in self._inbox)]
+            self._open_tickets.clear()
+            self._inbox.clear()
+        self._deliver([(ticket, self._unavailable()) for ticket in lost])
+
+    def _raise_if_dead(self) -> None:
+        if self._dead is not None:
+            raise self._unavailable()
+
+    def _unavailable(self) -> Unavailable:
+        return Unavailable(f"the engine of this replica has ended ({self._dead}): its sessions are lost")

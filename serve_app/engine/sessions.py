@@ -1,0 +1,257 @@
+"""The numbers of every session that this owner holds, and what becomes of a frame's entries. Pure.
+
+A session's timesteps lie on one line: acked <= sent <= progress <= next. `acked`: the client holds the outputs below;
+`sent`: an answer with the outputs below has left; `progress`: outputs exist; `next`: inputs are accepted.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from serve_app.errors import (
+    InvalidInput,
+    LockstepError,
+    NotOwner,
+    Overloaded,
+    Rewound,
+    SessionEnded,
+    StartMismatch,
+    TooManySessions,
+    WindowFull,
+)
+from serve_app.frame import ABORT, Frame
+
+MAX_TOMBSTONES = 65536
+
+
+class Status(IntEnum):
+    """Of a row. ENDED: nothing runs any more, some outputs are not acknowledged yet."""
+
+    FREE = 0
+    OPEN = 1
+    ENDED = 2
+
+
+class Verdict(IntEnum):
+    """What becomes of a frame's entry: taken, or why not."""
+
+    OK = 0
+    UNKNOWN = 1
+    ENDED = 2
+    REWOUND = 3
+    AHEAD = 4
+    CLOSING = 5
+    CLOSE_BEHIND = 6
+    UNFIT = 7
+    OVERLOADED = 8
+    WINDOW_FULL = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """What is remembered of a session that is gone."""
+
+    reason: str
+    progress: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """By entry [n]: its row (-1: unknown), timesteps to skip as a resend, timesteps to run, and the verdict."""
+
+    rows: np.ndarray
+    skip: np.ndarray
+    take: np.ndarray
+    verdict: np.ndarray
+
+
+class SessionTable:
+    """One row a session, up to `max_sessions`; a column for each number of it."""
+
+    def __init__(self, max_sessions: int, max_window: int) -> None:
+        self.max_sessions = max_sessions
+        self.max_window = max_window
+        self.epoch, self.next, self.progress, self.sent, self.acked, self.rewind, self.close_at, self.sender = np.zeros(
+            (8, max_sessions), np.int64
+        )
+        self.active_at = np.zeros(max_sessions)
+        self.status = np.zeros(max_sessions, np.int8)
+        self.names: dict[int, str] = {}
+        self.tombstones: OrderedDict[int, Tombstone] = OrderedDict()
+        self._row_of: dict[int, int] = {}
+        self._free: list[int] = []
+        self._num_rows = 0  # rows ever used
+
+    def holds(self, epoch: int) -> bool:
+        """Whether the session of that epoch has a row."""
+        return epoch in self._row_of
+
+    def open(self, epoch: int, name: str, sender: int, now: float) -> int:
+        """A row for a new session. Raises TooManySessions, SessionEnded."""
+        if epoch in self.tombstones:
+            raise self.ended_error(epoch)
+        if len(self._row_of) >= self.max_sessions:
+            raise TooManySessions(
+                f"{self.max_sessions} sessions are open, the limit of this replica: try again later, or raise "
+                "session.max_sessions"
+            )
+        if self._free:
+            row = self._free.pop()
+        else:
+            row = self._num_rows
+            self._num_rows += 1
+        for column in (self.next, self.progress, self.sent, self.acked, self.rewind):
+            column[row] = 0
+        self.epoch[row], self.close_at[row], self.sender[row] = epoch, -1, sender
+        self.active_at[row], self.status[row] = now, Status.OPEN
+        self.names[row], self._row_of[epoch] = name, row
+        return row
+
+    def accept(self, frame: Frame, now: float, room: int, unfit: np.ndarray) -> Accepted:
+        """Judge every entry of a frame and move the numbers of those that are taken.
+
+        room: timesteps of outputs that there is still space for, in all sessions together; unfit [n]: whether an
+        entry's values may not be run.
+        """
+        rows = np.array([self._row_of.get(epoch, -1) for epoch in frame.epoch.tolist()], np.int64)
+        known = rows >= 0
+        held = rows[known]
+        self.acked[held] = np.maximum(self.acked[held], np.minimum(frame.acked[known], self.progress[held]))
+        self.sent[held] = np.maximum(self.sent[held], self.acked[held])
+
+        due = self.next[rows]
+        skip = np.clip(due - frame.start, 0, frame.length)
+        take = frame.length - skip
+        after, closing = due + take, frame.close >= 0
+        brings = (frame.length > 0) | closing
+        close_at = self.close_at[rows]
+        verdict = np.select(
+            [
+                ~known,
+                brings & (self.status[rows] != Status.OPEN),
+                brings & (frame.rewind != self.rewind[rows]),
+                (frame.length > 0) & (frame.start > due),
+                (take > 0) & (close_at >= 0) & (after > close_at),
+                closing & (frame.close < after),
+                (take > 0) & unfit,
+                (take > 0) & (np.cumsum(take) > room),
+                (take > 0) & (after - self.acked[rows] > self.max_window),
+            ],
+            list(Verdict)[1:],
+            Verdict.OK,
+        )
+        take[verdict != Verdict.OK] = 0
+
+        good = verdict == Verdict.OK
+        ok, start = rows[good], frame.start[good]
+        self.next[ok] += take[good]
+        again = start < self.sent[ok]
+        self.sent[ok[again]] = np.maximum(start[again], self.acked[ok[again]])
+        self.active_at[rows[good & (brings | (frame.close == ABORT))]] = now
+        self.close_at[rows[good & closing]] = frame.close[good & closing]
+        return Accepted(rows, skip, take, verdict)
+
+    def refusal(self, verdict: int, frame: Frame, i: int, row: int) -> LockstepError:
+        """The error for entry i of a frame, whose verdict is not OK."""
+        epoch, start = int(frame.epoch[i]), int(frame.start[i])
+        if verdict == Verdict.UNKNOWN:
+            return NotOwner(f"no session with epoch {epoch} is here: ask the directory who owns it")
+        name, due = self.names[row], int(self.next[row])
+        expected = {"expected": due, "rewind": int(self.rewind[row])}
+        match verdict:
+            case Verdict.ENDED:
+                return SessionEnded(f"session {name!r} has ended: open a new one", progress=int(self.progress[row]))
+            case Verdict.REWOUND:
+                return Rewound(
+                    f"session {name!r} was rewound to timestep {due} by a failed step: resend from {due}", **expected
+                )
+            case Verdict.AHEAD:
+                return StartMismatch(
+                    f"a segment of session {name!r} starts at {start}, {due} was expected: resend from {due}", **expected
+                )
+            case Verdict.CLOSING:
+                at = int(self.close_at[row])
+                return SessionEnded(f"session {name!r} closes at timestep {at}: nothing further is taken", progress=at)
+            case Verdict.CLOSE_BEHIND:
+                at = int(frame.close[i])
+                return StartMismatch(f"close of session {name!r} at timestep {at}, {due} are accepted", **expected)
+            case Verdict.UNFIT:
+                return InvalidInput(
+                    f"a segment of session {name!r} holds NaN or infinity: clean it, or set session.nan=pass", **expected
+                )
+            case Verdict.OVERLOADED:
+                return Overloaded(
+                    "the replica holds all it may (engine.max_pending_bytes, engine.max_retained_bytes): try again later",
+                    **expected,
+                )
+            case _:
+                return WindowFull(
+                    f"session {name!r} has {due - int(self.acked[row])} timesteps accepted and not acknowledged, the "
+                    f"limit is {self.max_window}: read outputs first, or raise session.max_window_timesteps",
+                    **expected,
+                )
+
+    def fail(self, rows: np.ndarray) -> None:
+        """A step of `rows` failed: they are where they were before it, and what was accepted beyond is forgotten."""
+        self.next[rows] = self.progress[rows]
+        self.rewind[rows] += 1
+        self.close_at[rows] = -1
+
+    def due_to_close(self, rows: np.ndarray) -> np.ndarray:
+        """Which of `rows` have run everything up to where they close."""
+        reached = (self.close_at[rows] >= 0) & (self.progress[rows] == self.close_at[rows])
+        due: np.ndarray = rows[reached & (self.status[rows] == Status.OPEN)]
+        return due
+
+    def idle_since(self, before: float) -> np.ndarray:
+        """Rows, of whatever status, that were last active before `before` and have nothing to run."""
+        live = slice(0, self._num_rows)
+        old = (self.status[live] != Status.FREE) & (self.active_at[live] < before)
+        return np.flatnonzero(old & (self.next[live] == self.progress[live]))
+
+    def end(self, row: int, reason: str) -> None:
+        """Nothing runs for the session any more; `free` follows when its outputs are acknowledged or given up."""
+        self.status[row] = Status.ENDED
+        self.next[row] = self.progress[row]
+        epoch = int(self.epoch[row])
+        self.tombstones[epoch] = Tombstone(reason, int(self.progress[row]))
+        if len(self.tombstones) > MAX_TOMBSTONES:
+            self.tombstones.popitem(last=False)
+
+    def free(self, row: int) -> None:
+        """Give the row of an ended session to the next."""
+        del self._row_of[int(self.epoch[row])], self.names[row]
+        self.status[row] = Status.FREE
+        self.next[row] = self.progress[row] = self.sent[row] = self.acked[row] = 0
+        self._free.append(row)
+
+    def ended_error(self, epoch: int) -> SessionEnded:
+        """The error for a session that only a tombstone remembers."""
+        stone = self.tombstones[epoch]
+        return SessionEnded(
+            f"the session has ended ({stone.reason}) at timestep {stone.progress}: open a new one",
+            reason=stone.reason,
+            progress=stone.progress,
+        )
+
+    @property
+    def num_open(self) -> int:
+        """Sessions that are open."""
+        return int((self.status[: self._num_rows] == Status.OPEN).sum())
+
+    @property
+    def outstanding(self) -> int:
+        """Timesteps accepted and not acknowledged, of all sessions: outputs that exist or will."""
+        live = slice(0, self._num_rows)
+        return int((self.next[live] - self.acked[live]).sum())
+
+    def check(self) -> None:
+        """Assert what must always hold."""
+        held = np.array(list(self._row_of.values()), np.int64)
+        assert set(held.tolist()) == set(np.flatnonzero(self.status != Status.FREE).tolist())
+        assert (self.acked[held] <= self.sent[held]).all(), "acknowledged before sent"
+        assert (self.sent[held] <= self.progress[held]).all(), "sent before computed"
+        assert (self.progress[held] <= self.next[held]).all(), "computed before accepted"
+        assert (self.next[held] - self.acked[held] <= self.max_window).all(), "window exceeded"

@@ -1,0 +1,70 @@
+"""Which session's state is in which slot. Pure; sessions are row numbers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from serve_app.policy.eviction import choose_victims
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What must happen to the state pool before a step: `evict_*` leave their slots, then `enter_*` get theirs."""
+
+    evict_rows: np.ndarray
+    evict_slots: np.ndarray
+    enter_rows: np.ndarray
+    enter_slots: np.ndarray
+
+
+class SlotTable:
+    """`num_slots` slots, lent to sessions. Every lending has a generation, so a late write can be told from a due one."""
+
+    def __init__(self, num_slots: int, max_rows: int) -> None:
+        #: Slot of each row, -1 without one; row of each slot, -1 when free.
+        self.slot_of = np.full(max_rows, -1, np.int64)
+        self.row_of = np.full(num_slots, -1, np.int64)
+        #: How often each slot has been lent.
+        self.generation = np.zeros(num_slots, np.int64)
+        self._used_at = np.zeros(num_slots)
+
+    def place(self, rows: np.ndarray, waiting: np.ndarray, now: float) -> Placement:
+        """Give each of `rows` a slot, the lowest free ones first, then those of sessions that can wait best.
+
+        waiting [max_rows]: timesteps ready, by row. No more rows than slots may ask.
+        """
+        enter = rows[self.slot_of[rows] < 0]
+        free = np.flatnonzero(self.row_of < 0)[: len(enter)]
+        evict_slots = free[:0]
+        if len(free) < len(enter):
+            taken = self.row_of >= 0
+            taken[self.slot_of[rows[self.slot_of[rows] >= 0]]] = False
+            candidates = np.flatnonzero(taken)
+            victims = choose_victims(
+                self._used_at[candidates], waiting[self.row_of[candidates]] > 0, len(enter) - len(free)
+            )
+            evict_slots = candidates[victims]
+        placement = Placement(self.row_of[evict_slots], evict_slots, enter, np.concatenate([free, evict_slots]))
+        self.release(placement.evict_rows)
+        self.slot_of[enter] = placement.enter_slots
+        self.row_of[placement.enter_slots] = enter
+        self.generation[placement.enter_slots] += 1
+        self._used_at[self.slot_of[rows]] = now
+        return placement
+
+    def release(self, rows: np.ndarray) -> None:
+        """Take the slots of `rows` back; rows without one are left alone."""
+        slots = self.slot_of[rows]
+        self.row_of[slots[slots >= 0]] = -1
+        self.slot_of[rows] = -1
+
+    @property
+    def num_used(self) -> int:
+        """Slots that are lent."""
+        return int((self.row_of >= 0).sum())
+
+    def check(self) -> None:
+        """Assert what must always hold."""
+        rows = np.flatnonzero(self.slot_of >= 0)
+        assert (self.row_of[self.slot_of[rows]] == rows).all(), "a row's slot belongs to another"
+        assert (self.row_of >= 0).sum() == len(rows), "a slot is lent to nobody"

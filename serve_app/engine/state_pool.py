@@ -1,0 +1,155 @@
+"""The states of all sessions: on the device by slot, in host memory by page for those that are evicted."""
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from serve_app.errors import InvalidInput
+from serve_app.models.interface import RecurrentModel, State
+
+PAGES_PER_CHUNK = 256
+
+
+class StatePool:
+    """One tensor for each tensor of the model's state, with a slot for each row of its batch dimension.
+
+    Evicted states lie in host memory, which grows by chunks of pages; a page is one session's whole state. All moves
+    are of many sessions at once.
+    """
+
+    def __init__(self, model: RecurrentModel, num_slots: int, device: torch.device) -> None:
+        self._device = device
+        one, two = (pytree.tree_flatten(model.initial_state(batch)) for batch in (1, 2))
+        self._initial: list[torch.Tensor] = [leaf.detach().to(device) for leaf in one[0]]
+        self._structure = one[1]
+        self._dims = [_batch_dim(a, b) for a, b in zip(one[0], two[0], strict=True)]
+        self._slots = [
+            leaf.expand(_with(leaf.shape, dim, num_slots)).clone()
+            for leaf, dim in zip(self._initial, self._dims, strict=True)
+        ]
+        self._chunks: list[list[torch.Tensor]] = []
+        self._free: list[int] = []
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one session's state."""
+        return sum(leaf.nbytes for leaf in self._initial)
+
+    @property
+    def num_pages_used(self) -> int:
+        """Pages of host memory that hold a state."""
+        return len(self._chunks) * PAGES_PER_CHUNK - len(self._free)
+
+    def gather(self, slots: np.ndarray) -> State:
+        """The state of the sessions in `slots`, batched in that order: a copy."""
+        index = self._index(slots)
+        return pytree.tree_unflatten(
+            [leaf.index_select(dim, index) for leaf, dim in zip(self._slots, self._dims, strict=True)], self._structure
+        )
+
+    def scatter(self, slots: np.ndarray, state: State) -> None:
+        """Write a batched state back to `slots`; ValueError, and nothing written, when it is not shaped as it came."""
+        leaves, structure = pytree.tree_flatten(state)
+        found = [(list(leaf.shape), leaf.dtype) for leaf in leaves]
+        due = [(_with(leaf.shape, dim, len(slots)), leaf.dtype) for leaf, dim in zip(self._slots, self._dims, strict=True)]
+        if structure != self._structure or found != due:
+            raise ValueError(f"the model returned a state of {found} as {structure}, expected {due} as {self._structure}")
+        index = self._index(slots)
+        for leaf, dim, new in zip(self._slots, self._dims, leaves, strict=True):
+            leaf.index_copy_(dim, index, new)
+
+    def reset(self, slots: np.ndarray) -> None:
+        """Put the model's initial state into `slots`."""
+        index = self._index(slots)
+        for leaf, dim, initial in zip(self._slots, self._dims, self._initial, strict=True):
+            leaf.index_copy_(dim, index, initial.expand(_with(initial.shape, dim, len(slots))))
+
+    def evict(self, slots: np.ndarray) -> np.ndarray:
+        """Copy the states in `slots` to host memory; returns the page of each."""
+        pages = self._take_pages(len(slots))
+        leaves = [leaf.cpu() for leaf in pytree.tree_leaves(self.gather(slots))]
+        self._write_pages(pages, leaves)
+        return pages
+
+    def restore(self, slots: np.ndarray, pages: np.ndarray) -> None:
+        """Copy the states in `pages` to `slots`, and free the pages."""
+        for leaf, dim, column in zip(self._slots, self._dims, range(len(self._slots)), strict=True):
+            for chunk, which in _by_chunk(pages):
+                source = self._chunks[chunk][column].index_select(dim, torch.from_numpy(pages[which] % PAGES_PER_CHUNK))
+                leaf.index_copy_(dim, self._index(slots[which]), source.to(self._device))
+        self.free_pages(pages)
+
+    def free_pages(self, pages: np.ndarray) -> None:
+        """The states in `pages` are not needed any more."""
+        for page in pages.tolist():
+            heapq.heappush(self._free, page)
+
+    def admit(self, state: Sequence[np.ndarray]) -> int:
+        """Keep a client's initial state, its tensors in the model's order and shaped as for a batch of 1, in a page.
+
+        Raises InvalidInput when the tensors do not fit the model's.
+        """
+        self.check_initial(state)
+        pages = self._take_pages(1)
+        self._write_pages(
+            pages,
+            [torch.from_numpy(np.array(a)).to(leaf.dtype) for a, leaf in zip(state, self._initial, strict=True)],
+        )
+        return int(pages[0])
+
+    def check_initial(self, state: Sequence[np.ndarray]) -> None:
+        """Raise InvalidInput unless `state` is one session's state."""
+        expected = [list(leaf.shape) for leaf in self._initial]
+        if [list(array.shape) for array in state] != expected:
+            raise InvalidInput(
+                f"an initial state of shapes {[list(a.shape) for a in state]} arrived, the model's state is {expected}"
+            )
+        if not all(a.dtype.kind in "fiub" and (a.dtype.kind != "f" or np.isfinite(a).all()) for a in state):
+            raise InvalidInput("the initial state holds NaN, infinity or values that are not numbers")
+
+    def _index(self, slots: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(slots).to(self._device)
+
+    def _take_pages(self, count: int) -> np.ndarray:
+        while len(self._free) < count:
+            first = len(self._chunks) * PAGES_PER_CHUNK
+            self._chunks.append(
+                [
+                    torch.empty(_with(leaf.shape, dim, PAGES_PER_CHUNK), dtype=leaf.dtype, pin_memory=self._device.type == "cuda")
+                    for leaf, dim in zip(self._initial, self._dims, strict=True)
+                ]
+            )
+            for page in range(first, first + PAGES_PER_CHUNK):
+                heapq.heappush(self._free, page)
+        return np.array([heapq.heappop(self._free) for _ in range(count)], np.int64)
+
+    def _write_pages(self, pages: np.ndarray, leaves: list[torch.Tensor]) -> None:
+        for chunk, which in _by_chunk(pages):
+            index = torch.from_numpy(pages[which] % PAGES_PER_CHUNK)
+            columns = torch.from_numpy(which)
+            for target, dim, leaf in zip(self._chunks[chunk], self._dims, leaves, strict=True):
+                target.index_copy_(dim, index, leaf.index_select(dim, columns))
+
+
+def _by_chunk(pages: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """(chunk, positions in `pages` that lie in it), for each chunk."""
+    chunks = pages // PAGES_PER_CHUNK
+    return [(int(chunk), np.flatnonzero(chunks == chunk)) for chunk in np.unique(chunks)]
+
+
+def _batch_dim(one: torch.Tensor, two: torch.Tensor) -> int:
+    """The dimension in which the states of one and of two sessions differ."""
+    dims = [dim for dim, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if (a, b) == (1, 2)]
+    if len(dims) != 1:
+        raise InvalidInput(
+            f"initial_state(1) has a tensor of shape {list(one.shape)}, initial_state(2) of {list(two.shape)}: exactly one "
+            "dimension must be the batch"
+        )
+    return dims[0]
+
+
+def _with(shape: torch.Size, dim: int, size: int) -> list[int]:
+    return [*shape[:dim], size, *shape[dim + 1 :]]

@@ -1,0 +1,42 @@
+"""What an engine has done, in numbers: counters that only rise, and a window of recent steps."""
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+MAX_STEPS_KEPT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step: its sessions, timesteps of each, the longest wait among them, and how long it took."""
+
+    batch_size: int
+    timesteps: int
+    waited_s: float
+    took_s: float
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters since the start; `recent` is for whoever reports, and drops what nobody collects."""
+
+    segments: int = 0
+    timesteps: int = 0
+    steps: int = 0
+    failed_steps: int = 0
+    evictions: int = 0
+    restores: int = 0
+    refusals: Counter[str] = field(default_factory=Counter)
+    ends: Counter[str] = field(default_factory=Counter)
+    recent: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=MAX_STEPS_KEPT))
+
+    def add_step(self, record: StepRecord) -> None:
+        """Count one step that went well."""
+        self.steps += 1
+        self.timesteps += record.batch_size * record.timesteps
+        self.recent.append(record)
+
+    def take_recent(self) -> list[StepRecord]:
+        """The steps since the last call."""
+        records = [self.recent.popleft() for _ in range(len(self.recent))]
+        return records

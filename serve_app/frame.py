@@ -1,0 +1,94 @@
+"""What travels between a sender (ingress or handle client) and an owner (replica): columns, not objects.
+
+A call carries one Frame to the owner and one Answer back. A session is named by its epoch: the directory gives every
+grant a number of its own, so the number says session, owner and whether the grant still holds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from serve_app.errors import InvalidInput
+
+NO_CLOSE = -1
+"""`close` of a session that stays open."""
+ABORT = -2
+"""`close` of a session that ends at once, whatever is pending."""
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Take a session in. `initial_state`: the state's tensors in the order of the model's, None for the model's own."""
+
+    epoch: int
+    session: str
+    initial_state: tuple[np.ndarray, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something about one session that is not an output: opened, refused, failed, or ended."""
+
+    epoch: int
+    kind: str
+    error: Mapping[str, Any] | None = None
+    reason: str = ""
+    progress: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Entries of many sessions for one owner, at most one a session; columns are [n], `x` is [sum(length), *features].
+
+    `start`, `length`: the timesteps that entry brings; length 0 brings none and, from `start` on, asks for outputs again.
+    `acked`: the sender holds the outputs below. `rewind`: failed steps of the session that the sender knows of.
+    `close`: close when everything below this timestep has been accepted, or NO_CLOSE, or ABORT.
+    """
+
+    owner: str
+    sender: str
+    epoch: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    acked: np.ndarray
+    rewind: np.ndarray
+    close: np.ndarray
+    x: np.ndarray
+    opens: Sequence[Open] = ()
+
+    def __len__(self) -> int:
+        return len(self.epoch)
+
+    def check(self, shape: tuple[int, ...], dtype: str) -> None:
+        """Raise InvalidInput unless the columns belong together and `x` fits the model."""
+        n = len(self.epoch)
+        for name in ("epoch", "start", "length", "acked", "rewind", "close"):
+            column = getattr(self, name)
+            if column.shape != (n,) or column.dtype != np.int64:
+                raise InvalidInput(f"frame column {name!r} is {column.dtype} {column.shape}, expected int64 ({n},)")
+        if n and (self.length.min() < 0 or self.start.min() < 0):
+            raise InvalidInput("a frame with a negative start or length arrived")
+        total = int(self.length.sum())
+        if self.x.shape != (total, *shape) or self.x.dtype != dtype:
+            raise InvalidInput(f"frame data is {self.x.dtype} {self.x.shape}, expected {dtype} {(total, *shape)}")
+        if len(np.unique(self.epoch)) != n:
+            raise InvalidInput("a frame names a session twice: send its timesteps as one entry")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an owner has for one sender; columns are [n], each of `outputs` is [sum(length), *shape].
+
+    Entry i brings the outputs of timesteps start[i] … start[i] + length[i] of session epoch[i], whose inputs below
+    `next` are accepted after `rewind` failed steps. Notices come after the outputs.
+    """
+
+    epoch: np.ndarray
+    next: np.ndarray
+    rewind: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    outputs: Mapping[str, np.ndarray]
+    notices: Sequence[Notice] = field(default=())

@@ -1,0 +1,115 @@
+"""Where sessions start: opens them with the directory, and keeps an outbox for each owner. Knows neither Ray nor torch."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+from uuid import uuid4
+
+import numpy as np
+
+from serve_app.directory import Grant, Owner
+from serve_app.errors import LockstepError, SessionEnded, StateLost, UnknownSession
+from serve_app.frame import Open
+from serve_app.ingress.outbox import Call, Outbox
+from serve_app.session import Session
+from serve_app.spec import ModelSpec
+
+MAX_REMEMBERED = 4096
+
+
+class DirectoryClient(Protocol):
+    """The directory, as seen from here."""
+
+    async def open(self, session: str, sender: str, model: str | None, ended: dict[str, list[int]]) -> Grant:
+        """A grant for a new session. `ended`: epochs, by owner, that this side has seen end."""
+        ...
+
+    async def lost(self, owner: str) -> None:
+        """The owner does not answer any more."""
+        ...
+
+    async def models(self) -> dict[str, ModelSpec]:
+        """The models that are served."""
+        ...
+
+    def connect(self, owner: Owner) -> Call:
+        """The way to an owner."""
+        ...
+
+
+class Hub:
+    """The sessions of one sender: of an ingress for its clients (`ack_on_receipt=False`), or of a handle client."""
+
+    def __init__(self, directory: DirectoryClient, *, ack_on_receipt: bool) -> None:
+        self.sender = uuid4().hex
+        self._directory = directory
+        self._ack_on_receipt = ack_on_receipt
+        self._outboxes: dict[str, Outbox] = {}
+        self._sessions: dict[str, Session] = {}
+        self._ended: dict[str, list[int]] = {}
+        self._past: OrderedDict[str, str] = OrderedDict()  # why sessions ended, for those who ask late
+
+    async def open(
+        self, session: str | None = None, model: str | None = None, initial_state: Sequence[np.ndarray] | None = None
+    ) -> Session:
+        """Open a session: `session` is its id (None: a new one), `initial_state` its tensors in the model's order.
+
+        Raises SessionExists, UnknownModel, TooManySessions, InvalidInput, Unavailable.
+        """
+        name = session or uuid4().hex
+        while True:
+            ended, self._ended = self._ended, {}
+            grant = await self._directory.open(name, self.sender, model, ended)
+            try:
+                return await self._open_at(grant, initial_state)
+            except StateLost:
+                await self._directory.lost(grant.owner.name)  # and it places the session elsewhere, or says it cannot
+            except LockstepError:
+                self._ended.setdefault(grant.owner.name, []).append(grant.epoch)
+                raise
+
+    def get(self, name: str) -> Session:
+        """An open session, or a closed one with outputs not acknowledged. Raises UnknownSession, SessionEnded."""
+        if name in self._sessions:
+            return self._sessions[name]
+        if name in self._past:
+            raise SessionEnded(f"session {name!r} has ended ({self._past[name]}): open a new one", reason=self._past[name])
+        raise UnknownSession(f"session {name!r} is not open here: open it first")
+
+    async def models(self) -> dict[str, ModelSpec]:
+        """The models that can be asked for."""
+        return await self._directory.models()
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that this side holds."""
+        return len(self._sessions)
+
+    async def stop(self) -> None:
+        """Give everything up; sessions that are still open fail."""
+        for outbox in list(self._outboxes.values()):
+            await outbox.stop()
+
+    async def _open_at(self, grant: Grant, initial_state: Sequence[np.ndarray] | None) -> Session:
+        owner = grant.owner
+        outbox = self._outboxes.get(owner.name)
+        if outbox is None or outbox.failed:
+            call, forget = self._directory.connect(owner), partial(self._forget, owner.name)
+            outbox = Outbox(owner.name, self.sender, owner.spec, owner.max_bytes, call, forget)
+            self._outboxes[owner.name] = outbox
+        session = Session(
+            grant.session, owner.spec, owner.limits, outbox, epoch=grant.epoch, ack_on_receipt=self._ack_on_receipt
+        )
+        state = None if initial_state is None else tuple(np.asarray(array) for array in initial_state)
+        await outbox.open(session, Open(grant.epoch, grant.session, state))
+        self._sessions[session.name] = session
+        return session
+
+    def _forget(self, owner: str, session: Session) -> None:
+        if self._sessions.get(session.name) is session:
+            del self._sessions[session.name]
+            self._past[session.name] = session.end_reason or "unknown"
+            if len(self._past) > MAX_REMEMBERED:
+                self._past.popitem(last=False)
+        self._ended.setdefault(owner, []).append(session.epoch)

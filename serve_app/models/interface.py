@@ -1,0 +1,42 @@
+"""The interface of a recurrent model: anything with these members can be served."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+
+from serve_app.spec import TensorSpec
+
+State: TypeAlias = Any
+"""A pytree (tensor, tuple, list, dict) of tensors; in each, one dimension is the batch, found by asking for two sizes."""
+
+
+@runtime_checkable
+class RecurrentModel(Protocol):
+    """A model whose state is data, never an attribute: who else is in the batch does not change a session's output.
+
+    A `torch.nn.Module` is moved to the device and put into eval mode by the engine; `forward` runs in inference mode.
+    Optional: `sample_rate: int` where a timestep is a run of audio samples, and
+    `session_ended(session: str, reason: str)`, called when a session ends (closed, idle, aborted).
+    """
+
+    @property
+    def input(self) -> TensorSpec:
+        """Shape and dtype of one timestep of input."""
+        ...
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """Shape and dtype of one timestep of each output."""
+        ...
+
+    def initial_state(self, batch: int) -> State:
+        """The state of `batch` sessions that have seen nothing."""
+        ...
+
+    def forward(self, x: torch.Tensor, state: State) -> tuple[torch.Tensor | Mapping[str, torch.Tensor], State]:
+        """x [T, B, *input.shape], state of B sessions -> y [T, B, *shape] (or one for each output), state after T.
+
+        What has no recurrence (convolutions, input products) may run over all T at once. `state` is not modified.
+        """
+        ...

@@ -1,0 +1,53 @@
+"""Options of the models that come with Lockstep: plain values, importable without torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from serve_app.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class RnnOptions:
+    """A stack of recurrent layers with optional projections and top-k.
+
+    `projection`: LSTM projection size (0: none). `output`: size of a linear layer behind the last one (0: none).
+    `top_k`: answer the k largest outputs and their indices instead of all (0: all). `weights`: a state-dict (.pt) or
+    safetensors file; without one, weights are random from `seed`.
+    """
+
+    cell: Literal["relu", "tanh", "lstm", "gru"] = "lstm"
+    input: int = 256
+    hidden: int = 256
+    layers: int = 2
+    projection: int = 0
+    output: int = 0
+    top_k: int = 0
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    weights: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("input", "hidden", "layers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}, the least is 1")
+        for name in ("projection", "output", "top_k"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; 0 turns it off")
+        if self.projection and self.cell != "lstm":
+            raise ConfigError(f"model.projection={self.projection} needs cell=lstm, the cell is {self.cell}")
+        if self.projection >= self.hidden:
+            raise ConfigError(f"model.projection={self.projection} must be less than model.hidden={self.hidden}")
+        if self.top_k > self.num_outputs:
+            raise ConfigError(f"model.top_k={self.top_k} is more than the {self.num_outputs} outputs")
+
+    @property
+    def num_outputs(self) -> int:
+        """Features of one timestep before top-k."""
+        return self.output or self.projection or self.hidden
+
+
+@dataclass(frozen=True, slots=True)
+class SileroOptions:
+    """Silero voice activity detection, 16 or 8 kHz; weights come out of the package silero-vad."""
+
+    sample_rate: Literal[16000, 8000] = 16000

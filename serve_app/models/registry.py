@@ -1,0 +1,115 @@
+"""From a model's name in the configuration to the model. Imports torch only when a model is loaded."""
+
+import difflib
+import importlib
+import inspect
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, field, make_dataclass
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from serve_app.coerce import build_dataclass
+from serve_app.config import ModelConfig
+from serve_app.errors import ConfigError
+from serve_app.models.options import RnnOptions, SileroOptions
+
+if TYPE_CHECKING:
+    from serve_app.models.interface import RecurrentModel
+
+BUILT_IN: Mapping[str, tuple[type[Any], str]] = {
+    "rnn": (RnnOptions, "serve_app.models.rnn:Rnn"),
+    "silero_vad": (SileroOptions, "serve_app.models.silero_vad:SileroVad"),
+}
+
+
+def check(config: ModelConfig) -> ModelConfig:
+    """The configuration with all options of a built-in model, as their types; raises ConfigError.
+
+    Imports neither torch nor a class of your own; the options of such a class are checked when it is loaded.
+    """
+    if ":" in config.name:
+        _split(config.name)
+        return config
+    return ModelConfig(config.name, asdict(_options(config)))
+
+
+def load(config: ModelConfig) -> "RecurrentModel":
+    """The model, on the CPU; raises ConfigError. A class of your own gets the options as keyword arguments."""
+    if ":" in config.name:
+        make = _import(config.name)
+        model = make(**_arguments(make, config.options))
+    else:
+        options = _options(config)
+        model = _import(BUILT_IN[config.name][1])(options)
+    return _checked(model, config.name)
+
+
+def _options(config: ModelConfig) -> Any:
+    if config.name not in BUILT_IN:
+        raise ConfigError(
+            f"model={config.name} is not known{_nearest(config.name, BUILT_IN)} Known: {', '.join(BUILT_IN)}, "
+            "or package.module:Class of your own"
+        )
+    return build_dataclass(BUILT_IN[config.name][0], config.options, "model")
+
+
+def _arguments(make: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as the callable's annotations read them ("0.5" is 0.5); raises ConfigError if it takes them not."""
+    hints = get_type_hints(make.__init__ if inspect.isclass(make) else make)
+    parameters = inspect.signature(make).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(options)
+    fields: list[tuple[str, Any, Any]] = []
+    for p in (p for p in parameters if p.kind is not p.VAR_POSITIONAL):
+        kind = hints[p.name] if _is_plain(hints.get(p.name)) else Any
+        fields.append((p.name, kind, field() if p.default is p.empty else field(default=None)))
+    built: Any = build_dataclass(make_dataclass("Options", fields, kw_only=True), options, "model")
+    return {name: getattr(built, name) for name in options}
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether the type is one that a command line's text can be read as."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return all(member is types.NoneType or _is_plain(member) for member in get_args(hint))
+    return hint in (bool, int, float, str) or get_origin(hint) is Literal
+
+
+def _split(path: str) -> tuple[str, str]:
+    module, _, name = path.partition(":")
+    if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        raise ConfigError(f"model={path} is not a Python path: write it as package.module:Class")
+    return module, name
+
+
+def _import(path: str) -> Any:
+    module_name, name = _split(path)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"model={path} cannot be imported: {error}") from error
+    if not hasattr(module, name):
+        raise ConfigError(f"model={path}: {module.__name__} has no {name}{_nearest(name, vars(module))}")
+    found = getattr(module, name)
+    if not callable(found):
+        raise ConfigError(f"model={path} is not a class but {found!r:.60}")
+    return found
+
+
+def _checked(model: Any, name: str) -> "RecurrentModel":
+    import torch
+
+    from serve_app.models.interface import RecurrentModel
+
+    for member in (member for member in vars(RecurrentModel) if not member.startswith("_")):
+        inherited = member == "forward" and getattr(type(model), member, None) is torch.nn.Module.forward
+        if inherited or not hasattr(model, member):
+            raise ConfigError(
+                f"model={name} has no {member}: a model needs input, outputs, initial_state and forward, "
+                "see serve_app/models/interface.py"
+            )
+    return model  # type: ignore[no-any-return]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else "."

@@ -1,0 +1,106 @@
+"""Recurrent layers as torch has them: RNN (relu or tanh), LSTM (also with projections) and GRU."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from serve_app.errors import ConfigError
+from serve_app.models.interface import State
+from serve_app.models.options import RnnOptions
+from serve_app.spec import TensorSpec
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Rnn(torch.nn.Module):
+    """Fused recurrent layers, then a linear layer and a top-k where the options ask for them.
+
+    Weights keep torch's names: `rnn.weight_ih_l0` and so on, `head.weight` and `head.bias` of the linear layer; a file
+    of another dtype is cast. All runs in `options.dtype`; numpy has no bf16, so clients of bf16 send and get float32.
+    """
+
+    def __init__(self, options: RnnOptions) -> None:
+        """Raises ConfigError if `options.weights` is not a file with exactly these weights."""
+        super().__init__()
+        self.options = options
+        self.dtype = _DTYPES[options.dtype]
+        wire, k = "float16" if options.dtype == "fp16" else "float32", options.top_k
+        self.input = TensorSpec((options.input,), wire)
+        self.outputs: Mapping[str, TensorSpec] = {"y": TensorSpec((options.num_outputs,), wire)}
+        if k:
+            self.outputs = {"values": TensorSpec((k,), wire), "indices": TensorSpec((k,), "int32")}
+
+        with torch.random.fork_rng(devices=[]):  # random weights from `seed`; the global generator stays as it was
+            torch.default_generator.manual_seed(options.seed)
+            self.rnn = _layers(options)
+            features = options.projection or options.hidden
+            self.head = torch.nn.Linear(features, options.output) if options.output else torch.nn.Identity()
+        if options.weights is not None:
+            _load(self, Path(options.weights))
+        self.to(self.dtype).requires_grad_(False)
+
+    def initial_state(self, batch: int) -> State:
+        """Zeros: h [layers, batch, projection or hidden]; for an LSTM (h, c [layers, batch, hidden])."""
+        options, like = self.options, next(self.parameters())
+        h = like.new_zeros(options.layers, batch, options.projection or options.hidden)
+        return (h, like.new_zeros(options.layers, batch, options.hidden)) if options.cell == "lstm" else h
+
+    def forward(self, x: torch.Tensor, state: State) -> tuple[torch.Tensor | Mapping[str, torch.Tensor], State]:
+        """x [T, B, input] -> y [T, B, features], or the top_k `values` (largest first) and `indices` [T, B, k]."""
+        y, state = self.rnn(x.to(self.dtype), state)
+        y = self.head(y)
+        if not self.options.top_k:
+            return y.to(x.dtype), state
+        values, indices = y.topk(self.options.top_k)
+        return {"values": values.to(x.dtype), "indices": indices.to(torch.int32)}, state
+
+
+def _layers(options: RnnOptions) -> torch.nn.RNNBase:
+    sizes = options.input, options.hidden, options.layers
+    if options.cell == "lstm":
+        return torch.nn.LSTM(*sizes, proj_size=options.projection)
+    if options.cell == "gru":
+        return torch.nn.GRU(*sizes)
+    return torch.nn.RNN(*sizes, nonlinearity=options.cell)
+
+
+def _load(module: torch.nn.Module, path: Path) -> None:
+    """Copy the weights in the file into the module; raises ConfigError unless names and shapes are the same."""
+    found, expected = _read(path), module.state_dict()
+    for name, tensor in expected.items():
+        if name not in found:
+            raise ConfigError(
+                f"model.weights={path} has no {name} (expected shape {list(tensor.shape)}); it has {_names(found)}"
+            )
+        if found[name].shape != tensor.shape:
+            raise ConfigError(
+                f"{name} in model.weights={path} has shape {list(found[name].shape)}, expected {list(tensor.shape)}: "
+                "give model.input, hidden, layers, projection and output as the weights were trained"
+            )
+    if extra := found.keys() - expected.keys():
+        raise ConfigError(f"model.weights={path} has {_names(extra)}, which these options have no place for")
+    module.load_state_dict(found)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix not in (".pt", ".pth", ".safetensors"):
+        raise ConfigError(f"model.weights={path} ends in {path.suffix!r}: .pt, .pth and .safetensors can be read")
+    if not path.is_file():
+        raise ConfigError(f"model.weights={path} is not a file (looked in {Path.cwd()})")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file fails in zip, pickle, torch or safetensors, each with its own
+        raise ConfigError(f"model.weights={path} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise ConfigError(f"model.weights={path} is not a state dict: torch.save(model.state_dict(), path) writes one")
+    return dict(found)
+
+
+def _names(tensors: Mapping[str, object] | set[str]) -> str:
+    names = sorted(tensors)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "nothing"

@@ -1,0 +1,362 @@
+"""The sending side of a session: numbers timesteps, keeps inputs until accepted and outputs until read.
+
+Used wherever segments start: in the ingress for its clients, in a handle client, in a WebSocket client. How they travel
+is a Carrier's business. Everything here runs on one event loop.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from serve_app.errors import (
+    InvalidInput,
+    LockstepError,
+    Overloaded,
+    Rewound,
+    SessionEnded,
+    StartMismatch,
+    StateLost,
+    StepFailed,
+    WindowFull,
+    from_wire,
+)
+from serve_app.frame import ABORT, NO_CLOSE
+from serve_app.segment import Outputs
+from serve_app.spec import ModelSpec, SessionLimits, check_segment
+
+
+class Carrier(Protocol):
+    """What brings a session's inputs to its owner, and its outputs back."""
+
+    def notify(self, session: "Session") -> None:
+        """The session has something to send: `take` it when there is room."""
+        ...
+
+    def notify_later(self, session: "Session") -> None:
+        """The owner was full: `take` again after a while."""
+        ...
+
+    def notify_ack(self, session: "Session") -> None:
+        """The session has acknowledged more: tell the owner with whatever goes there next."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a session sends at once: a frame's entry, or a message."""
+
+    start: int
+    x: np.ndarray
+    acked: int
+    rewind: int
+    close: int
+
+
+class Session:
+    """One session on the number line: acked <= progress <= accepted <= handed <= next.
+
+    `next`: timesteps submitted; `handed`: given to the carrier; `accepted`: the owner has them; `progress`: outputs are
+    here; `acked`: the owner may free the outputs below. With `ack_on_receipt` that is `progress`, since this side holds
+    them; without, whoever uses the session acknowledges for the client behind it.
+    """
+
+    def __init__(
+        self, name: str, spec: ModelSpec, limits: SessionLimits, carrier: Carrier, *, epoch: int = 0, ack_on_receipt: bool = True
+    ) -> None:
+        self.name = name
+        self.spec = spec
+        self.limits = limits
+        self.epoch = epoch
+        self.next = self.handed = self.accepted = self.progress = self.acked = 0
+        self.rewind = 0
+        #: The owner was told so.
+        self.acked_told = 0
+        #: A frame with inputs of this session is on its way, and not known to be accepted.
+        self.in_flight = False
+        #: Why the session ended (closed, idle, aborted, …), None while it lives.
+        self.end_reason: str | None = None
+        self.carrier = carrier
+        self._ack_on_receipt = ack_on_receipt
+        self._close = NO_CLOSE
+        self._close_told = False
+        self._inputs: deque[tuple[int, np.ndarray]] = deque()
+        self._outputs: deque[Outputs] = deque()
+        self._early: dict[int, Outputs] = {}  # that overtook others
+        self._read = 0  # outputs below were handed to the user
+        self._end: tuple[str, int] | None = None  # told by the owner, while outputs below are still on their way
+        self._error: LockstepError | None = None  # ended the session
+        self._failure: LockstepError | None = None  # did not; the user has to be told once
+        self._changed: asyncio.Event | None = None
+
+    # What a user of the session calls.
+
+    def submit(self, x: np.ndarray, start: int | None = None) -> int:
+        """Queue the segment x [T, *features]; returns the timestep it ends at. Never blocks.
+
+        start: the segment's first timestep; what lies below `next` was submitted before and is not sent again. Raises
+        InvalidInput, StartMismatch, WindowFull, SessionEnded, and once what made the session rewind.
+        """
+        self._raise_if_ended()
+        if start is None or start == self.next:
+            if start is None:
+                self._raise_failure()
+            start = self.next
+        if start > self.next:
+            raise StartMismatch(
+                f"a segment of session {self.name!r} starts at {start}, {self.next} was expected: resend from {self.next}",
+                expected=self.next,
+                rewind=self.rewind,
+            )
+        check_segment(x, self.spec.input, self.limits)
+        end = start + len(x)
+        if end > self.next:
+            if self._close >= 0:
+                raise SessionEnded(f"session {self.name!r} closes at timestep {self._close}: nothing further is taken")
+            held = end - (self._read if self._ack_on_receipt else self.acked)
+            if held > self.limits.max_window:
+                how = "read" if self._ack_on_receipt else "acknowledged"
+                raise WindowFull(
+                    f"session {self.name!r} would have {held} timesteps submitted and not {how}, the limit is "
+                    f"{self.limits.max_window}: take outputs first, or raise session.max_window_timesteps",
+                    expected=self.next,
+                )
+            self._failure = None
+            self._inputs.append((self.next, x[self.next - start :].copy()))
+            self.next = end
+            self.offer()
+        return end
+
+    async def wait(self, timestep: int | None = None) -> int:
+        """Wait until `progress` reaches the timestep (None: all that is submitted); returns `progress`.
+
+        Raises InvalidInput for a timestep not submitted, the error that ended the session, or once what rewound it.
+        """
+        target = self.next if timestep is None else timestep
+        if self._failure is None and target > self.next:
+            self._raise_if_ended()
+            raise InvalidInput(f"session {self.name!r} has {self.next} timesteps submitted, {target} was waited for")
+        while self.progress < target:
+            self._raise_failure()
+            self._raise_if_ended()
+            await self._change()
+        return self.progress
+
+    async def outputs(self) -> AsyncIterator[Outputs]:
+        """Outputs in order, each timestep once, as they come; ends with the session."""
+        while True:
+            while outputs := self.read():
+                yield outputs
+            self._raise_failure()
+            if self.end_reason == "closed":
+                return
+            self._raise_if_ended()
+            await self._change()
+
+    def read(self) -> Outputs | None:
+        """All outputs that are here and were not read yet; None without any."""
+        outputs = self.peek(self._read)
+        if outputs is not None:
+            self._read = outputs.end
+            if self._ack_on_receipt:
+                self._outputs.clear()
+        return outputs
+
+    def peek(self, start: int) -> Outputs | None:
+        """All outputs that are here from timestep `start` on, still to be read and acknowledged; None without any."""
+        parts = [part.cut(max(start, part.start)) for part in self._outputs if part.end > start]
+        if not parts:
+            return None
+        names = self.spec.outputs
+        return Outputs(parts[0].start, {name: np.concatenate([part.values[name] for part in parts]) for name in names})
+
+    def ack(self, timestep: int) -> None:
+        """The client behind this side holds the outputs below the timestep. Lower than before is no error."""
+        self.acked = max(self.acked, min(timestep, self.progress))
+        self._read = max(self._read, self.acked)
+        while self._outputs and self._outputs[0].end <= self.acked:
+            self._outputs.popleft()
+        self.carrier.notify_ack(self)
+
+    def close(self) -> None:
+        """End the session when everything submitted has run. Further calls do nothing."""
+        if self._close == NO_CLOSE and self.end_reason is None:
+            self._close = self.next
+            self.offer()
+
+    def abort(self) -> None:
+        """End the session at once; what is pending is dropped."""
+        if self.end_reason is None and self._close != ABORT:
+            self._close, self._close_told = ABORT, False
+            self._inputs.clear()
+            self.handed = self.next
+            self.offer()
+
+    async def closed(self) -> str:
+        """Wait for the end; returns its reason. Raises the error, where one ended the session."""
+        while self.end_reason is None:
+            await self._change()
+        if self._error is not None and self.end_reason not in ("closed", "aborted"):
+            raise self._error
+        return self.end_reason
+
+    # What a carrier calls.
+
+    @property
+    def sendable(self) -> bool:
+        """Whether `take` would bring something that is worth a call."""
+        if self.in_flight or self.end_reason is not None:
+            return False
+        return self.handed < self.next or (self._close != NO_CLOSE and not self._close_told)
+
+    @property
+    def done(self) -> bool:
+        """Whether the carrier can forget the session: it has ended and the owner, if it cares, knows all is here."""
+        return self.end_reason is not None and (self.end_reason != "closed" or self.acked_told >= self.progress)
+
+    def take(self, max_timesteps: int) -> Entry:
+        """What to send now: up to max_timesteps inputs, the acknowledgement, and the close once all inputs are out."""
+        parts, start, room = [], self.handed, max_timesteps
+        for first, x in self._inputs:
+            if first + len(x) > self.handed and room > 0:
+                part = x[self.handed - first :][:room]
+                parts.append(part)
+                self.handed += len(part)
+                room -= len(part)
+        close = NO_CLOSE
+        if self.handed == self.next and self.end_reason is None and not self._close_told:
+            close, self._close_told = self._close, self._close != NO_CLOSE
+        self.in_flight = bool(parts) or close != NO_CLOSE
+        self.acked_told = self.acked
+        x = np.concatenate(parts) if parts else np.empty((0, *self.spec.input.shape), self.spec.input.dtype)
+        return Entry(start, x, self.acked, self.rewind, close)
+
+    def offer(self) -> None:
+        """Tell the carrier, if there is something to send."""
+        if self.sendable:
+            self.carrier.notify(self)
+
+    def arrived(self) -> None:
+        """The frame with the last entry has arrived; another may follow."""
+        self.in_flight = False
+        self.offer()
+
+    def deliver(self, accepted: int, rewind: int, outputs: Outputs | None) -> None:
+        """The owner has accepted the inputs below `accepted`, and these are outputs; in any order, repeated or not.
+
+        rewind: as it was when that was said; what was accepted before the last rewind counts no more.
+        """
+        if accepted > self.accepted and rewind == self.rewind:
+            self.accepted = min(accepted, self.next)
+            while self._inputs and self._inputs[0][0] + len(self._inputs[0][1]) <= self.accepted:
+                self._inputs.popleft()
+            if self.accepted >= self.handed:
+                self.arrived()
+        if outputs is not None and outputs.end > self.progress:
+            self._early[outputs.start] = outputs
+            self._join()
+
+    def notice(self, kind: str, error: dict[str, Any] | None, reason: str, progress: int) -> None:
+        """The owner says something that is not an output (see frame.Notice)."""
+        if kind == "ended":
+            self._end = (reason, progress)
+            self._finish_if_due()
+        elif error is not None:
+            self._refused(from_wire(error))
+
+    def fail(self, error: LockstepError) -> None:
+        """The session is lost."""
+        if self.end_reason is None:
+            self._error, self.end_reason = error, error.code
+            self._inputs.clear()
+            self._wake()
+
+    # Inside.
+
+    def _join(self) -> None:
+        """Append what continues the line; the rest waits for what it overtook."""
+        while early := [part for part in self._early.values() if part.start <= self.progress]:
+            for part in early:
+                del self._early[part.start]
+                if part.end > self.progress:
+                    self._outputs.append(part.cut(self.progress))
+                    self.progress = part.end
+        if self._ack_on_receipt:
+            self.acked = self.progress
+            self.carrier.notify_ack(self)
+        self._wake()
+        self._finish_if_due()
+
+    def _refused(self, error: LockstepError) -> None:
+        expected = error.details.get("expected")
+        if isinstance(error, Rewound):
+            return  # the StepFailed that it follows has said it all
+        if isinstance(error, Overloaded):
+            self._resend(self.accepted if expected is None else expected)
+            self.carrier.notify_later(self)
+        elif isinstance(error, StartMismatch) and expected is not None:
+            if self._inputs and self._inputs[0][0] <= expected:
+                self._resend(expected)
+                self.offer()
+            else:
+                self.fail(StateLost(f"the owner of session {self.name!r} is at timestep {expected}, which is gone here"))
+        elif isinstance(error, StepFailed | InvalidInput) and expected is not None:
+            self._rewind(expected, int(error.details["rewind"]), error)
+        else:
+            self.fail(error)
+
+    def _resend(self, timestep: int) -> None:
+        self.handed = timestep
+        self.in_flight = False
+        self._close_told = False
+
+    def _rewind(self, timestep: int, rewind: int, error: LockstepError) -> None:
+        """Give up the inputs from `timestep` on; the next segment starts there."""
+        self._inputs.clear()
+        self.next = self.handed = self.accepted = timestep
+        self.rewind = rewind
+        self.in_flight = self._close_told = False
+        self._close = NO_CLOSE
+        self._failure = error
+        self._wake()
+
+    def _finish_if_due(self) -> None:
+        if self._end is None or self.end_reason is not None:
+            return
+        reason, progress = self._end
+        if reason == "closed" and self.progress < progress:
+            return  # outputs are still on their way
+        self.end_reason = reason
+        if reason != "closed":
+            self._error = SessionEnded(
+                f"session {self.name!r} has ended ({reason}) at timestep {progress}: open a new one",
+                reason=reason,
+                progress=progress,
+            )
+        self._inputs.clear()
+        self._wake()
+
+    def _raise_if_ended(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self.end_reason is not None:
+            raise SessionEnded(f"session {self.name!r} has ended ({self.end_reason}): open a new one", reason=self.end_reason)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    async def _change(self) -> None:
+        """Wait until something about the session has changed."""
+        if self._changed is None:
+            self._changed = asyncio.Event()
+        await self._changed.wait()
+
+    def _wake(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None

@@ -1,0 +1,77 @@
+"""What a model takes and gives, in plain values: the part of a model that every process may know."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from serve_app.errors import InvalidInput
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One timestep of an input or output: its shape, without time and batch, and its numpy dtype's name."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one timestep."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A served model, as its clients see it.
+
+    `sample_rate` (Hz) is set where a timestep is a run of audio samples; clients then take any number of samples
+    and cut them into timesteps themselves.
+    """
+
+    name: str
+    input: TensorSpec
+    outputs: Mapping[str, TensorSpec] = field(default_factory=dict)
+    state_bytes: int = 0
+    sample_rate: int | None = None
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all outputs of one timestep."""
+        return sum(spec.nbytes for spec in self.outputs.values())
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """What a sender must keep to, so that nothing is refused later.
+
+    `max_segment`: timesteps of one segment; `max_window`: timesteps submitted and not read yet.
+    """
+
+    max_segment: int = 1024
+    max_window: int = 4096
+    refuse_nan: bool = True
+
+
+def check_segment(x: np.ndarray, spec: TensorSpec, limits: SessionLimits) -> None:
+    """Raise InvalidInput unless x is a segment [T, *spec.shape] of spec.dtype within the limits."""
+    if x.dtype != spec.dtype:
+        raise InvalidInput(f"a segment of {x.dtype} arrived, the model takes {spec.dtype}: convert it first")
+    if x.ndim == 0 or x.shape[1:] != spec.shape:
+        expected = ", ".join(["T", *map(str, spec.shape)])
+        raise InvalidInput(f"a segment of shape {list(x.shape)} arrived, the model takes [{expected}]")
+    if len(x) == 0:
+        raise InvalidInput("an empty segment arrived: send 1 timestep or more")
+    if len(x) > limits.max_segment:
+        raise InvalidInput(
+            f"a segment of {len(x)} timesteps arrived, the limit is {limits.max_segment}: send it in parts, "
+            "or raise session.max_segment_timesteps"
+        )
+    if limits.refuse_nan and not finite(x):
+        raise InvalidInput("the segment holds NaN or infinity: clean it, or set session.nan=pass")
+
+
+def finite(x: np.ndarray) -> bool:
+    """Whether all values are finite; integers always are."""
+    return x.dtype.kind != "f" or bool(np.isfinite(x).all())

@@ -1,0 +1,125 @@
+"""Small real objects to test with."""
+
+import numpy as np
+import torch
+
+from serve_app.config import AppConfig
+from serve_app.engine.engine import Engine
+from serve_app.frame import NO_CLOSE, Answer, Frame, Open
+from serve_app.models.interface import RecurrentModel
+from serve_app.spec import TensorSpec
+
+
+class SumModel:
+    """Answers, at each timestep, the sum of all inputs so far: whole numbers, so results are equal to the bit.
+
+    An input below `poison` raises, as a broken model would.
+    """
+
+    input = TensorSpec((2,), "int64")
+    outputs = {"total": TensorSpec((2,), "int64")}
+
+    def __init__(self, poison: int = -(2**62)) -> None:
+        self.poison = poison
+        self.ended: list[tuple[str, str]] = []
+        self.batch_sizes: list[int] = []
+
+    def initial_state(self, batch: int) -> torch.Tensor:
+        return torch.zeros(batch, 2, dtype=torch.int64)
+
+    def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if (x < self.poison).any():
+            raise RuntimeError("poisoned input")
+        self.batch_sizes.append(x.shape[1])
+        y = state + x.cumsum(0)
+        return y, y[-1]
+
+    def session_ended(self, session: str, reason: str) -> None:
+        self.ended.append((session, reason))
+
+
+class FloatSumModel:
+    """SumModel in float32, where NaN is possible."""
+
+    input = TensorSpec((1,), "float32")
+    outputs = {"total": TensorSpec((1,), "float32")}
+
+    def initial_state(self, batch: int) -> torch.Tensor:
+        return torch.zeros(batch, 1)
+
+    def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = state + x.cumsum(0)
+        return y, y[-1]
+
+
+class Sender:
+    """Talks to an engine directly, one frame at a time, and keeps all that comes back. Time is a counter."""
+
+    def __init__(self, model: RecurrentModel, config: AppConfig | None = None) -> None:
+        self.engine = Engine(model, config or AppConfig())
+        self.now = 0.0
+        self.outputs: dict[int, list[tuple[int, np.ndarray]]] = {}
+        self.notices: dict[int, list[str]] = {}
+        self.errors: dict[int, list[dict[str, object]]] = {}
+        self.next: dict[int, int] = {}
+
+    def send(self, *entries: dict[str, object], opens: tuple[Open, ...] = (), owner: str = "local") -> None:
+        """entries: epoch and any of x [T, ...], start, acked, rewind, close."""
+        spec = self.engine.spec.input
+        xs = [np.asarray(e.get("x", np.empty((0, *spec.shape))), spec.dtype) for e in entries]
+        columns = {
+            name: np.array([e.get(name, default) for e in entries], np.int64)
+            for name, default in (("epoch", 0), ("start", 0), ("acked", 0), ("rewind", 0), ("close", NO_CLOSE))
+        }
+        x = np.concatenate(xs) if xs else np.empty((0, *spec.shape), spec.dtype)
+        length = np.array([len(x) for x in xs], np.int64)
+        self.engine.receive(Frame(owner, "test", length=length, x=x, opens=opens, **columns), object(), self.now)
+        self.collect()
+
+    def open(self, *epochs: int) -> None:
+        self.send(opens=tuple(Open(epoch, f"s{epoch}") for epoch in epochs))
+
+    def step(self) -> bool:
+        self.now += 1
+        ran = self.engine.step(self.now)
+        self.collect()
+        return ran
+
+    def run(self) -> int:
+        """Step until nothing is ready; the number of steps."""
+        steps = 0
+        while self.step():
+            steps += 1
+        return steps
+
+    def collect(self) -> None:
+        for _, answer in self.engine.answers(self.now):
+            self._take(answer)
+
+    def poll(self) -> None:
+        """Ask for whatever has not come yet."""
+        self.now += 100
+        self.send()
+
+    def _take(self, answer: Answer) -> None:
+        at = 0
+        (values,) = answer.outputs.values()
+        for epoch, due, start, length in zip(
+            answer.epoch.tolist(), answer.next.tolist(), answer.start.tolist(), answer.length.tolist(), strict=True
+        ):
+            self.outputs.setdefault(epoch, []).append((start, values[at : at + length]))
+            self.next[epoch] = due
+            at += length
+        for notice in answer.notices:
+            self.notices.setdefault(notice.epoch, []).append(notice.reason or notice.kind)
+            if notice.error:
+                self.errors.setdefault(notice.epoch, []).append(dict(notice.error))
+
+    def line(self, epoch: int) -> np.ndarray:
+        """All outputs of a session in the order of arrival; fails unless they are without gap or repetition."""
+        at, parts = 0, []
+        for start, values in self.outputs.get(epoch, []):
+            assert start == at, f"outputs from {start} arrived, {at} was due"
+            at += len(values)
+            parts.append(values)
+        return np.concatenate(parts) if parts else np.empty((0,))

@@ -1,0 +1,80 @@
+"""A whole Lockstep in one process, without Ray: engines, a directory, and hubs that reach them by a function call."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from serve_app.config import AppConfig
+from serve_app.directory import Directory, Grant, Owner
+from serve_app.engine.async_engine import AsyncEngine
+from serve_app.engine.engine import Engine
+from serve_app.errors import StateLost, Unavailable
+from serve_app.frame import Answer, Frame
+from serve_app.ingress.hub import Hub
+from serve_app.ingress.outbox import Call
+from serve_app.models.interface import RecurrentModel
+from serve_app.spec import ModelSpec, SessionLimits
+
+
+class LocalCluster:
+    """Owners `owner-0`, `owner-1`, …; `kill` makes one unreachable. `frames` counts calls."""
+
+    def __init__(self, models: list[RecurrentModel], config: AppConfig) -> None:
+        self.directory = Directory(incarnation=1)
+        self.engines: dict[str, Engine] = {}
+        self.frames: list[Frame] = []
+        self.delay_s = 0.0
+        self._running: dict[str, AsyncEngine] = {}
+        for i, model in enumerate(models):
+            name = f"owner-{i}"
+            engine = Engine(model, config, name)
+            self.engines[name], self._running[name] = engine, AsyncEngine(engine)
+            limits = SessionLimits(
+                config.session.max_segment_timesteps, config.session.max_window_timesteps, config.session.nan == "refuse"
+            )
+            self.directory.register(
+                Owner(name, name, engine.spec, limits, config.session.max_sessions, config.frame.max_bytes)
+            )
+
+    async def open(self, session: str, sender: str, model: str | None, ended: dict[str, list[int]]) -> Grant:
+        for owner, epochs in ended.items():
+            self.directory.ended(owner, epochs)
+        return self.directory.open(session, sender, model)
+
+    async def lost(self, owner: str) -> None:
+        self.directory.unregister(owner)
+
+    async def models(self) -> dict[str, ModelSpec]:
+        return self.directory.models()
+
+    def connect(self, owner: Owner) -> Call:
+        async def call(frame: Frame) -> Answer:
+            self.frames.append(frame)
+            await asyncio.sleep(self.delay_s)
+            try:
+                return await self._running[owner.name].frame(frame)
+            except (KeyError, Unavailable) as error:
+                raise StateLost(f"owner {owner.name!r} is gone: its sessions are lost") from error
+
+        return call
+
+    async def kill(self, owner: str) -> None:
+        await self._running.pop(owner).stop()
+
+    async def stop(self) -> None:
+        for owner in list(self._running):
+            await self.kill(owner)
+
+
+@asynccontextmanager
+async def local(
+    *models: RecurrentModel, config: AppConfig | None = None, ack_on_receipt: bool = True
+) -> AsyncIterator[tuple[LocalCluster, Hub]]:
+    """A cluster with an engine for each model, and a hub to it."""
+    cluster = LocalCluster(list(models), config or AppConfig())
+    hub = Hub(cluster, ack_on_receipt=ack_on_receipt)
+    try:
+        yield cluster, hub
+    finally:
+        await hub.stop()
+        await cluster.stop()

@@ -1,0 +1,175 @@
+"""The configuration, out of YAML files and command lines."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import yaml
+
+from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig, load_config
+from serve_app.errors import ConfigError, InvalidInput
+
+
+def yaml_of(text: str) -> dict[str, Any]:
+    return dict(yaml.safe_load(text) or {})
+
+
+FULL = """
+model:
+  name: rnn
+  cell: gru
+  hidden: 512
+  weights: null
+engine:
+  device: cpu
+  slots: 300
+session:
+  idle_timeout_s: 60
+  nan: pass
+frame:
+  answer_within_s: 0.5
+replicas: 2
+num_gpus: 0.5
+"""
+FULL_FLAT = {
+    "model": "rnn",
+    "model.cell": "gru",
+    "model.hidden": "512",
+    "model.weights": "none",
+    "engine.device": "cpu",
+    "engine.slots": "300",
+    "session.idle_timeout_s": "60",
+    "session.nan": "pass",
+    "frame.answer_within_s": "0.5",
+    "replicas": "2",
+    "num_gpus": "0.5",
+}
+
+
+def test_nothing_gives_the_defaults() -> None:
+    config = load_config({})
+    assert config.model.name == ModelConfig().name
+    assert dataclasses.replace(config, model=ModelConfig()) == AppConfig()
+    assert (config.engine, config.session, config.frame) == (EngineConfig(), SessionConfig(), FrameConfig())
+
+
+def test_yaml_and_command_line_give_the_same_tree() -> None:
+    config = load_config(yaml_of(FULL))
+    assert config == load_config(FULL_FLAT)
+    assert config.model.name == "rnn"
+    assert config.model.options.items() >= {"cell": "gru", "hidden": 512, "weights": None}.items()
+    assert config.engine == EngineConfig(device="cpu", slots=300)
+    assert config.session == SessionConfig(idle_timeout_s=60.0, nan="pass")
+    assert config.frame == FrameConfig(answer_within_s=0.5)
+    assert (config.replicas, config.num_gpus) == (2, 0.5)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"model": "rnn", "model.hidden": "512"},
+        {"model.hidden": "512", "model": "rnn"},
+        {"model.name": "rnn", "model.hidden": 512},
+        {"model": {"name": "rnn"}, "model.hidden": "5_12"},
+        {"model": {"name": "rnn", "hidden": 512}},
+        {"model": {"name": "rnn", "hidden": "512"}, "engine": None, "session": {}},
+    ],
+)
+def test_every_way_to_give_a_model(args: dict[str, Any]) -> None:
+    assert load_config(args) == load_config(yaml_of("model: {name: rnn, hidden: 512}"))
+
+
+def test_a_model_without_options() -> None:
+    assert load_config({"model": "silero_vad"}) == load_config({"model": {"name": "silero_vad"}}) == load_config({})
+    assert load_config({"model": None}) == load_config({})
+
+
+def test_options_without_a_name_are_those_of_the_default_model() -> None:
+    assert load_config({"model.sample_rate": "8000"}).model.options["sample_rate"] == 8000
+
+
+def test_nested_and_flat_keys_mix() -> None:
+    config = load_config({"engine": {"slots": 300}, "engine.threads": "2", "session.nan": "pass"})
+    assert config == load_config({"engine": {"slots": 300, "threads": 2}, "session": {"nan": "pass"}})
+
+
+def test_a_class_of_ones_own_keeps_its_options_as_they_are() -> None:
+    config = load_config({"model": "my.models:Decoder", "model.size": "3", "model.more.depth": "x"})
+    assert config.model == ModelConfig("my.models:Decoder", {"size": "3", "more": {"depth": "x"}})
+
+
+def test_the_arguments_are_left_alone() -> None:
+    args = yaml_of(FULL)
+    load_config(args)
+    assert args == yaml_of(FULL)
+
+
+# What is wrong, and what of the message has to be there: the key, the value, the way out.
+WRONG: list[tuple[dict[str, Any], list[str]]] = [
+    ({"replica": 2}, ["replica is not a setting", "did you mean replicas?", "model, engine, session, frame"]),
+    ({"slots": 2}, ["slots is not a setting", "did you mean engine.slots?"]),
+    ({"engine.slot": "2"}, ["engine.slot is not a setting", "did you mean engine.slots?", "max_batch_size"]),
+    ({"sesion": {"nan": "pass"}}, ["sesion is not a setting", "did you mean session?"]),
+    ({"frame": {"max_byte": 3}}, ["frame.max_byte is not a setting", "did you mean frame.max_bytes?"]),
+    ({"model": "rnn", "model.hiden": "3"}, ["model.hiden is not a setting", "did you mean model.hidden?", "layers"]),
+    ({"model.hidden": "3"}, ["model.hidden is not a setting", "sample_rate"]),
+    ({"model": {"name": "rnn", "options": {"hidden": 3}}}, ["model.options is not a setting", "hidden"]),
+    ({"model": "rrn"}, ["rrn", "did you mean rnn?"]),
+    ({"model": ""}, ["not known", "rnn, silero_vad"]),
+    ({"model": 3}, ["model.name is 3", "text"]),
+    ({"model": ["rnn"]}, ["model.name is ['rnn']", "text"]),
+    ({"model": {"name": None}}, ["model.name is None", "text"]),
+    ({"model": "rnn", "model.name": "rnn"}, ["model.name is given twice", "'rnn'", "keep one"]),
+    ({"model": "rnn", "model.hidden": "big"}, ["model.hidden is 'big'", "a whole number"]),
+    ({"model": "rnn", "model.cell": "elman"}, ["model.cell is 'elman'", "relu, tanh, lstm, gru"]),
+    ({"model": "rnn", "model.hidden": "0"}, ["model.hidden is 0", "the least is 1"]),
+    ({"model.sample_rate": "44100"}, ["model.sample_rate is '44100'", "16000, 8000"]),
+    ({"engine": 3, "engine.slots": 4}, ["engine", "(3)", "keep one"]),
+    ({"engine": {"slots": 3}, "engine.slots": "4"}, ["engine.slots is given twice", "3", "'4'", "keep one"]),
+    ({"engine": 3}, ["engine is 3", "a section with device, slots"]),
+    ({"engine": {"slots": 3.5}}, ["engine.slots is 3.5", "a whole number"]),
+    ({"engine": {"slots": True}}, ["engine.slots is True", "a whole number"]),
+    ({"engine.slots": "many"}, ["engine.slots is 'many'", "a whole number"]),
+    ({"engine.slots": "0"}, ["engine.slots is 0", "the least is 1"]),
+    ({"engine.slots": 8, "engine.max_batch_size": 16}, ["engine.max_batch_size=16", "engine.slots=8"]),
+    ({"session": {"nan": False}}, ["session.nan is False", "refuse, pass", "quotes"]),
+    ({"session.nan": "drop"}, ["session.nan is 'drop'", "refuse, pass"]),
+    ({"session.idle_timeout_s": "0"}, ["session.idle_timeout_s is 0.0", "more than 0"]),
+    ({"session.idle_timeout_s": "nan"}, ["session.idle_timeout_s is 'nan'", "a number"]),
+    (
+        {"session.max_segment_timesteps": "5000"},
+        ["session.max_segment_timesteps=5000", "session.max_window_timesteps=4096"],
+    ),
+    ({"frame.max_bytes": "100"}, ["frame.max_bytes is 100", "the least is 65536"]),
+    ({"replicas": 0}, ["replicas is 0", "the least is 1"]),
+    ({"replicas": "auto"}, ["replicas is 'auto'", "a whole number"]),
+    ({"engine..slots": "1"}, ["'engine..slots'", "section.name"]),
+]
+
+
+@pytest.mark.parametrize(("args", "words"), WRONG, ids=[str(args) for args, _ in WRONG])
+def test_an_error_names_key_value_and_way_out(args: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(args)
+    assert [word for word in words if word not in caught.value.message] == [], caught.value.message
+
+
+def test_the_whole_has_to_be_a_section() -> None:
+    with pytest.raises(ConfigError, match=r"the configuration is \['a'\], expected a section"):
+        load_config(["a"])  # type: ignore[arg-type]
+
+
+def test_a_config_error_is_invalid_input() -> None:
+    """So that the edges answer 400."""
+    assert issubclass(ConfigError, InvalidInput)
+    assert ConfigError.http == 400
+
+
+@pytest.mark.parametrize("section", ["model", "engine", "session", "frame"])
+def test_the_tree_never_changes(section: str) -> None:
+    config = load_config({})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, section, None)
+    name = dataclasses.fields(getattr(config, section))[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(getattr(config, section), name, None)

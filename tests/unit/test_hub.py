@@ -1,0 +1,260 @@
+"""Sessions through hub, outbox and engine, in one process."""
+
+import asyncio
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+
+from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
+from serve_app.errors import (
+    InvalidInput,
+    SessionEnded,
+    SessionExists,
+    StartMismatch,
+    StateLost,
+    StepFailed,
+    TooManySessions,
+    Unavailable,
+    UnknownModel,
+    UnknownSession,
+    WindowFull,
+)
+from serve_app.session import Session
+from tests.fakes import SumModel
+from tests.local import local
+
+pytestmark = pytest.mark.asyncio
+
+CONFIG = AppConfig(
+    engine=EngineConfig(device="cpu", slots=16, max_batch_size=8, max_step_timesteps=4),
+    session=SessionConfig(max_sessions=512, max_segment_timesteps=64, max_window_timesteps=256),
+    frame=FrameConfig(answer_within_s=0.2),
+)
+
+
+def ones(n: int) -> np.ndarray:
+    return np.ones((n, 2), np.int64)
+
+
+async def collect(session: Session) -> list[int]:
+    return [int(v) async for outputs in session.outputs() for v in outputs.values["total"][:, 0]]
+
+
+async def test_many_sessions_get_each_output_once_in_order() -> None:
+    async with local(SumModel(), SumModel(), config=CONFIG) as (cluster, hub):
+
+        async def one(seed: int) -> None:
+            rng, n = random.Random(seed), 0
+            session = await hub.open()
+            reader = asyncio.create_task(collect(session))
+            for _ in range(rng.randint(0, 12)):
+                n = session.submit(ones(rng.randint(1, 20)))
+                if rng.random() < 0.5:
+                    assert await session.wait(rng.randint(0, n)) <= n
+            session.close()
+            assert await session.closed() == "closed"
+            assert await reader == list(range(1, n + 1))
+
+        await asyncio.gather(*(one(seed) for seed in range(200)))
+        assert cluster.directory.num_sessions() != {}
+        assert all(stats.segments > 100 for stats in (engine.stats for engine in cluster.engines.values()))
+        assert hub.num_sessions == 0
+    for engine in cluster.engines.values():
+        engine.check()
+
+
+async def test_segments_of_many_sessions_share_a_frame() -> None:
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        sessions = await asyncio.gather(*(hub.open() for _ in range(100)))
+        before = len(cluster.frames)
+        for session in sessions:
+            session.submit(ones(1))
+        await asyncio.gather(*(session.wait() for session in sessions))
+        brought = [len(frame) for frame in cluster.frames[before:] if frame.length.sum()]
+        assert brought == [100]
+
+
+async def test_frames_are_cut_by_bytes_and_a_session_is_in_one_at_a_time() -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        session=SessionConfig(max_segment_timesteps=10_000, max_window_timesteps=20_000),
+        frame=FrameConfig(max_bytes=65536),
+    )
+    async with local(SumModel(), config=config) as (cluster, hub):
+        cluster.delay_s = 0.001
+        sessions = [await hub.open() for _ in range(2)]
+        for session in sessions:
+            session.submit(ones(10_000))
+        await asyncio.gather(*(session.wait() for session in sessions))
+        for session in sessions:
+            outputs = session.read()
+            assert outputs is not None
+            assert outputs.values["total"][:, 1].tolist() == list(range(1, 10_001))
+        assert max(frame.x.nbytes for frame in cluster.frames) <= 65536
+
+
+async def test_submit_checks_and_names_what_is_wrong() -> None:
+    async with local(SumModel(), config=CONFIG) as (_, hub):
+        session = await hub.open("a")
+        for x, message in (
+            (np.ones((1, 3), np.int64), r"shape \[1, 3\] arrived, the model takes \[T, 2\]"),
+            (np.ones((1, 2), np.float32), "float32 arrived, the model takes int64"),
+            (ones(0), "empty"),
+            (ones(65), "65 timesteps arrived, the limit is 64"),
+            (np.int64(3), "shape"),
+        ):
+            with pytest.raises(InvalidInput, match=message):
+                session.submit(x)
+        with pytest.raises(StartMismatch, match="starts at 7, 0 was expected"):
+            session.submit(ones(1), start=7)
+        with pytest.raises(InvalidInput, match="0 timesteps submitted, 1 was waited for"):
+            await session.wait(1)
+        assert session.submit(ones(4)) == 4
+        assert session.submit(ones(4), start=0) == 4  # a resend
+        assert session.submit(ones(4), start=2) == 6  # half of one
+        assert await session.wait() == 6
+
+
+async def test_window_is_a_clear_error_until_outputs_are_read() -> None:
+    async with local(SumModel(), config=CONFIG) as (_, hub):
+        session = await hub.open()
+        for _ in range(4):
+            session.submit(ones(64))
+        with pytest.raises(WindowFull, match="257 timesteps submitted and not read, the limit is 256"):
+            session.submit(ones(1))
+        await session.wait()
+        assert session.read() is not None
+        session.submit(ones(1))
+        assert await session.wait() == 257
+
+
+async def test_a_failed_step_is_told_once_and_the_session_goes_on() -> None:
+    async with local(SumModel(poison=0), config=CONFIG) as (_, hub):
+        session, other = await hub.open(), await hub.open()
+        session.submit(ones(3))
+        await session.wait()
+        session.submit(-ones(2))
+        with pytest.raises(StepFailed, match="resend from 3"):
+            await session.wait()
+        session.submit(ones(2))
+        other.submit(ones(2))
+        assert (await session.wait(), await other.wait()) == (5, 2)
+        session.submit(-ones(2))
+        while session.rewind < 2:
+            await asyncio.sleep(0)
+        with pytest.raises(StepFailed):  # or the next segment would silently take the lost one's place
+            session.submit(ones(1))
+        session.close()
+        assert await collect(session) == [1, 2, 3, 4, 5]
+
+
+async def test_session_ids_are_taken_until_closed() -> None:
+    async with local(SumModel(), config=CONFIG) as (_, hub):
+        session = await hub.open("a")
+        with pytest.raises(SessionExists, match="'a' is open already"):
+            await hub.open("a")
+        session.close()
+        await session.closed()
+        with pytest.raises(SessionEnded, match="closed"):
+            session.submit(ones(1))
+        again = await hub.open("a")
+        again.submit(ones(1))
+        assert await again.wait() == 1
+        with pytest.raises(UnknownSession, match="'b'"):
+            hub.get("b")
+
+
+async def test_limits_and_unknown_models() -> None:
+    config = dataclasses.replace(CONFIG, session=SessionConfig(max_sessions=2))
+    async with local(SumModel(), config=config) as (_, hub):
+        first = await hub.open()
+        await hub.open()
+        with pytest.raises(TooManySessions, match="2 sessions are open"):
+            await hub.open()
+        with pytest.raises(UnknownModel, match="'whisper' is not served here: silero_vad"):
+            await hub.open(model="whisper")
+        first.close()
+        await first.closed()
+        await hub.open()
+
+
+async def test_a_wrong_initial_state_frees_its_place() -> None:
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        with pytest.raises(InvalidInput, match="initial state"):
+            await hub.open("a", initial_state=[np.zeros((1, 9), np.int64)])
+        session = await hub.open("a", initial_state=[np.array([[41, 0]])])
+        session.submit(ones(1))
+        session.close()
+        assert await collect(session) == [42]
+        assert cluster.engines["owner-0"].gauges()["sessions_open"] == 0
+
+
+async def test_a_dead_owner_ends_its_sessions_and_no_others() -> None:
+    async with local(SumModel(), SumModel(), config=CONFIG) as (cluster, hub):
+        sessions = [await hub.open() for _ in range(4)]
+        await cluster.kill("owner-0")
+        lost, alive = [], []
+        for session in sessions:
+            try:
+                session.submit(ones(1))
+                await session.wait()
+                alive.append(session)
+            except StateLost:
+                lost.append(session)
+        assert (len(lost), len(alive)) == (2, 2)
+        fresh = [await hub.open() for _ in range(3)]  # all at the other
+        for session in fresh:
+            session.submit(ones(1))
+            assert await session.wait() == 1
+        await cluster.kill("owner-1")
+        with pytest.raises(Unavailable, match="no replica is ready"):
+            await hub.open()
+
+
+async def test_idle_sessions_are_told() -> None:
+    config = dataclasses.replace(CONFIG, session=SessionConfig(idle_timeout_s=0.1))
+    model = SumModel()
+    async with local(model, config=config) as (_, hub):
+        session = await hub.open("a")
+        with pytest.raises(SessionEnded, match=r"idle"):
+            await session.closed()
+        with pytest.raises(SessionEnded, match="idle"):
+            session.submit(ones(1))
+        assert model.ended == [("a", "idle")]
+
+
+async def test_a_vanished_client_costs_the_others_nothing() -> None:
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        stays, leaves = await hub.open(), await hub.open()
+        for _ in range(3):
+            stays.submit(ones(64))
+            leaves.submit(ones(64))
+        leaves.abort()
+        assert await leaves.closed() == "aborted"
+        stays.close()
+        assert await collect(stays) == list(range(1, 193))
+        assert cluster.engines["owner-0"].gauges()["sessions_open"] == 0
+
+
+async def test_unacknowledged_outputs_stay_for_a_client_behind_an_ingress() -> None:
+    async with local(SumModel(), config=CONFIG, ack_on_receipt=False) as (cluster, hub):
+        session = await hub.open("a")
+        session.submit(ones(6))
+        await session.wait()
+        for start in (0, 2):
+            outputs = session.peek(start)
+            assert outputs is not None
+            assert outputs.values["total"][:, 0].tolist() == list(range(start + 1, 7))
+        session.ack(4)
+        assert session.peek(0).start == 4  # type: ignore[union-attr]
+        session.close()
+        await session.closed()
+        assert hub.get("a") is session
+        session.ack(6)
+        while hub.num_sessions:
+            await asyncio.sleep(0.01)
+        with pytest.raises(SessionEnded, match="closed"):
+            hub.get("a")
+    assert cluster.engines["owner-0"].gauges()["retained_bytes"] == 0
