@@ -42,10 +42,10 @@ class Record:
 
 
 class Directory:
-    """Owners by name, sessions by id. Epochs start above `incarnation` << 32, so a later directory grants higher ones."""
+    """Owners by name, sessions by id. Epochs start above `incarnation` << 24, so a later directory grants higher ones."""
 
     def __init__(self, incarnation: int) -> None:
-        self._last_epoch = incarnation << 32
+        self._last_epoch = incarnation << 24
         self._owners: dict[str, Owner] = {}
         self._sessions: dict[str, Record] = {}
         self._held: dict[str, dict[int, str]] = {}  # by owner: epoch -> session
@@ -54,6 +54,10 @@ class Directory:
         """Take a new owner in."""
         self._owners[owner.name] = owner
         self._held.setdefault(owner.name, {})
+
+    def knows(self, owner: str) -> bool:
+        """Whether the owner is registered."""
+        return owner in self._owners
 
     def unregister(self, owner: str) -> int:
         """The owner is gone, and its sessions with it; returns their number."""

@@ -53,6 +53,7 @@ class Engine:
         self._mail: dict[int, Mailbox] = {}
         self._last_sender = 0
         self._expire_at = 0.0
+        self.answer_within_s = config.frame.answer_within_s
         self.stats = Stats()
         self.spec = ModelSpec(
             config.model.name, model.input, dict(model.outputs), self._pool.state_bytes, getattr(model, "sample_rate", None)
@@ -100,7 +101,7 @@ class Engine:
         for i in np.flatnonzero(accepted.verdict).tolist():
             mailbox.notices.append(self._refuse(int(accepted.verdict[i]), frame, i, int(accepted.rows[i])))
         self._end_some(frame, accepted.rows, known)
-        mailbox.calls.append((ticket, now + self._config.frame.answer_within_s))
+        mailbox.calls.append((ticket, now + self.answer_within_s))
 
     def answers(self, now: float) -> list[tuple[Ticket, Answer]]:
         """Calls to answer now: the oldest of each sender that has mail, and those that have waited long enough."""
@@ -139,6 +140,7 @@ class Engine:
             "sessions_running": int((self._scheduler.left > 0).sum()),
             "sessions_evicted": self._pool.num_pages_used,
             "slots_used": self._slots.num_used,
+            "slot_use": self._slots.num_used / self._config.engine.slots,
             "pending_bytes": self._inputs.nbytes,
             "retained_bytes": self._outputs.timesteps * self.spec.output_bytes,
         }
@@ -249,6 +251,7 @@ class Engine:
                 self._page_of[row] = -1
             self._sessions.end(row, reason)
             self.stats.ends[reason] += 1
+            self.stats.ended_epochs.append(int(self._sessions.epoch[row]))
             self._tell_model(self._sessions.names[row], reason)
         if reason != "closed" or not self._outputs.holds(row):
             self._free(row)

@@ -4,6 +4,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 MAX_STEPS_KEPT = 4096
+MAX_ENDED_KEPT = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Stats:
     restores: int = 0
     refusals: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
+    ended_epochs: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_ENDED_KEPT))
     recent: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=MAX_STEPS_KEPT))
 
     def add_step(self, record: StepRecord) -> None:
@@ -38,5 +40,8 @@ class Stats:
 
     def take_recent(self) -> list[StepRecord]:
         """The steps since the last call."""
-        records = [self.recent.popleft() for _ in range(len(self.recent))]
-        return records
+        return [self.recent.popleft() for _ in range(len(self.recent))]
+
+    def take_ended(self) -> list[int]:
+        """The epochs of sessions that ended since the last call."""
+        return [self.ended_epochs.popleft() for _ in range(len(self.ended_epochs))]

@@ -41,8 +41,8 @@ class DirectoryClient(Protocol):
 class Hub:
     """The sessions of one sender: of an ingress for its clients (`ack_on_receipt=False`), or of a handle client."""
 
-    def __init__(self, directory: DirectoryClient, *, ack_on_receipt: bool) -> None:
-        self.sender = uuid4().hex
+    def __init__(self, directory: DirectoryClient, *, ack_on_receipt: bool, sender: str | None = None) -> None:
+        self.sender = sender or uuid4().hex
         self._directory = directory
         self._ack_on_receipt = ack_on_receipt
         self._outboxes: dict[str, Outbox] = {}

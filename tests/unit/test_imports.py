@@ -35,7 +35,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch"},
     ),
     **{module: (SHARED - {"serve_app.config"}, NOT_PURE) for module in SHARED - {"serve_app.config", "serve_app.directory"}},
-    "clients.handle": (SHARED | {"clients", "serve_app.ingress"}, {"torch"}),
+    "clients.handle": (SHARED | {"clients", "serve_app.ingress", "serve_app.deployments.transport"}, {"torch"}),
     "clients": (SHARED | {"clients", "serve_app.ingress"}, NOT_PURE),
 }
 POLICY_PACKAGES = {*sys.stdlib_module_names, "numpy"}

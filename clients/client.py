@@ -1,0 +1,75 @@
+"""The way to a Lockstep application: `connect` gives a client, the client opens sessions."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from clients.session import Session
+from serve_app.session import Session as Line
+from serve_app.spec import ModelSpec
+
+
+class Transport(Protocol):
+    """How a client reaches the application."""
+
+    async def open(self, session: str | None, model: str | None, initial_state: Sequence[np.ndarray] | None) -> Line:
+        """Open a session there."""
+        ...
+
+    async def models(self) -> dict[str, ModelSpec]:
+        """The models that are served, by name."""
+        ...
+
+    async def stop(self) -> None:
+        """Give up whatever is open."""
+        ...
+
+
+class Client:
+    """Opens sessions. An asynchronous context manager: what is still open at its end is given up."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    async def open(
+        self, session: str | None = None, model: str | None = None, initial_state: Sequence[np.ndarray] | None = None
+    ) -> Session:
+        """Open a session: its id (None: a new one), the model (None: any), and a state to start from.
+
+        initial_state: the tensors of the model's state, in its order and shaped as for a batch of 1. Raises
+        SessionExists, UnknownModel, TooManySessions, InvalidInput, Unavailable.
+        """
+        return Session(await self._transport.open(session, model, initial_state))
+
+    async def models(self) -> dict[str, ModelSpec]:
+        """The models that are served, by name."""
+        return await self._transport.models()
+
+    async def stop(self) -> None:
+        """Give up whatever is still open."""
+        await self._transport.stop()
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+
+def connect(target: Any) -> Client:
+    """A client for `target`.
+
+    A Serve handle of the application, or its name: frames go straight to the owners; Ray has to be connected.
+    `ws://host:port` (or wss): one WebSocket a session; nothing of Ray is needed.
+    """
+    if isinstance(target, str) and target.startswith(("ws://", "wss://")):
+        from clients.websocket import WebSocketTransport
+
+        return Client(WebSocketTransport(target))
+    from clients.handle import HandleTransport
+
+    return Client(HandleTransport(target if isinstance(target, str) else target.app_name))

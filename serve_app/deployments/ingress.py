@@ -1,0 +1,25 @@
+"""The way in for clients that know nothing of Ray: HTTP and WebSocket."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+
+from serve_app.deployments.transport import RayDirectory
+from serve_app.ingress.http import build_http
+from serve_app.ingress.hub import Hub
+
+
+@serve.ingress()
+class Ingress:
+    """Protocol adapters over a hub. `recurrent` makes Serve deploy the owners; they are reached through the directory."""
+
+    async def __init__(self, recurrent: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._recurrent = recurrent
+        self._hub = Hub(RayDirectory(serve.get_replica_context().app_name), ack_on_receipt=False)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_http(self._hub)
+
+    async def __del__(self) -> None:
+        await self._hub.stop()

@@ -1,0 +1,72 @@
+"""What a replica shows in the Ray dashboard and to Prometheus, as `ray_lockstep_…`."""
+
+from collections import Counter as Tally
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+from serve_app.engine.engine import Engine
+
+SECONDS = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5]
+SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+
+
+class EngineMetrics:
+    """Publishes an engine's numbers; `publish` is called from time to time."""
+
+    def __init__(self, model: str) -> None:
+        self._gauges = {
+            name: Gauge(f"lockstep_{name}", description, ("model",))
+            for name, description in {
+                "sessions_open": "Sessions that are open.",
+                "sessions_running": "Sessions with timesteps ready to run.",
+                "sessions_evicted": "Sessions whose state is in host memory.",
+                "slots_used": "Slots with a session's state in them.",
+                "slot_use": "Share of the slots with a session's state in them.",
+                "pending_bytes": "Inputs accepted and not run yet.",
+                "retained_bytes": "Outputs not acknowledged yet.",
+            }.items()
+        }
+        self._counters = {
+            name: Counter(f"lockstep_{name}", description, ("model",))
+            for name, description in {
+                "segments": "Segments accepted.",
+                "timesteps": "Timesteps run, summed over sessions.",
+                "steps": "Batched forwards.",
+                "failed_steps": "Batched forwards that raised.",
+                "evictions": "States moved to host memory.",
+                "restores": "States moved back into a slot.",
+            }.items()
+        }
+        self._ends = Counter("lockstep_session_ends", "Sessions ended, by reason.", ("model", "reason"))
+        self._refusals = Counter("lockstep_refusals", "Segments and opens refused, by error.", ("model", "code"))
+        self._batch_size = Histogram("lockstep_batch_size", "Sessions of a step.", SIZES, ("model",))
+        self._queue_delay = Histogram(
+            "lockstep_queue_delay_s", "Longest wait of a session in a step's batch.", SECONDS, ("model",)
+        )
+        self._step_time = Histogram("lockstep_step_time_s", "Time of a step.", SECONDS, ("model",))
+        for metric in (*self._gauges.values(), *self._counters.values(), self._ends, self._refusals):
+            metric.set_default_tags({"model": model})  # a dict for each: Serve writes into it
+        for histogram in (self._batch_size, self._queue_delay, self._step_time):
+            histogram.set_default_tags({"model": model})
+        self._published: Tally[str] = Tally()
+
+    def publish(self, engine: Engine) -> None:
+        """Bring everything up to date."""
+        for name, value in engine.gauges().items():
+            self._gauges[name].set(value)
+        for name, counter in self._counters.items():
+            self._raise(counter, name, getattr(engine.stats, name), {})
+        for reason, count in list(engine.stats.ends.items()):
+            self._raise(self._ends, f"end {reason}", count, {"reason": reason})
+        for code, count in list(engine.stats.refusals.items()):
+            self._raise(self._refusals, f"refusal {code}", count, {"code": code})
+        for step in engine.stats.take_recent():
+            self._batch_size.observe(step.batch_size)
+            self._queue_delay.observe(step.waited_s)
+            self._step_time.observe(step.took_s)
+
+    def _raise(self, counter: Counter, name: str, total: int, tags: dict[str, str]) -> None:
+        """Ray's counters take increments; the engine counts totals."""
+        if total > self._published[name]:
+            counter.inc(total - self._published[name], tags)
+            self._published[name] = total

@@ -1,0 +1,145 @@
+"""A replica that owns sessions: an engine behind Serve calls."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from typing import Any
+
+from ray import serve
+
+from serve_app.config import AppConfig
+from serve_app.deployments.metrics import EngineMetrics
+from serve_app.deployments.transport import RayDirectory, ReplicaActor
+from serve_app.directory import Owner
+from serve_app.engine.async_engine import AsyncEngine
+from serve_app.engine.build import build_engine
+from serve_app.errors import LockstepError, UnknownSession
+from serve_app.frame import Answer, Frame
+from serve_app.ingress.hub import Hub
+from serve_app.segment import Outputs, Segment
+from serve_app.spec import SessionLimits
+
+logger = logging.getLogger("ray.serve")
+
+REPORT_PERIOD_S = 0.25
+MAX_SEGMENTS = 256
+MAX_BATCHES = 32
+
+
+class Recurrent:
+    """`frame` takes frames from an ingress or a handle client; `open`, `segment`, `close` are for plain handle calls.
+
+    Every replica is an owner: the directory places sessions at it, and senders call it as an actor. A plain handle call
+    lands anywhere; it is brought to the replica where the session was opened, which sends to the owner.
+    """
+
+    async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._parts = AsyncExitStack()  # what is to be ended with this replica, however far its start got
+        context = serve.get_replica_context()
+        self._address = context.replica_id.to_full_id_str()
+        self._engine = build_engine(config, owner=context.replica_id.unique_id)
+        self._serving = AsyncEngine(self._engine)
+        self._parts.push_async_callback(self._serving.stop)
+        self._directory = RayDirectory(context.app_name)
+        self._hub = Hub(self._directory, ack_on_receipt=False, sender=self._address)
+        self._parts.push_async_callback(self._hub.stop)
+        self._metrics = EngineMetrics(self._engine.spec.name)
+        session = config.session
+        self._owner = Owner(
+            name=self._engine.owner,
+            address=self._address,
+            spec=self._engine.spec,
+            limits=SessionLimits(session.max_segment_timesteps, session.max_window_timesteps, session.nan == "refuse"),
+            max_sessions=session.max_sessions,
+            max_bytes=config.frame.max_bytes,
+        )
+        await self._directory.register(self._owner)
+        self._parts.push_async_callback(self._directory.unregister, self._owner.name)
+        self._reporter = asyncio.create_task(self._report())
+        self._parts.callback(self._reporter.cancel)
+
+    async def frame(self, frame: Frame) -> Answer:
+        """Take a frame; the answer brings what there is for its sender by then."""
+        return await self._serving.frame(frame)
+
+    async def open(self, session: str | None = None, model: str | None = None) -> str:
+        """Open a session for plain handle calls; returns its id."""
+        return (await self._hub.open(session, model)).name
+
+    async def segment(self, segment: Segment) -> Outputs:
+        """Run one segment of a session opened with `open`; returns its outputs.
+
+        `segment.start` says that the caller holds the outputs below it; a resend of the last segment is answered again.
+        """
+        outputs: Outputs = await self._gather(segment)
+        return outputs
+
+    async def close(self, session: str) -> int:
+        """End a session when all its segments have run; returns the timestep at which it ended."""
+        try:
+            closing = self._hub.get(session)
+        except UnknownSession:
+            return int(await self._forward(session, "close", session))
+        closing.close()
+        await closing.closed()
+        closing.ack(closing.progress)
+        return closing.progress
+
+    async def segments(self, segments: list[Segment]) -> list[Outputs | LockstepError]:
+        """Many calls of `segment`; an error is returned in the place of its outputs."""
+        return await asyncio.gather(*(_caught(self._one(segment)) for segment in segments))
+
+    def check_health(self) -> None:
+        """Raise when the engine has died: Serve then replaces this replica."""
+        self._serving.check_health()
+
+    async def __del__(self) -> None:
+        await self._parts.aclose()
+
+    @serve.batch(max_batch_size=MAX_SEGMENTS, batch_wait_timeout_s=0, max_concurrent_batches=MAX_BATCHES)
+    async def _gather(self, segments: list[Segment]) -> list[Any]:
+        """All segments that arrive together start together, and so share a frame."""
+        return await self.segments(segments)
+
+    async def _one(self, segment: Segment) -> Outputs:
+        try:
+            session = self._hub.get(segment.session)
+        except UnknownSession:
+            (result,) = await self._forward(segment.session, "segments", [segment])
+            if isinstance(result, LockstepError):
+                raise result from None
+            assert isinstance(result, Outputs)
+            return result
+        end = session.submit(segment.x, segment.start)
+        start = end - len(segment.x)
+        session.ack(start)
+        await session.wait(end)
+        outputs = session.peek(start)
+        assert outputs is not None, "outputs were acknowledged by a later segment before this one was answered"
+        return Outputs(start, {name: value[: end - start] for name, value in outputs.values.items()})
+
+    async def _forward(self, session: str, method: str, *args: Any) -> Any:
+        """Call the replica where the session was opened. Raises UnknownSession when that is not another one."""
+        record = await self._directory.lookup(session)
+        if record.sender == self._address or "#" not in record.sender:
+            raise UnknownSession(f"session {session!r} was not opened by a plain handle call: use its own client")
+        return await ReplicaActor(record.sender).call(method, *args)
+
+    async def _report(self) -> None:
+        """Tell the directory what has ended, and the dashboard how things are."""
+        while True:
+            try:
+                self._metrics.publish(self._engine)
+                if not await self._directory.report(self._owner.name, self._engine.stats.take_ended()):
+                    await self._directory.register(self._owner)
+            except LockstepError as error:
+                logger.warning("the directory does not answer, trying again: %s", error)
+            await asyncio.sleep(REPORT_PERIOD_S)
+
+
+async def _caught(work: Coroutine[Any, Any, Outputs]) -> Outputs | LockstepError:
+    try:
+        return await work
+    except LockstepError as error:
+        return error

@@ -1,0 +1,150 @@
+"""How senders reach the directory and the owners on Ray."""
+
+import pickle
+import time
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import ray
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.serve._private.common import RequestMetadata
+
+from serve_app.directory import Directory, Grant, Owner, Record
+from serve_app.errors import LockstepError, StateLost, Unavailable
+from serve_app.frame import Answer, Frame
+from serve_app.ingress.outbox import Call
+from serve_app.spec import ModelSpec
+
+NAMESPACE = "lockstep"
+SERVE_NAMESPACE = "serve"
+T = TypeVar("T")
+
+
+class DirectoryActor:
+    """The session directory of one application, as a detached actor."""
+
+    def __init__(self) -> None:
+        self._directory = Directory(incarnation=time.time_ns() // 10**9)
+
+    def register(self, owner: Owner) -> None:
+        """See Directory.register."""
+        self._directory.register(owner)
+
+    def unregister(self, owner: str) -> None:
+        """See Directory.unregister."""
+        self._directory.unregister(owner)
+
+    def open(self, session: str, sender: str, model: str | None, ended: dict[str, list[int]]) -> Grant:
+        """See Directory.open; first, forget what the sender has seen end."""
+        for owner, epochs in ended.items():
+            self._directory.ended(owner, epochs)
+        return self._directory.open(session, sender, model)
+
+    def lookup(self, session: str) -> Record:
+        """See Directory.lookup."""
+        return self._directory.lookup(session)
+
+    def report(self, owner: str, ended: list[int]) -> bool:
+        """An owner is alive, and these sessions of it have ended; False when it has to register (again)."""
+        self._directory.ended(owner, ended)
+        return self._directory.knows(owner)
+
+    def lost(self, owner: str) -> None:
+        """A sender cannot reach the owner. One that lives nevertheless registers again with its next report."""
+        self._directory.unregister(owner)
+
+    def models(self) -> dict[str, ModelSpec]:
+        """See Directory.models."""
+        return self._directory.models()
+
+    def num_sessions(self) -> dict[str, int]:
+        """See Directory.num_sessions."""
+        return self._directory.num_sessions()
+
+
+class RayDirectory:
+    """The directory of an application, from any process of the cluster (see hub.DirectoryClient)."""
+
+    def __init__(self, app: str) -> None:
+        options = {
+            "name": f"directory:{app}",
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "get_if_exists": True,
+            "num_cpus": 0,
+            "max_restarts": -1,
+        }
+        self.actor: Any = ray.remote(DirectoryActor).options(**options).remote()
+
+    async def open(self, session: str, sender: str, model: str | None, ended: dict[str, list[int]]) -> Grant:
+        """See DirectoryClient."""
+        return await _result(self.actor.open.remote(session, sender, model, ended))
+
+    async def lost(self, owner: str) -> None:
+        """See DirectoryClient."""
+        await _result(self.actor.lost.remote(owner))
+
+    async def models(self) -> dict[str, ModelSpec]:
+        """See DirectoryClient."""
+        return await _result(self.actor.models.remote())
+
+    async def register(self, owner: Owner) -> None:
+        """Make an owner known."""
+        await _result(self.actor.register.remote(owner))
+
+    async def unregister(self, owner: str) -> None:
+        """The owner takes nothing any more."""
+        await _result(self.actor.unregister.remote(owner))
+
+    async def report(self, owner: str, ended: list[int]) -> bool:
+        """Say that the owner is alive; False when it has to register again."""
+        return await _result(self.actor.report.remote(owner, ended))
+
+    async def lookup(self, session: str) -> Record:
+        """Who holds a session."""
+        return await _result(self.actor.lookup.remote(session))
+
+    def connect(self, owner: Owner) -> Call:
+        """See DirectoryClient."""
+        replica = ReplicaActor(owner.address)
+
+        async def call(frame: Frame) -> Answer:
+            answer: Answer = await replica.call("frame", frame)
+            return answer
+
+        return call
+
+
+class ReplicaActor:
+    """One replica of a Serve deployment, addressed as the actor it is: no router could send the call elsewhere.
+
+    `address` is the actor's name, as a replica finds it with `my_address`. This is how Serve's own handles call their
+    replicas; it is no public interface, so the version of Ray is pinned.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._actor: Any = None
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """Call a method of the deployment's class there. Raises what it raises, StateLost when the replica is gone."""
+        try:
+            if self._actor is None:
+                self._actor = ray.get_actor(self._address, namespace=SERVE_NAMESPACE)
+            metadata = RequestMetadata(request_id=uuid4().hex, internal_request_id=uuid4().hex, call_method=method)
+            return await _result(self._actor.handle_request.remote(pickle.dumps(metadata), *args))
+        except (ValueError, Unavailable) as error:
+            raise StateLost(f"replica {self._address!r} is gone, and its sessions with it ({error})") from error
+
+
+async def _result(reference: Awaitable[T]) -> T:
+    """The result of an actor call; a LockstepError comes out as itself, a dead actor as Unavailable."""
+    try:
+        return await reference
+    except RayTaskError as error:
+        if isinstance(error.cause, LockstepError):
+            raise error.cause from None
+        raise
+    except (ActorDiedError, RayActorError) as error:
+        raise Unavailable(f"a part of Lockstep is gone: {error}") from error

@@ -1,0 +1,40 @@
+"""An engine out of a configuration: model loaded, device chosen, first step behind it."""
+
+import time
+
+import numpy as np
+import torch
+
+from serve_app.config import AppConfig
+from serve_app.engine.engine import Engine
+from serve_app.engine.stats import Stats
+from serve_app.errors import LockstepError
+from serve_app.frame import ABORT, Frame, Open
+from serve_app.models import registry
+
+
+def build_engine(config: AppConfig, owner: str = "local") -> Engine:
+    """Load the configured model and make an engine for it, in this process, with engine.threads torch threads.
+
+    Runs one step, so that a model that cannot run fails here, and what torch sets up at first use is set up. Raises
+    ConfigError.
+    """
+    torch.set_num_threads(config.engine.threads)
+    engine = Engine(registry.load(config.model), config, owner)
+    _run_once(engine)
+    return engine
+
+
+def _run_once(engine: Engine) -> None:
+    spec = engine.spec.input
+    zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
+    x = np.zeros((1, *spec.shape), spec.dtype)
+    now = time.monotonic()
+    engine.receive(Frame(engine.owner, "warm-up", zero, zero, one, zero, zero, zero - 1, x, (Open(0, "warm-up"),)), 0, now)
+    engine.step(now)
+    engine.receive(Frame(engine.owner, "warm-up", zero, one, zero, zero, zero, zero + ABORT, x[:0]), 1, now)
+    for _, answer in engine.answers(now + engine.answer_within_s):
+        for notice in answer.notices:
+            if notice.error is not None:
+                raise LockstepError(f"model {engine.spec.name!r} cannot run: {notice.error['message']}")
+    engine.stats = Stats()
