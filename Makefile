@@ -39,7 +39,7 @@ test: venv
 
 # make demo ARGS="--help"
 demo: venv
-	$(BIN)/python -m clients demo $(ARGS)
+	$(BIN)/python -m examples.demo $(ARGS)
 
 bench: venv
 	set -e; for name in $(BENCHES); do $(BIN)/python -m bench.$$name; done

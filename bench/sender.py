@@ -17,7 +17,11 @@ class Sender:
         self.start = np.zeros(num_sessions, np.int64)
         sessions = range(num_sessions)
         opens = tuple(Open(first_epoch + session, f"session-{session}") for session in sessions)
-        notices = [notice for answer in self.exchange(self._frame(np.empty(0, np.int64), opens=opens)) for notice in answer.notices]
+        notices = [
+            notice
+            for answer in self.exchange(self._frame(np.empty(0, np.int64), opens=opens))
+            for notice in answer.notices
+        ]
         refused = next((notice.error for notice in notices if notice.error), None)
         if len(notices) != num_sessions or refused:
             raise RuntimeError(f"{len(notices)} notices for {num_sessions} sessions, refused: {refused}")

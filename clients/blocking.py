@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -105,11 +105,12 @@ class BlockingSession:
         self._client.run(self._session.__aexit__(kind, error, trace))
 
 
-async def _call(function: Any, *args: Any) -> Any:
+async def _call(function: Callable[..., T], *args: Any) -> T:
     """A plain call, on the event loop's thread."""
     return function(*args)
 
 
-async def _next(outputs: Any) -> Outputs | None:
-    item: Outputs | None = await anext(outputs, None)
-    return item
+async def _next(outputs: AsyncIterator[Outputs]) -> Outputs | None:
+    async for item in outputs:
+        return item
+    return None

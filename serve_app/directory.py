@@ -70,7 +70,9 @@ class Directory:
     def open(self, session: str, sender: str, model: str | None = None) -> Grant:
         """Place a new session. Raises SessionExists, UnknownModel, TooManySessions, Unavailable (no owner yet)."""
         if record := self._sessions.get(session):
-            raise SessionExists(f"session {session!r} is open already at {record.owner!r}: close it, or choose another id")
+            raise SessionExists(
+                f"session {session!r} is open already at {record.owner!r}: close it, or choose another id"
+            )
         if not self._owners:
             raise Unavailable("no replica is ready: try again in a moment")
         serving = {name: owner for name, owner in self._owners.items() if model in (None, owner.spec.name)}

@@ -65,7 +65,14 @@ class Session:
     """
 
     def __init__(
-        self, name: str, spec: ModelSpec, limits: SessionLimits, carrier: Carrier, *, epoch: int = 0, ack_on_receipt: bool = True
+        self,
+        name: str,
+        spec: ModelSpec,
+        limits: SessionLimits,
+        carrier: Carrier,
+        *,
+        epoch: int = 0,
+        ack_on_receipt: bool = True,
     ) -> None:
         self.name = name
         self.spec = spec
@@ -89,7 +96,8 @@ class Session:
         self._read = 0  # outputs below were handed to the user
         self._end: tuple[str, int] | None = None  # told by the owner, while outputs below are still on their way
         self._error: LockstepError | None = None  # ended the session
-        self._failure: LockstepError | None = None  # did not; the user has to be told once
+        self._failure: LockstepError | None = None  # the last that did not; the user has to be told once
+        self._num_failures = self._failures_told = 0
         self._changed: asyncio.Event | None = None
 
     # What a user of the session calls.
@@ -107,7 +115,8 @@ class Session:
             start = self.next
         if start > self.next:
             raise StartMismatch(
-                f"a segment of session {self.name!r} starts at {start}, {self.next} was expected: resend from {self.next}",
+                f"a segment of session {self.name!r} starts at {start}, {self.next} was expected: "
+                f"resend from {self.next}",
                 expected=self.next,
                 rewind=self.rewind,
             )
@@ -124,7 +133,7 @@ class Session:
                     f"{self.limits.max_window}: take outputs first, or raise session.max_window_timesteps",
                     expected=self.next,
                 )
-            self._failure = None
+            self._failures_told = self._num_failures
             self._inputs.append((self.next, x[self.next - start :].copy()))
             self.next = end
             self.offer()
@@ -133,28 +142,38 @@ class Session:
     async def wait(self, timestep: int | None = None) -> int:
         """Wait until `progress` reaches the timestep (None: all that is submitted); returns `progress`.
 
-        Raises InvalidInput for a timestep not submitted, the error that ended the session, or once what rewound it.
+        Raises InvalidInput for a timestep not submitted, the error that ended the session, or what rewound it: once,
+        but to all who were waiting then.
         """
+        known = self._num_failures
         target = self.next if timestep is None else timestep
-        if self._failure is None and target > self.next:
+        if self._failures_told == known and target > self.next:
             self._raise_if_ended()
             raise InvalidInput(f"session {self.name!r} has {self.next} timesteps submitted, {target} was waited for")
         while self.progress < target:
-            self._raise_failure()
+            self._raise_failure(known)
             self._raise_if_ended()
             await self._change()
         return self.progress
 
-    async def outputs(self) -> AsyncIterator[Outputs]:
-        """Outputs in order, each timestep once, as they come; ends with the session."""
-        while True:
-            while outputs := self.read():
-                yield outputs
+    async def available(self, start: int | None = None) -> bool:
+        """Wait for outputs from timestep `start` on (None: not read yet); False when the session closes without any.
+
+        Raises the error that ended the session, or once what rewound it.
+        """
+        while self.progress <= (self._read if start is None else start):
             self._raise_failure()
             if self.end_reason == "closed":
-                return
+                return False
             self._raise_if_ended()
             await self._change()
+        return True
+
+    async def outputs(self) -> AsyncIterator[Outputs]:
+        """Outputs in order, each timestep once, as they come; ends with the session."""
+        while await self.available():
+            if outputs := self.read():
+                yield outputs
 
     def read(self) -> Outputs | None:
         """All outputs that are here and were not read yet; None without any."""
@@ -174,15 +193,33 @@ class Session:
         return Outputs(parts[0].start, {name: np.concatenate([part.values[name] for part in parts]) for name in names})
 
     def ack(self, timestep: int) -> None:
-        """The client behind this side holds the outputs below the timestep. Lower than before is no error."""
-        self.acked = max(self.acked, min(timestep, self.progress))
+        """The client behind this side holds the outputs below the timestep. Lower than before is no error.
+
+        Raises InvalidInput when there are no such outputs yet.
+        """
+        if timestep > self.progress:
+            raise InvalidInput(
+                f"session {self.name!r} has outputs up to timestep {self.progress}, {timestep} was acknowledged: "
+                "acknowledge what has arrived, not what was sent"
+            )
+        self.acked = max(self.acked, timestep)
         self._read = max(self._read, self.acked)
         while self._outputs and self._outputs[0].end <= self.acked:
             self._outputs.popleft()
         self.carrier.notify_ack(self)
 
-    def close(self) -> None:
-        """End the session when everything submitted has run. Further calls do nothing."""
+    def close(self, start: int | None = None) -> None:
+        """End the session when everything submitted has run. Further calls do nothing.
+
+        start: what whoever asks has submitted. Raises StartMismatch if that is not all, or more.
+        """
+        if start not in (None, self.next):
+            raise StartMismatch(
+                f"session {self.name!r} was to close at timestep {start}, {self.next} are submitted: resend from "
+                f"{self.next}, or close there",
+                expected=self.next,
+                rewind=self.rewind,
+            )
         if self._close == NO_CLOSE and self.end_reason is None:
             self._close = self.next
             self.offer()
@@ -196,8 +233,13 @@ class Session:
             self.offer()
 
     async def closed(self) -> str:
-        """Wait for the end; returns its reason. Raises the error, where one ended the session."""
+        """Wait for the end; returns its reason. Raises the error, where one ended the session, or what rewound it.
+
+        A session that was rewound is open again: what was lost can be submitted again, and then be closed.
+        """
+        known = self._num_failures
         while self.end_reason is None:
+            self._raise_failure(known)
             await self._change()
         if self._error is not None and self.end_reason not in ("closed", "aborted"):
             raise self._error
@@ -208,9 +250,10 @@ class Session:
     @property
     def sendable(self) -> bool:
         """Whether `take` would bring something that is worth a call."""
-        if self.in_flight or self.end_reason is not None:
+        if self.end_reason is not None:
             return False
-        return self.handed < self.next or (self._close != NO_CLOSE and not self._close_told)
+        closes = self._close != NO_CLOSE and not self._close_told
+        return (closes and self._close == ABORT) or (not self.in_flight and (closes or self.handed < self.next))
 
     @property
     def done(self) -> bool:
@@ -302,7 +345,9 @@ class Session:
                 self._resend(expected)
                 self.offer()
             else:
-                self.fail(StateLost(f"the owner of session {self.name!r} is at timestep {expected}, which is gone here"))
+                self.fail(
+                    StateLost(f"the owner of session {self.name!r} is at timestep {expected}, which is gone here")
+                )
         elif isinstance(error, StepFailed | InvalidInput) and expected is not None:
             self._rewind(expected, int(error.details["rewind"]), error)
         else:
@@ -321,6 +366,7 @@ class Session:
         self.in_flight = self._close_told = False
         self._close = NO_CLOSE
         self._failure = error
+        self._num_failures += 1
         self._wake()
 
     def _finish_if_due(self) -> None:
@@ -343,12 +389,16 @@ class Session:
         if self._error is not None:
             raise self._error
         if self.end_reason is not None:
-            raise SessionEnded(f"session {self.name!r} has ended ({self.end_reason}): open a new one", reason=self.end_reason)
+            raise SessionEnded(
+                f"session {self.name!r} has ended ({self.end_reason}): open a new one", reason=self.end_reason
+            )
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+    def _raise_failure(self, known: int | None = None) -> None:
+        """Raise what rewound the session if nobody was told, or if it happened after the first `known` failures."""
+        told = self._failures_told if known is None else min(known, self._failures_told)
+        if self._failure is not None and self._num_failures > told:
+            self._failures_told = self._num_failures
+            raise self._failure
 
     async def _change(self) -> None:
         """Wait until something about the session has changed."""

@@ -30,7 +30,9 @@ class LocalCluster:
             engine = Engine(model, config, name)
             self.engines[name], self._running[name] = engine, AsyncEngine(engine)
             limits = SessionLimits(
-                config.session.max_segment_timesteps, config.session.max_window_timesteps, config.session.nan == "refuse"
+                config.session.max_segment_timesteps,
+                config.session.max_window_timesteps,
+                config.session.nan == "refuse",
             )
             self.directory.register(
                 Owner(name, name, engine.spec, limits, config.session.max_sessions, config.frame.max_bytes)

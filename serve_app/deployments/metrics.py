@@ -7,7 +7,7 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 from serve_app.engine.engine import Engine
 
 SECONDS = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5]
-SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+SIZES = [float(2**n) for n in range(12)]
 
 
 class EngineMetrics:
@@ -37,8 +37,9 @@ class EngineMetrics:
                 "restores": "States moved back into a slot.",
             }.items()
         }
-        self._ends = Counter("lockstep_session_ends", "Sessions ended, by reason.", ("model", "reason"))
-        self._refusals = Counter("lockstep_refusals", "Segments and opens refused, by error.", ("model", "code"))
+        # Ray's annotation says one tag; any number is documented.
+        self._ends = Counter("lockstep_session_ends", "Sessions ended, by reason.", ("model", "reason"))  # type: ignore[arg-type]
+        self._refusals = Counter("lockstep_refusals", "Entries refused, by error.", ("model", "code"))  # type: ignore[arg-type]
         self._batch_size = Histogram("lockstep_batch_size", "Sessions of a step.", SIZES, ("model",))
         self._queue_delay = Histogram(
             "lockstep_queue_delay_s", "Longest wait of a session in a step's batch.", SECONDS, ("model",)

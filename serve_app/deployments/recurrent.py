@@ -72,8 +72,7 @@ class Recurrent:
 
         `segment.start` says that the caller holds the outputs below it; a resend of the last segment is answered again.
         """
-        outputs: Outputs = await self._gather(segment)
-        return outputs
+        return _raised(await self._gather(segment))
 
     async def close(self, session: str) -> int:
         """End a session when all its segments have run; returns the timestep at which it ended."""
@@ -89,6 +88,12 @@ class Recurrent:
     async def segments(self, segments: list[Segment]) -> list[Outputs | LockstepError]:
         """Many calls of `segment`; an error is returned in the place of its outputs."""
         return await asyncio.gather(*(_caught(self._one(segment)) for segment in segments))
+
+    def stats(self) -> dict[str, float]:
+        """This replica's counters since its start, and how full it is."""
+        stats = self._engine.stats
+        counted = {name: getattr(stats, name) for name in ("segments", "timesteps", "steps", "session_steps")}
+        return {**counted, **self._engine.gauges()}
 
     def check_health(self) -> None:
         """Raise when the engine has died: Serve then replaces this replica."""
@@ -107,10 +112,7 @@ class Recurrent:
             session = self._hub.get(segment.session)
         except UnknownSession:
             (result,) = await self._forward(segment.session, "segments", [segment])
-            if isinstance(result, LockstepError):
-                raise result from None
-            assert isinstance(result, Outputs)
-            return result
+            return _raised(result)
         end = session.submit(segment.x, segment.start)
         start = end - len(segment.x)
         session.ack(start)
@@ -136,6 +138,13 @@ class Recurrent:
             except LockstepError as error:
                 logger.warning("the directory does not answer, trying again: %s", error)
             await asyncio.sleep(REPORT_PERIOD_S)
+
+
+def _raised(result: Outputs | LockstepError) -> Outputs:
+    """The inverse of `_caught`."""
+    if isinstance(result, LockstepError):
+        raise result
+    return result
 
 
 async def _caught(work: Coroutine[Any, Any, Outputs]) -> Outputs | LockstepError:

@@ -30,7 +30,9 @@ def _run_once(engine: Engine) -> None:
     zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
     x = np.zeros((1, *spec.shape), spec.dtype)
     now = time.monotonic()
-    engine.receive(Frame(engine.owner, "warm-up", zero, zero, one, zero, zero, zero - 1, x, (Open(0, "warm-up"),)), 0, now)
+    engine.receive(
+        Frame(engine.owner, "warm-up", zero, zero, one, zero, zero, zero - 1, x, (Open(0, "warm-up"),)), 0, now
+    )
     engine.step(now)
     engine.receive(Frame(engine.owner, "warm-up", zero, one, zero, zero, zero, zero + ABORT, x[:0]), 1, now)
     for _, answer in engine.answers(now + engine.answer_within_s):

@@ -38,6 +38,9 @@ class Engine:
         device = choose_device(config.engine.device)
         if isinstance(model, torch.nn.Module):
             model.to(device).eval().requires_grad_(False)
+            for module in model.modules():
+                if isinstance(module, torch.nn.RNNBase):
+                    module.flatten_parameters()  # or cuDNN copies the weights at every call
         self._model = model
         max_sessions = config.session.max_sessions
         self._sessions = SessionTable(max_sessions, config.session.max_window_timesteps)
@@ -48,7 +51,7 @@ class Engine:
         self._pool = StatePool(model, config.engine.slots, device)
         self._runner = StepRunner(model, self._pool, device)
         self._inputs = InputStore(model.input, max_sessions)
-        self._outputs = OutputStore()
+        self._outputs = OutputStore(list(model.outputs.values()), max_sessions)
         self._mailboxes: dict[str, int] = {}
         self._mail: dict[int, Mailbox] = {}
         self._last_sender = 0
@@ -56,7 +59,11 @@ class Engine:
         self.answer_within_s = config.frame.answer_within_s
         self.stats = Stats()
         self.spec = ModelSpec(
-            config.model.name, model.input, dict(model.outputs), self._pool.state_bytes, getattr(model, "sample_rate", None)
+            config.model.name,
+            model.input,
+            dict(model.outputs),
+            self._pool.state_bytes,
+            getattr(model, "sample_rate", None),
         )
 
     def step(self, now: float) -> bool:
@@ -95,7 +102,7 @@ class Engine:
             self._inputs.add(frame.x, rows, offsets, counts)
             self._scheduler.add(rows, counts, now)
             self.stats.segments += len(rows)
-        known = np.unique(accepted.rows[accepted.rows >= 0])
+        known = accepted.rows[accepted.rows >= 0]
         self._outputs.ack(known, self._sessions.acked[known])
         mailbox.mark(known[self._sessions.sent[known] < self._sessions.progress[known]].tolist())
         for i in np.flatnonzero(accepted.verdict).tolist():
@@ -229,7 +236,7 @@ class Engine:
 
     def _end_some(self, frame: Frame, rows: np.ndarray, known: np.ndarray) -> None:
         """End what this frame aborts or lets close; free what it has acknowledged to the end."""
-        for row in np.unique(rows[(frame.close == ABORT) & (rows >= 0)]).tolist():
+        for row in rows[(frame.close == ABORT) & (rows >= 0)].tolist():
             self._end(row, "aborted")
         for row in self._sessions.due_to_close(known).tolist():
             self._end(row, "closed")
@@ -292,7 +299,7 @@ class Engine:
 
     def _mark(self, rows: np.ndarray) -> None:
         senders = self._sessions.sender[rows]
-        for sender in np.unique(senders).tolist():
+        for sender in set(senders.tolist()):
             self._mail[sender].mark(rows[senders == sender].tolist())
 
     def _notify(self, row: int, notice: Notice) -> None:

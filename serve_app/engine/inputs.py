@@ -39,19 +39,25 @@ class InputStore:
 
     def take(self, rows: np.ndarray, k: int) -> np.ndarray:
         """The next k timesteps of each of `rows`, as [k, B, *features]; they are gone from here."""
-        x = np.empty((k, len(rows), *self._spec.shape), self._spec.dtype)
         whole = self._count[rows] >= k
-        blocks = self._block[rows]
+        block_of = self._block[rows]
         at = self._offset[rows] + np.arange(k)[:, None]  # [k, B]
-        for block in np.unique(blocks[whole]).tolist():
-            columns = np.flatnonzero(whole & (blocks == block))
-            x[:, columns] = self._blocks[block][at[:, columns]]
-            self._release(block, k * len(columns))
+        blocks = set(block_of[whole].tolist())
+        if len(blocks) == 1 and whole.all():  # all from one frame: copied once
+            x = self._blocks[min(blocks)].take(at, axis=0)
+            self._release(min(blocks), at.size)
+        else:
+            x = np.empty((k, len(rows), *self._spec.shape), self._spec.dtype)
+            for block in blocks:
+                columns = np.flatnonzero(whole & (block_of == block))
+                x[:, columns] = self._blocks[block][at[:, columns]]
+                self._release(block, k * len(columns))
         done = rows[whole]
         self._offset[done] += k
         self._count[done] -= k
-        for row in done[self._count[done] == 0].tolist():
-            self._next_run(row)
+        if self._later:
+            for row in done[self._count[done] == 0].tolist():
+                self._next_run(row)
         for column in np.flatnonzero(~whole).tolist():
             self._take_across(int(rows[column]), x[:, column])
         return x

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -40,30 +41,19 @@ class Mailbox:
 
     def write_answer(self, sessions: SessionTable, store: OutputStore, spec: ModelSpec, max_bytes: int) -> Answer:
         """All there is, up to about max_bytes; what is left goes with a later call. Notices follow the last output."""
-        entries: list[tuple[int, ...]] = []  # epoch, next, rewind, start, length
-        pieces: list[list[np.ndarray]] = []
         room = max(1, max_bytes // max(1, spec.output_bytes))  # timesteps
-        while self.rows and room > 0:
-            row = next(iter(self.rows))
-            start = stop = int(sessions.sent[row])
-            for piece in store.read(row, start):
-                pieces.append(piece)
-                stop += len(piece[0])
-                if stop - start >= room:
-                    break
-            room -= stop - start
-            sessions.sent[row] = stop
-            if stop == sessions.progress[row]:
-                del self.rows[row]
-            numbers = (int(column[row]) for column in (sessions.epoch, sessions.next, sessions.rewind))
-            entries.append((*numbers, start, stop - start))
+        rows = np.fromiter(islice(self.rows, room), np.int64)
+        start = sessions.sent[rows]
+        length = sessions.progress[rows] - start
+        before = np.cumsum(length) - length
+        fit = before < room
+        rows, start, length = rows[fit], start[fit], np.minimum(length, room - before)[fit]
+        sessions.sent[rows] = start + length
+        for row in rows[sessions.sent[rows] == sessions.progress[rows]].tolist():
+            del self.rows[row]
+        outputs = dict(zip(spec.outputs, store.read_all(rows, start, length), strict=True))
         notices: tuple[Notice, ...] = ()
         if not self.rows:
             notices = tuple(self.notices)
             self.notices.clear()
-        epoch, due, rewind, start_of, length = np.ascontiguousarray(np.array(entries, np.int64).reshape(-1, 5).T)
-        outputs = {
-            name: np.concatenate([piece[i] for piece in pieces]) if pieces else np.empty((0, *output.shape), output.dtype)
-            for i, (name, output) in enumerate(spec.outputs.items())
-        }
-        return Answer(epoch, due, rewind, start_of, length, outputs, notices)
+        return Answer(sessions.epoch[rows], sessions.next[rows], sessions.rewind[rows], start, length, outputs, notices)

@@ -1,87 +1,126 @@
-"""Outputs that exist and are not acknowledged yet. A step's outputs stay one slab until half of it is acknowledged."""
+"""Outputs that exist and are not acknowledged yet. A step's outputs stay one slab; a session knows where in it its run is."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from serve_app.spec import TensorSpec
+
 
 class _Slab:
-    """The outputs of one step, and which sessions still need theirs."""
+    """The outputs of one step, [B, k, *shape] each; as soon as less than half of them are needed, only those are kept."""
 
-    __slots__ = ("compact", "entries", "live")
+    __slots__ = ("live", "num_live", "place", "values")
 
-    def __init__(self) -> None:
-        self.entries: list[_Entry] = []
-        self.live = 0
-        self.compact = False
+    def __init__(self, values: list[np.ndarray]) -> None:
+        self.values = values
+        self.num_live = len(values[0])
+        self.live = np.ones(self.num_live, bool)
+        self.place = np.arange(self.num_live)  # in `values`, of the session with that index in the step
 
-
-class _Entry:
-    """k timesteps of one session: each value is [k, *shape], a view into the slab, or a copy once that is compacted."""
-
-    __slots__ = ("slab", "start", "stop", "values")
-
-    def __init__(self, slab: _Slab, start: int, stop: int, values: list[np.ndarray]) -> None:
-        self.slab, self.start, self.stop, self.values = slab, start, stop, values
+    def release(self, indices: np.ndarray) -> None:
+        """These sessions of the step do not need theirs any more."""
+        self.live[indices] = False
+        self.num_live -= len(indices)
+        if 0 < 2 * self.num_live < len(self.values[0]):
+            kept = self.place[self.live]
+            self.values = [value[kept] for value in self.values]
+            self.place[self.live] = np.arange(self.num_live)
 
 
 class OutputStore:
     """Outputs by row, in order; freed only by `ack` and `drop`."""
 
-    def __init__(self) -> None:
-        self._held: dict[int, deque[_Entry]] = {}
+    def __init__(self, specs: Sequence[TensorSpec], max_rows: int) -> None:
+        self._specs = specs
+        self._slabs: dict[int, _Slab] = {}
+        self._last_slab = 0
+        # The first run that each row has here: its slab (0: none), its index in that, its timesteps; further ones wait
+        # in _later.
+        self._slab, self._index, self._start, self._stop = np.zeros((4, max_rows), np.int64)
+        self._later: dict[int, deque[tuple[int, int, int, int]]] = {}
         self.timesteps = 0
 
     def append(self, rows: np.ndarray, starts: np.ndarray, values: list[np.ndarray]) -> None:
         """values: one array [B, k, *shape] for each output; row i's first timestep is starts[i]."""
         k = values[0].shape[1]
-        slab = _Slab()
-        slab.live = len(rows)
+        self._last_slab += 1
+        slab = self._last_slab
+        self._slabs[slab] = _Slab(values)
         self.timesteps += k * len(rows)
-        for i, (row, start) in enumerate(zip(rows.tolist(), starts.tolist(), strict=True)):
-            entry = _Entry(slab, start, start + k, [value[i] for value in values])
-            slab.entries.append(entry)
-            held = self._held.get(row)
-            if held is None:
-                self._held[row] = deque((entry,))
-            else:
-                held.append(entry)
+        busy = self._slab[rows] > 0
+        for i in np.flatnonzero(busy).tolist():
+            start = int(starts[i])
+            self._later.setdefault(int(rows[i]), deque()).append((slab, i, start, start + k))
+        first = np.flatnonzero(~busy)
+        at_once, start_of = rows[first], starts[first]
+        self._slab[at_once], self._index[at_once] = slab, first
+        self._start[at_once], self._stop[at_once] = start_of, start_of + k
 
     def ack(self, rows: np.ndarray, acked: np.ndarray) -> None:
-        """The clients of `rows` hold what is below `acked`."""
-        for row, below in zip(rows.tolist(), acked.tolist(), strict=True):
-            held = self._held.get(row)
-            if held is None:
-                continue
-            while held and held[0].stop <= below:
-                self._release(held.popleft())
-            if not held:
-                del self._held[row]
+        """The clients of `rows` (distinct) hold what is below `acked`."""
+        while len(rows):
+            done = (self._slab[rows] > 0) & (self._stop[rows] <= acked)
+            rows, acked = rows[done], acked[done]
+            self._drop_first(rows)
 
     def drop(self, row: int) -> None:
         """Forget the outputs of a row."""
-        for entry in self._held.pop(row, ()):
-            self._release(entry)
+        while self.holds(row):
+            self._drop_first(np.array([row]))
 
     def holds(self, row: int) -> bool:
         """Whether a row has outputs here."""
-        return row in self._held
+        return bool(self._slab[row] > 0)
 
     def read(self, row: int, start: int) -> Iterator[list[np.ndarray]]:
         """The outputs of a row from timestep `start` on, piece by piece."""
-        for entry in self._held.get(row, ()):
-            if entry.stop > start:
-                skip = max(0, start - entry.start)
-                yield [value[skip:] for value in entry.values]
+        first = (column[row] for column in (self._slab, self._index, self._start, self._stop))
+        for slab, index, begin, stop in (first, *self._later.get(row, ())):
+            if slab > 0 and stop > start:
+                place = self._slabs[slab].place[index]
+                yield [value[place, max(0, start - begin) :] for value in self._slabs[slab].values]
 
-    def _release(self, entry: _Entry) -> None:
-        slab = entry.slab
-        slab.live -= 1
-        self.timesteps -= entry.stop - entry.start
-        entry.values = []
-        if not slab.compact and 0 < 2 * slab.live < len(slab.entries):
-            slab.compact = True
-            for other in slab.entries:
-                other.values = [value.copy() for value in other.values]
-            slab.entries = []
+    def read_all(self, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+        """Timesteps [starts, starts + lengths) of each of `rows`, row after row: each output as [sum(lengths), *shape]."""
+        ends = starts + lengths
+        whole = (self._start[rows] == starts) & (self._stop[rows] == ends) & (lengths > 0)
+        slab_of = self._slab[rows]
+        slabs = [(self._slabs[slab], whole & (slab_of == slab)) for slab in set(slab_of[whole].tolist())]
+        if len(slabs) == 1 and whole.all():
+            places = slabs[0][0].place[self._index[rows]]
+            return [value[places].reshape(-1, *value.shape[2:]) for value in slabs[0][0].values]
+
+        outputs = [np.empty((int(lengths.sum()), *spec.shape), spec.dtype) for spec in self._specs]
+        at = np.cumsum(lengths) - lengths
+        for slab, members in slabs:
+            places = slab.place[self._index[rows[members]]]
+            for output, value in zip(outputs, slab.values, strict=True):
+                output[at[members][:, None] + np.arange(value.shape[1])] = value[places]
+        for i in np.flatnonzero(~whole).tolist():
+            filled, end = int(at[i]), int(at[i] + lengths[i])
+            for piece in self.read(int(rows[i]), int(starts[i])):
+                for output, value in zip(outputs, piece, strict=True):
+                    output[filled:end][: len(value)] = value[: end - filled]
+                filled = min(end, filled + len(piece[0]))
+        return outputs
+
+    def _drop_first(self, rows: np.ndarray) -> None:
+        """Forget the first run of each of `rows`, which all have one."""
+        slab_of = self._slab[rows]
+        for slab in set(slab_of.tolist()):
+            self._slabs[slab].release(self._index[rows[slab_of == slab]])
+            if self._slabs[slab].num_live == 0:
+                del self._slabs[slab]
+        self.timesteps -= int((self._stop[rows] - self._start[rows]).sum())
+        self._slab[rows] = 0
+        if self._later:
+            for row in rows.tolist():
+                self._next_run(row)
+
+    def _next_run(self, row: int) -> None:
+        if later := self._later.get(row):
+            self._slab[row], self._index[row], self._start[row], self._stop[row] = later.popleft()
+            if not later:
+                del self._later[row]

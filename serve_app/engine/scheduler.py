@@ -52,7 +52,9 @@ class Scheduler:
         entries = entries[:, current]
         chosen, k = choose_batch(self.left[entries[0]], self.max_batch_size, self.max_timesteps)
         rows = entries[0][chosen]
-        rest = np.delete(entries, chosen, axis=1)
+        stay = np.ones(entries.shape[1], bool)
+        stay[chosen] = False
+        rest = entries[:, stay]
         self._head = end - rest.shape[1]
         self._queue[:, self._head : end] = rest
         self._ticket[rows] = 0

@@ -122,26 +122,24 @@ class SessionTable:
         self.sent[held] = np.maximum(self.sent[held], self.acked[held])
 
         due = self.next[rows]
-        skip = np.clip(due - frame.start, 0, frame.length)
+        skip = np.minimum(np.maximum(due - frame.start, 0), frame.length)
         take = frame.length - skip
         after, closing = due + take, frame.close >= 0
         brings = (frame.length > 0) | closing
         close_at = self.close_at[rows]
-        verdict = np.select(
-            [
-                ~known,
-                brings & (self.status[rows] != Status.OPEN),
-                brings & (frame.rewind != self.rewind[rows]),
-                (frame.length > 0) & (frame.start > due),
-                (take > 0) & (close_at >= 0) & (after > close_at),
-                closing & (frame.close < after),
-                (take > 0) & unfit,
-                (take > 0) & (np.cumsum(take) > room),
-                (take > 0) & (after - self.acked[rows] > self.max_window),
-            ],
-            list(Verdict)[1:],
-            Verdict.OK,
-        )
+        verdict = np.zeros(len(rows), np.int64)
+        for reason, applies in (  # the last that applies stands
+            (Verdict.WINDOW_FULL, (take > 0) & (after - self.acked[rows] > self.max_window)),
+            (Verdict.OVERLOADED, (take > 0) & (np.cumsum(take) > room)),
+            (Verdict.UNFIT, (take > 0) & unfit),
+            (Verdict.CLOSE_BEHIND, closing & (frame.close < after)),
+            (Verdict.CLOSING, (take > 0) & (close_at >= 0) & (after > close_at)),
+            (Verdict.AHEAD, (frame.length > 0) & (frame.start > due)),
+            (Verdict.REWOUND, brings & (frame.rewind != self.rewind[rows])),
+            (Verdict.ENDED, brings & (self.status[rows] != Status.OPEN)),
+            (Verdict.UNKNOWN, ~known),
+        ):
+            verdict[applies] = reason
         take[verdict != Verdict.OK] = 0
 
         good = verdict == Verdict.OK
@@ -169,7 +167,8 @@ class SessionTable:
                 )
             case Verdict.AHEAD:
                 return StartMismatch(
-                    f"a segment of session {name!r} starts at {start}, {due} was expected: resend from {due}", **expected
+                    f"a segment of session {name!r} starts at {start}, {due} was expected: resend from {due}",
+                    **expected,
                 )
             case Verdict.CLOSING:
                 at = int(self.close_at[row])
@@ -179,7 +178,8 @@ class SessionTable:
                 return StartMismatch(f"close of session {name!r} at timestep {at}, {due} are accepted", **expected)
             case Verdict.UNFIT:
                 return InvalidInput(
-                    f"a segment of session {name!r} holds NaN or infinity: clean it, or set session.nan=pass", **expected
+                    f"a segment of session {name!r} holds NaN or infinity: clean it, or set session.nan=pass",
+                    **expected,
                 )
             case Verdict.OVERLOADED:
                 return Overloaded(

@@ -34,6 +34,9 @@ class SlotTable:
         waiting [max_rows]: timesteps ready, by row. No more rows than slots may ask.
         """
         enter = rows[self.slot_of[rows] < 0]
+        if not len(enter):
+            self._used_at[self.slot_of[rows]] = now
+            return Placement(enter, enter, enter, enter)
         free = np.flatnonzero(self.row_of < 0)[: len(enter)]
         evict_slots = free[:0]
         if len(free) < len(enter):

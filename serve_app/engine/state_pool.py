@@ -54,9 +54,13 @@ class StatePool:
         """Write a batched state back to `slots`; ValueError, and nothing written, when it is not shaped as it came."""
         leaves, structure = pytree.tree_flatten(state)
         found = [(list(leaf.shape), leaf.dtype) for leaf in leaves]
-        due = [(_with(leaf.shape, dim, len(slots)), leaf.dtype) for leaf, dim in zip(self._slots, self._dims, strict=True)]
+        due = [
+            (_with(leaf.shape, dim, len(slots)), leaf.dtype) for leaf, dim in zip(self._slots, self._dims, strict=True)
+        ]
         if structure != self._structure or found != due:
-            raise ValueError(f"the model returned a state of {found} as {structure}, expected {due} as {self._structure}")
+            raise ValueError(
+                f"the model returned a state of {found} as {structure}, expected {due} as {self._structure}"
+            )
         index = self._index(slots)
         for leaf, dim, new in zip(self._slots, self._dims, leaves, strict=True):
             leaf.index_copy_(dim, index, new)
@@ -118,7 +122,11 @@ class StatePool:
             first = len(self._chunks) * PAGES_PER_CHUNK
             self._chunks.append(
                 [
-                    torch.empty(_with(leaf.shape, dim, PAGES_PER_CHUNK), dtype=leaf.dtype, pin_memory=self._device.type == "cuda")
+                    torch.empty(
+                        _with(leaf.shape, dim, PAGES_PER_CHUNK),
+                        dtype=leaf.dtype,
+                        pin_memory=self._device.type == "cuda",
+                    )
                     for leaf, dim in zip(self._initial, self._dims, strict=True)
                 ]
             )

@@ -19,11 +19,12 @@ class StepRecord:
 
 @dataclass(slots=True)
 class Stats:
-    """Counters since the start; `recent` is for whoever reports, and drops what nobody collects."""
+    """Counters since the start (`session_steps`: the sum of all batch sizes); `recent` is for whoever reports, and drops what nobody collects."""
 
     segments: int = 0
     timesteps: int = 0
     steps: int = 0
+    session_steps: int = 0
     failed_steps: int = 0
     evictions: int = 0
     restores: int = 0
@@ -35,6 +36,7 @@ class Stats:
     def add_step(self, record: StepRecord) -> None:
         """Count one step that went well."""
         self.steps += 1
+        self.session_steps += record.batch_size
         self.timesteps += record.batch_size * record.timesteps
         self.recent.append(record)
 

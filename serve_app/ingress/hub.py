@@ -74,7 +74,9 @@ class Hub:
         if name in self._sessions:
             return self._sessions[name]
         if name in self._past:
-            raise SessionEnded(f"session {name!r} has ended ({self._past[name]}): open a new one", reason=self._past[name])
+            raise SessionEnded(
+                f"session {name!r} has ended ({self._past[name]}): open a new one", reason=self._past[name]
+            )
         raise UnknownSession(f"session {name!r} is not open here: open it first")
 
     async def models(self) -> dict[str, ModelSpec]:

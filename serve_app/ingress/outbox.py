@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 MAX_CALLS = 2
 RETRY_DELAY_S = 0.02
 MAX_ACKS = 4096
+STOP_WITHIN_S = 2.0
 
 Call = Callable[[Frame], Awaitable[Answer]]
 """Brings a frame to the owner; raises StateLost when the owner is gone."""
@@ -82,7 +83,15 @@ class Outbox:
         self._acks[session.epoch] = session
 
     async def stop(self) -> None:
-        """Give up the calls in flight."""
+        """Abort what is open, and give up the calls in flight once the owner knows, or does not say so in time."""
+        live = [session for session in self._sessions.values() if session.end_reason is None]
+        for session in live:
+            session.abort()
+        try:
+            async with asyncio.timeout(STOP_WITHIN_S):
+                await asyncio.gather(*(session.closed() for session in live), return_exceptions=True)
+        except TimeoutError:
+            logger.warning("owner %r has not confirmed the end of %d sessions", self._owner, len(live))
         calls = list(self._calls)
         for call in calls:
             call.cancel()
@@ -128,8 +137,11 @@ class Outbox:
             sent.append(session)
         taken = {epoch for epoch, _ in entries}
         for epoch in list(self._acks)[:MAX_ACKS]:
-            session = self._acks.pop(epoch)
-            if epoch not in taken and session.acked > session.acked_told and not session.in_flight:
+            session = self._acks[epoch]
+            if session.in_flight and epoch not in taken:
+                continue  # with a later frame: this one could overtake
+            del self._acks[epoch]
+            if epoch not in taken and session.acked > session.acked_told and not session.sendable:
                 entries.append((epoch, session.take(0)))
                 self._forget_if_done(session)
         columns = np.array(
@@ -178,7 +190,9 @@ class Outbox:
             elif session is not None and session.end_reason is not None:
                 self._forget(session)  # the owner has given its outputs up
             elif session is not None:
-                session.notice(notice.kind, dict(notice.error) if notice.error else None, notice.reason, notice.progress)
+                session.notice(
+                    notice.kind, dict(notice.error) if notice.error else None, notice.reason, notice.progress
+                )
                 self._forget_if_done(session)
 
     def _opened(self, epoch: int, opening: asyncio.Future[None], error: object) -> None:

@@ -11,7 +11,7 @@ def choose_batch(left: np.ndarray, max_batch_size: int, max_timesteps: int) -> t
     in, so nobody starves; under that, k is the one that gives the step the most timesteps.
     """
     capped = np.minimum(left, max_timesteps)
-    options = np.unique(capped[capped <= capped[0]])  # ascending, the last is capped[0]
-    longer = len(capped) - np.searchsorted(np.sort(capped), options)  # how many have at least that much ready
-    k = int(options[np.argmax(options * np.minimum(longer, max_batch_size))])
+    ready = np.bincount(capped)[::-1].cumsum()[::-1]  # [k]: how many have at least k timesteps
+    ks = np.arange(capped[0] + 1)
+    k = int(np.argmax(ks * np.minimum(ready[ks], max_batch_size)))
     return np.flatnonzero(capped >= k)[:max_batch_size], k

@@ -81,7 +81,9 @@ def test_real_cells_equal_alone(seed: int, cell: str) -> None:
     rng = random.Random(seed)
     model = Rnn(RnnOptions(cell=cell, input=3, hidden=8, layers=2, seed=seed % 1000))
     sender = Sender(model, config(slots=9, batch=8, step=5))
-    x = {epoch: np.random.default_rng(epoch).standard_normal((rng.randint(1, 30), 3), np.float32) for epoch in range(100)}
+    x = {
+        epoch: np.random.default_rng(epoch).standard_normal((rng.randint(1, 30), 3), np.float32) for epoch in range(100)
+    }
     sender.open(*x)
     at = dict.fromkeys(x, 0)
     while any(at[epoch] < len(x[epoch]) for epoch in x):
@@ -391,7 +393,9 @@ def test_frames_for_another_owner_or_out_of_shape_change_nothing() -> None:
     one = np.ones(1, np.int64)
     with pytest.raises(InvalidInput, match=r"expected int64 \(1, 2\)"):
         sender.engine.receive(
-            Frame("local", "test", one, one * 0, one, one * 0, one * 0, one * -1, np.ones((1, 3), np.int64)), object(), 0.0
+            Frame("local", "test", one, one * 0, one, one * 0, one * 0, one * -1, np.ones((1, 3), np.int64)),
+            object(),
+            0.0,
         )
     assert sender.run() == 0
 

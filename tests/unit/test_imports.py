@@ -34,7 +34,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         SHARED | {f"serve_app.{layer}" for layer in ("deployments", "engine", "ingress", "models", "policy")},
         {"torch"},
     ),
-    **{module: (SHARED - {"serve_app.config"}, NOT_PURE) for module in SHARED - {"serve_app.config", "serve_app.directory"}},
+    **{
+        module: (SHARED - {"serve_app.config"}, NOT_PURE)
+        for module in SHARED - {"serve_app.config", "serve_app.directory"}
+    },
     "clients.handle": (SHARED | {"clients", "serve_app.ingress", "serve_app.deployments.transport"}, {"torch"}),
     "clients": (SHARED | {"clients", "serve_app.ingress"}, NOT_PURE),
 }

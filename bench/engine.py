@@ -1,0 +1,185 @@
+"""The engine without Ray: its rate against the bare model, the scheduler's time, memory of idle sessions.
+
+    python -m bench.engine [--device cpu] [--json FILE]
+
+"Engine" is host to host: a frame of numpy arrays in, a step, an answer of numpy arrays out, everything acknowledged with
+the next frame. "Model" is RecurrentModel.forward on a tensor that lies ready, with its state kept. Both take turns of a
+few rounds in one process, on one thread, so that a busy machine slows both; the ratio is the median over the turns.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from bench.report import json_option, save, show_hardware, table, use_replica_env
+from bench.sender import Sender
+from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig
+from serve_app.engine.engine import Engine
+from serve_app.engine.scheduler import Scheduler
+from serve_app.models import registry
+from serve_app.models.interface import RecurrentModel
+
+MODELS = {"lstm": ModelConfig("rnn"), "silero": ModelConfig("silero_vad")}  # 2x256, input 256, fp32; 16 kHz
+BATCH_SIZES = (1, 16, 64, 256)
+TIMESTEPS = (1, 10)
+CLAIMED = (64, 10)  # batch size and timesteps of the ratios that are claimed
+ROUNDS = 8  # of a turn, each with another input, which is not in the cache from the round before
+NUM_PARTS = 5  # whose medians show the spread
+READY_SESSIONS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """Seconds of each round [turns, ROUNDS], of engine and model."""
+
+    batch_size: int
+    k: int
+    engine_s: np.ndarray
+    module_s: np.ndarray
+
+    @property
+    def ratios(self) -> np.ndarray:
+        """Rate of the engine in rates of the model, by turn."""
+        ratios: np.ndarray = np.median(self.module_s, 1) / np.median(self.engine_s, 1)
+        return ratios
+
+    @property
+    def ratio(self) -> float:
+        """The median over the turns."""
+        return float(np.median(self.ratios))
+
+    @property
+    def spread(self) -> str:
+        """Smallest and largest ratio among parts of the time."""
+        parts = np.array_split(self.ratios, min(NUM_PARTS, len(self.ratios)))
+        medians = [float(np.median(part)) for part in parts]
+        return f"{min(medians):.3f}–{max(medians):.3f}"
+
+    @property
+    def delay_ms(self) -> float:
+        """Median time from a frame to the answer with its outputs."""
+        return float(np.median(self.engine_s)) * 1e3
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Timesteps per ms of engine and model."""
+        timesteps = self.batch_size * self.k
+        return timesteps / self.delay_ms, timesteps / float(np.median(self.module_s)) / 1e3
+
+
+@torch.inference_mode()
+def measure_turns(model: RecurrentModel, device: str, batch_size: int, k: int, seconds: float) -> Turns:
+    """Engine and model in turns for about `seconds`, on the same inputs; RuntimeError if their outputs differ."""
+    # an answer is 2.6 MB at most here; one frame, one answer
+    engine = Engine(model, AppConfig(engine=EngineConfig(device=device), frame=FrameConfig(max_bytes=8 * 2**20)))
+    sender = Sender(engine, batch_size)
+    sessions = np.arange(batch_size)
+    rng = np.random.default_rng(0)
+    segments = [rng.standard_normal((batch_size, k, *model.input.shape), np.float32) for _ in range(ROUNDS)]
+    tensors = [torch.from_numpy(x.swapaxes(0, 1).copy()).to(device) for x in segments]
+    state = torch.utils._pytree.tree_map(lambda leaf: leaf.to(device), model.initial_state(batch_size))
+    (name,) = model.outputs
+    engine_s, module_s = [], []
+    until = time.monotonic() + seconds
+    while len(engine_s) < 2 or time.monotonic() < until:
+        frames = [sender.frame(sessions, x) for x in segments]
+        engine_s.append([])
+        for frame in frames:
+            began = time.perf_counter()
+            (answer,) = sender.exchange(frame)
+            engine_s[-1].append(time.perf_counter() - began)
+        module_s.append([])
+        for x in tensors:
+            began = time.perf_counter()
+            y, state = model.forward(x, state)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            module_s[-1].append(time.perf_counter() - began)
+    assert isinstance(y, torch.Tensor)
+    np.testing.assert_allclose(
+        answer.outputs[name].reshape(batch_size, k, *y.shape[2:]), y.transpose(0, 1).cpu().numpy(), rtol=1e-5, atol=1e-5
+    )
+    return Turns(batch_size, k, np.array(engine_s[1:]), np.array(module_s[1:]))  # the first warmed up
+
+
+def measure_scheduler(longest: int, seconds: float) -> float:
+    """Microseconds of add, schedule and complete for one segment, 10 timesteps long or, if `longest` is more, 1 to that."""
+    scheduler = Scheduler(max_batch_size=256, max_timesteps=16, max_rows=READY_SESSIONS)
+    lengths = (
+        np.random.default_rng(0).integers(1, longest + 1, READY_SESSIONS)
+        if longest > 10
+        else np.full(READY_SESSIONS, 10)
+    )
+    scheduler.add(np.arange(READY_SESSIONS), lengths, 0.0)
+    samples = []
+    until = time.monotonic() + seconds
+    while not samples or time.monotonic() < until:
+        segments = 0
+        began = time.perf_counter()
+        for _ in range(200):
+            batch = scheduler.schedule(0.0)
+            assert batch is not None
+            scheduler.complete(batch, 0.0)
+            done = batch.rows[scheduler.left[batch.rows] == 0]
+            scheduler.add(done, lengths[done], 0.0)
+            segments += len(done)
+        samples.append((time.perf_counter() - began) / segments)
+    scheduler.check()
+    return float(np.median(samples)) * 1e6
+
+
+def measure_idle(num_sessions: int) -> dict[str, float]:
+    """What bench.idle finds, in a process of its own: memory that others used before would hide what sessions need."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "idle.json"
+        command = [sys.executable, "-m", "bench.idle", "--sessions", str(num_sessions), "--json", str(file)]
+        subprocess.run(command, check=True)
+        figures: dict[str, float] = json.loads(file.read_text())["figures"]
+        return figures
+
+
+@click.command()
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--seconds", default=2.0, show_default=True, help="For each setting; four times that for the claimed ones."
+)
+@click.option("--idle-sessions", default=10_000, show_default=True)
+@json_option
+def main(device: str, seconds: float, idle_sessions: int, json_file: Path | None) -> None:
+    """Measure the engine against the bare model."""
+    use_replica_env()
+    torch.set_num_threads(1)
+    show_hardware()
+    figures: dict[str, float] = {}
+    for name, config in MODELS.items():
+        model = registry.load(config)
+        rows = []
+        for batch_size, k in ((batch_size, k) for batch_size in BATCH_SIZES for k in TIMESTEPS):
+            claimed = (batch_size, k) == CLAIMED
+            turns = measure_turns(model, device, batch_size, k, 4 * seconds if claimed else seconds)
+            rows.append((batch_size, k, *turns.rates, turns.ratio, turns.spread, turns.delay_ms))
+            setting = f"{name}_b{batch_size}_k{k}"
+            figures[f"engine_timesteps_per_ms_{setting}"] = turns.rates[0]
+            figures[f"engine_p50_ms_{setting}"] = turns.delay_ms
+            figures[f"engine_vs_module_{name}" if claimed else f"engine_vs_module_{setting}"] = turns.ratio
+        head = ("batch", "timesteps", "engine /ms", "model /ms", "ratio", "spread", "p50 ms")
+        click.echo(f"\n{name}, timesteps per ms\n{table(head, rows)}")
+
+    figures["scheduler_us"] = measure_scheduler(10, seconds)
+    figures["scheduler_mixed_us"] = measure_scheduler(40, seconds)
+    click.echo(f"\nscheduler, µs a segment, {READY_SESSIONS:,} ready: {figures['scheduler_us']:.2f}, ", nl=False)
+    click.echo(f"of 1 to 40 timesteps: {figures['scheduler_mixed_us']:.2f}\n")
+    figures |= measure_idle(idle_sessions)
+    save(figures, json_file)
+
+
+if __name__ == "__main__":
+    main()

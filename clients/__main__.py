@@ -1,0 +1,119 @@
+"""The command line: `python -m clients vad FILE.wav …`, `python -m clients bench`."""
+
+import asyncio
+import itertools
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+from tqdm import tqdm
+
+from clients.audio import read_wav
+from clients.client import Client, connect
+from clients.vad import speech_intervals, timeline
+from serve_app.errors import InvalidInput, LockstepError
+from serve_app.spec import ModelSpec
+
+address_option = click.option(
+    "--address",
+    default="ws://127.0.0.1:8000",
+    show_default=True,
+    help="ws://host:port, or the name of a Serve application (Ray has to be reachable).",
+)
+
+
+@click.group()
+def main() -> None:
+    """Clients of a running Lockstep application."""
+
+
+@main.command()
+@address_option
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def vad(address: str, files: tuple[Path, ...]) -> None:
+    """Where is speech? One session a file, all at the same time; needs `serve run configs/vad.yaml`."""
+    _run(_vad(address, files))
+
+
+@main.command()
+@address_option
+@click.option("--sessions", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--timesteps", default=1, show_default=True, type=click.IntRange(1), help="Of a segment.")
+@click.option("--seconds", default=5.0, show_default=True, type=click.FloatRange(min=0, min_open=True))
+def bench(address: str, sessions: int, timesteps: int, seconds: float) -> None:
+    """Random segments, one at a time from each session: segments per second, and their delay."""
+    _run(_bench(address, sessions, timesteps, seconds))
+
+
+async def _vad(address: str, files: tuple[Path, ...]) -> None:
+    async with connect(address) as client:
+        results = await asyncio.gather(*(_listen(client, path) for path in files))
+    for path, probabilities, timestep_s in results:
+        intervals = speech_intervals(probabilities, timestep_s)
+        click.echo(f"{path}  {timeline(intervals, len(probabilities) * timestep_s)}")
+        for interval in intervals:
+            click.echo(f"  {interval.start_s:8.2f} … {interval.end_s:.2f} s")
+
+
+async def _listen(client: Client, path: Path) -> tuple[Path, list[float], float]:
+    """The speech probability of each timestep of a file, and the length of one in seconds."""
+    samples, rate = read_wav(path)
+    async with await client.open() as session:
+        due = session.spec.sample_rate
+        if due != rate:
+            raise InvalidInput(f"{path} has {rate} samples a second, model {session.spec.name!r} takes {due}")
+        probabilities: list[float] = []
+        for part in np.array_split(samples, max(1, len(samples) // rate)):  # about a second each
+            await session.wait(session.submit(part))
+            if (outputs := session.read()) is not None:
+                probabilities += outputs.values["probability"].tolist()
+        await session.close()
+        if (outputs := session.read()) is not None:
+            probabilities += outputs.values["probability"].tolist()
+        return path, probabilities, session.spec.input.shape[0] / rate
+
+
+async def _bench(address: str, num_sessions: int, timesteps: int, seconds: float) -> None:
+    async with connect(address) as client:
+        sessions = await asyncio.gather(*(client.open() for _ in range(num_sessions)))
+        x = _noise(sessions[0].spec, timesteps)
+        delays_s: list[float] = []
+        began = time.monotonic()
+        with tqdm(unit=" segments") as bar:
+
+            async def send(i: int) -> None:
+                for _ in itertools.takewhile(lambda _: time.monotonic() - began < seconds, itertools.count()):
+                    at = time.monotonic()
+                    await sessions[i].wait(sessions[i].submit(x))
+                    delays_s.append(time.monotonic() - at)
+                    sessions[i].read()
+                    bar.update()
+
+            await asyncio.gather(*(send(i) for i in range(num_sessions)))
+        took_s = time.monotonic() - began
+        await asyncio.gather(*(session.close() for session in sessions))
+    p50, p99 = np.percentile(delays_s, [50, 99]) * 1e3
+    click.echo(
+        f"{num_sessions} sessions, {timesteps} timesteps a segment: {len(delays_s) / took_s:,.0f} segments/s, "
+        f"delay p50 {p50:.1f} ms, p99 {p99:.1f} ms"
+    )
+
+
+def _noise(spec: ModelSpec, timesteps: int) -> np.ndarray:
+    """A segment of the model's shape; for audio, as many samples as make that many timesteps."""
+    rng = np.random.default_rng(0)
+    noise = rng.uniform(-0.5, 0.5, (timesteps, *spec.input.shape)).astype(spec.input.dtype)
+    return noise if spec.sample_rate is None else noise.ravel()
+
+
+def _run(work: object) -> None:
+    """Run a command; an error of Lockstep's ends it with its message instead of a traceback."""
+    try:
+        asyncio.run(work)  # type: ignore[arg-type]
+    except LockstepError as error:
+        raise click.ClickException(error.message) from error
+
+
+if __name__ == "__main__":
+    main()

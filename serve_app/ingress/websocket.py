@@ -1,0 +1,187 @@
+"""A session as a conversation on a WebSocket, in either encoding; docs/protocol.md has the messages."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from serve_app.errors import InvalidInput, LockstepError, Rewound, SessionEnded
+from serve_app.ingress.codec import (
+    JSON,
+    MSGPACK,
+    Message,
+    describe_outputs,
+    describe_session,
+    max_body,
+)
+from serve_app.ingress.hub import Hub
+from serve_app.session import Session
+
+logger = logging.getLogger(__name__)
+
+SUBPROTOCOL = "lockstep.msgpack"
+MAX_UNREADABLE = 8
+"""After so many messages in a row that cannot be decoded, the other side speaks something else."""
+
+
+class Conversation:
+    """Messages over one WebSocket. Any task may send; a client that does not read holds up its own connection only."""
+
+    def __init__(self, websocket: WebSocket) -> None:
+        self.websocket = websocket
+        self.encoding = MSGPACK if SUBPROTOCOL in websocket.scope.get("subprotocols", ()) else JSON
+        self._sending = asyncio.Lock()
+
+    async def send(self, kind: str, **values: Any) -> None:
+        """Send one message. Raises WebSocketDisconnect."""
+        data = self.encoding.encode({"type": kind, **values})
+        async with self._sending:
+            if self.encoding is MSGPACK:
+                await self.websocket.send_bytes(data)
+            else:
+                await self.websocket.send_text(data.decode())
+
+    async def receive(self, max_bytes: int) -> Message:
+        """The next message. Raises WebSocketDisconnect, and InvalidInput for one that cannot be decoded."""
+        event = await self.websocket.receive()
+        if event["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(event.get("code", 1005))
+        content: str | bytes = event["bytes"] if event.get("text") is None else event["text"]
+        if isinstance(content, str) != (self.encoding is JSON):
+            raise InvalidInput(
+                f"a {'text' if isinstance(content, str) else 'binary'} message arrived in a conversation in "
+                f"{self.encoding.name}: msgpack is binary, and chosen by the subprotocol {SUBPROTOCOL!r}; JSON is text"
+            )
+        if len(content) > max_bytes:
+            raise InvalidInput(f"a message of {len(content)} bytes arrived, the limit is {max_bytes}: send it in parts")
+        return self.encoding.decode(content)
+
+
+async def converse(websocket: WebSocket, hub: Hub) -> None:
+    """Serve one connection: open a session, and end it with the connection."""
+    talk = Conversation(websocket)
+    try:
+        await websocket.accept(SUBPROTOCOL if talk.encoding is MSGPACK else None)
+        try:
+            session = await _open(talk, hub)
+        except LockstepError as error:
+            await talk.send("error", error=error.to_wire())
+            await websocket.close(4000 + error.http)
+            return
+        try:
+            await talk.send("opened", **describe_session(session))
+            code = await _first(_listen(talk, session), _speak(talk, session))
+        finally:  # whatever happened, nobody will ask for the session again
+            session.abort()
+            session.ack(session.progress)
+        await websocket.close(code)
+    except WebSocketDisconnect:
+        pass
+    except Exception:
+        logger.exception("a conversation failed")
+        with suppress(RuntimeError, WebSocketDisconnect):  # it may be the connection that is broken
+            await talk.send("error", error=LockstepError("an unexpected error: the server's log has it").to_wire())
+            await websocket.close(1011)
+
+
+async def _open(talk: Conversation, hub: Hub) -> Session:
+    query = Message(dict(talk.websocket.query_params))
+    query.only("session", "model", "initial_state")
+    state = None
+    if query.values.get("initial_state", "false") != "false":
+        models = await hub.models()
+        message = await talk.receive(max_body(max((spec.state_bytes for spec in models.values()), default=0)))
+        message.only("type", "initial_state")
+        if message.text("type") != "open":
+            raise InvalidInput("the first message has to be of type 'open' and bring the initial_state")
+        state = message.arrays("initial_state")
+    return await hub.open(query.text("session"), query.text("model"), state)
+
+
+async def _listen(talk: Conversation, session: Session) -> int:
+    """Do what the client says, until nothing that it says can be decoded; returns the code to close with."""
+    max_bytes = max_body(session.limits.max_segment * session.spec.input.nbytes)
+    unreadable = 0
+    while unreadable < MAX_UNREADABLE:
+        try:
+            message = await talk.receive(max_bytes)
+        except InvalidInput as error:
+            unreadable += 1
+            await talk.send("error", error=error.to_wire())
+            continue
+        unreadable = 0
+        try:
+            _obey(message, session)
+        except LockstepError as error:
+            await talk.send("error", error=error.to_wire())
+    return 4000 + InvalidInput.http
+
+
+def _obey(message: Message, session: Session) -> None:
+    kind = message.text("type")
+    if kind == "segment":
+        message.only("type", "x", "start", "acked", "rewind")
+        x = message.array("x", session.spec.input)
+        session.ack(message.number("acked") or 0)
+        _check_rewind(message, session)
+        session.submit(x, message.number("start"))
+    elif kind == "ack":
+        message.only("type", "acked")
+        session.ack(message.number("acked") or 0)
+    elif kind == "close":
+        message.only("type", "start", "rewind", "abort")
+        if message.flag("abort"):
+            session.abort()
+        else:
+            _check_rewind(message, session)
+            session.close(message.number("start"))
+    else:
+        raise InvalidInput(f"a message of type {kind!r} arrived, expected segment, ack or close")
+
+
+def _check_rewind(message: Message, session: Session) -> None:
+    """Raise Rewound for what was sent before the client could know of a failed step."""
+    rewind = message.number("rewind")
+    if rewind not in (None, session.rewind):
+        raise Rewound(
+            f"session {session.name!r} was rewound to timestep {session.next} by a failed step: resend from there",
+            expected=session.next,
+            rewind=session.rewind,
+        )
+
+
+async def _speak(talk: Conversation, session: Session) -> int:
+    """Send outputs and failures as they come, and how the session ended; returns the code to close with."""
+    while True:
+        try:
+            if not await session.available():
+                break
+        except LockstepError as error:
+            if session.end_reason is not None:
+                return await _tell_end(talk, session, error)
+            await talk.send("error", error=error.to_wire())
+        if outputs := session.read():
+            for part in talk.encoding.cut(outputs, session.spec):
+                await talk.send("outputs", **describe_outputs(session, part))
+    return await _tell_end(talk, session, None)
+
+
+async def _tell_end(talk: Conversation, session: Session, error: LockstepError | None) -> int:
+    told = {"error": error.to_wire()} if error is not None and not isinstance(error, SessionEnded) else {}
+    await talk.send("ended", reason=session.end_reason, progress=session.progress, **told)
+    return 1000 if error is None or session.end_reason == "aborted" else 4000 + error.http
+
+
+async def _first(*coroutines: Coroutine[Any, Any, int]) -> int:
+    """The result of the one that ends first; the others are cancelled."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return done.pop().result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,92 @@
+"""The engine on a GPU: the same outputs as on the CPU, with sessions evicted and restored. Needs no Ray."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
+from serve_app.models.options import RnnOptions, SileroOptions
+from serve_app.models.rnn import Rnn
+from serve_app.models.silero_vad import SileroVad
+from tests.fakes import Sender, SumModel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="runs where there is a GPU"),
+]
+
+
+@pytest.fixture(autouse=True)
+def full_precision() -> None:
+    """fp32 means fp32 here: TF32 would be a numerics class of its own."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def run(model: torch.nn.Module | SumModel, x: dict[int, np.ndarray], device: str, **engine: int) -> dict[int, np.ndarray]:
+    """All outputs of each session, its inputs sent in random pieces."""
+    config = AppConfig(
+        engine=EngineConfig(device=device, **engine),
+        session=SessionConfig(max_sessions=len(x)),
+        frame=FrameConfig(answer_within_s=1),
+    )
+    sender, rng = Sender(model, config), random.Random(0)
+    sender.open(*x)
+    at = dict.fromkeys(x, 0)
+    while behind := [epoch for epoch in x if at[epoch] < len(x[epoch])]:
+        entries = []
+        for epoch in rng.sample(behind, max(1, len(behind) // 2)):
+            end = min(len(x[epoch]), at[epoch] + rng.randint(1, 20))
+            entries.append({"epoch": epoch, "start": at[epoch], "x": x[epoch][at[epoch] : end]})
+            at[epoch] = end
+        sender.send(*entries)
+        sender.run()
+        sender.poll()
+    assert sender.engine.stats.evictions > 0
+    sender.engine.check()
+    return {epoch: sender.line(epoch) for epoch in x}
+
+
+def relative(found: dict[int, np.ndarray], expected: dict[int, np.ndarray]) -> float:
+    """The largest ‖found − expected‖ / ‖expected‖ of a session."""
+    return max(
+        float(np.linalg.norm(found[epoch].astype("f8") - expected[epoch]) / np.linalg.norm(expected[epoch].astype("f8")))
+        for epoch in expected
+    )
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("cell", ["lstm", "gru", "tanh", "relu"])
+def test_cells_equal_the_cpu(cell: str) -> None:
+    x = {e: np.random.default_rng(e).standard_normal((60, 32), np.float32) for e in range(1, 101)}
+    options = RnnOptions(cell=cell, input=32, hidden=64, layers=2, projection=48 if cell == "lstm" else 0)
+    size = {"slots": 24, "max_batch_size": 16, "max_step_timesteps": 8}
+    assert relative(run(Rnn(options), x, "cuda", **size), run(Rnn(options), x, "cpu", **size)) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2)])
+def test_half_precision_is_near_the_cpu(dtype: str, tolerance: float) -> None:
+    kind = np.float16 if dtype == "fp16" else np.float32
+    x = {e: np.random.default_rng(e).standard_normal((60, 32), np.float32).astype(kind) for e in range(1, 65)}
+    size = {"slots": 24, "max_batch_size": 16, "max_step_timesteps": 8}
+    options = {"input": 32, "hidden": 64, "layers": 2}
+    found = run(Rnn(RnnOptions(dtype=dtype, **options)), x, "cuda", **size)  # type: ignore[arg-type]
+    single = {epoch: values.astype(np.float32) for epoch, values in x.items()}
+    assert relative(found, run(Rnn(RnnOptions(**options)), single, "cpu", **size)) < tolerance
+
+
+def test_silero_equals_the_cpu() -> None:
+    x = {e: np.random.default_rng(e).normal(0, 0.1, (40, 512)).astype(np.float32) for e in range(1, 65)}
+    size = {"slots": 24, "max_batch_size": 16, "max_step_timesteps": 8}
+    found, expected = (run(SileroVad(SileroOptions()), x, device, **size) for device in ("cuda", "cpu"))
+    for epoch in x:
+        np.testing.assert_allclose(found[epoch], expected[epoch], rtol=1e-4, atol=1e-4)
+
+
+def test_whole_numbers_are_equal_to_the_bit() -> None:
+    x = {e: np.random.default_rng(e).integers(-9, 9, (50, 2)) for e in range(1, 301)}
+    found = run(SumModel(), x, "cuda", slots=64, max_batch_size=32, max_step_timesteps=4)
+    for epoch, values in x.items():
+        assert found[epoch].tolist() == values.cumsum(0).tolist()

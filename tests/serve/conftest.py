@@ -1,0 +1,64 @@
+"""One Ray for all tests here, on ports and in a folder of its own; an application a test module, torn down after it."""
+
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.app import build
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def http_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def cluster(http_port: int) -> Iterator[None]:
+    os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
+    with tempfile.TemporaryDirectory(prefix="ls", dir="/tmp") as folder:  # short: Ray puts sockets there
+        ray.init(
+            num_cpus=16,  # not of this machine: it only has to hold all test applications
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=folder,
+            namespace="lockstep-tests",
+        )
+        serve.start(http_options={"port": http_port}, logging_config={"log_level": "ERROR"})
+        yield
+        serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def run_app(cluster: None) -> Iterator[Callable[..., DeploymentHandle[Any]]]:
+    """Start an application, by name and arguments; it is deleted at the module's end."""
+    names = []
+
+    def run(name: str, route_prefix: str | None = None, **args: Any) -> DeploymentHandle[Any]:
+        names.append(name)
+        return serve.run(build(args), name=name, route_prefix=route_prefix)
+
+    yield run
+    for name in names:
+        serve.delete(name)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return Path(__file__).parents[2]

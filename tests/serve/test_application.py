@@ -1,0 +1,226 @@
+"""The application on a real Ray: handle client, plain handle calls, failures, the dashboard's metrics."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import ray
+import torch
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from clients.blocking import BlockingClient
+from clients.client import connect
+from clients.session import Session
+from serve_app.deployments.transport import SERVE_NAMESPACE
+from serve_app.errors import InvalidInput, SessionEnded, StateLost, StepFailed, UnknownModel, WindowFull
+from serve_app.models.options import RnnOptions
+from serve_app.models.rnn import Rnn
+from serve_app.segment import Segment
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(120)]
+
+MODEL = {"name": "rnn", "input": 8, "hidden": 16, "layers": 2, "seed": 3}
+SMALL = {"slots": 8, "max_batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def app(run_app: Callable[..., DeploymentHandle[Any]]) -> DeploymentHandle[Any]:
+    """Two replicas with few slots, so that sessions move between them and host memory."""
+    return run_app(
+        "lstm",
+        model=MODEL,
+        engine=SMALL,
+        replicas=2,
+        session={"max_window_timesteps": 256, "max_segment_timesteps": 64},
+    )
+
+
+def alone(x: np.ndarray) -> np.ndarray:
+    model = Rnn(RnnOptions(input=8, hidden=16, layers=2, seed=3))
+    with torch.inference_mode():
+        y, _ = model(torch.from_numpy(x)[:, None], model.initial_state(1))
+    return y[:, 0].numpy()
+
+
+def noise(seed: int, n: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, 8), np.float32)
+
+
+async def collect(session: Session) -> np.ndarray:
+    return np.concatenate([outputs.values["y"] async for outputs in session.outputs()])
+
+
+async def test_sessions_over_two_replicas_equal_alone(app: DeploymentHandle[Any]) -> None:
+    async with connect(app) as client:
+
+        async def one(seed: int) -> None:
+            rng, x, at = random.Random(seed), noise(seed, 100), 0
+            async with await client.open(f"session {seed}") as session:
+                reading = asyncio.create_task(collect(session))
+                while at < len(x):
+                    end = min(len(x), at + rng.randint(1, 30))
+                    assert session.submit(x[at:end]) == end
+                    at = end
+                    if rng.random() < 0.3:
+                        await session.wait(end)
+            np.testing.assert_allclose(await reading, alone(x), rtol=1e-5, atol=1e-5)
+
+        await asyncio.gather(*(one(seed) for seed in range(48)))
+
+
+async def test_bad_input_is_refused_where_it_is_submitted(app: DeploymentHandle[Any]) -> None:
+    async with connect(app) as client:
+        with pytest.raises(UnknownModel, match="'bert' is not served here: rnn"):
+            await client.open(model="bert")
+        async with await client.open() as session:
+            for x, message in (
+                (np.zeros((1, 9), np.float32), "shape"),
+                (np.zeros((1, 8)), "float64"),
+                (noise(0, 0), "empty"),
+                (noise(0, 65), "limit is 64"),
+                (np.full((1, 8), np.nan, np.float32), "NaN"),
+            ):
+                with pytest.raises(InvalidInput, match=message):
+                    session.submit(x)
+            for _ in range(4):
+                session.submit(noise(0, 64))
+            with pytest.raises(WindowFull, match="limit is 256"):
+                session.submit(noise(0, 1))
+
+
+async def test_plain_handle_calls_reach_the_session_from_any_replica(app: DeploymentHandle[Any]) -> None:
+    handle = serve.get_deployment_handle("Recurrent", "lstm")
+    x = {f"plain {i}": noise(i, 6) for i in range(8)}
+    for name in x:
+        assert await handle.open.remote(name) == name
+    for at in (0, 2, 4):
+        results = await asyncio.gather(*(handle.segment.remote(Segment(name, x[name][at : at + 2], at)) for name in x))
+        for name, outputs in zip(x, results, strict=True):
+            assert outputs.start == at
+            np.testing.assert_allclose(outputs.values["y"], alone(x[name])[at : at + 2], rtol=1e-5, atol=1e-5)
+    again = await handle.segment.remote(Segment("plain 0", x["plain 0"][4:], 4))  # a resend
+    np.testing.assert_allclose(again.values["y"], alone(x["plain 0"])[4:], rtol=1e-5, atol=1e-5)
+    assert await asyncio.gather(*(handle.close.remote(name) for name in x)) == [6] * len(x)
+    with pytest.raises(Exception, match=r"has ended|is not open") as caught:
+        await handle.segment.remote(Segment("plain 0", x["plain 0"][:1]))
+    assert "plain 0" in str(caught.value)
+
+
+def test_blocking_client(app: DeploymentHandle[Any]) -> None:
+    with BlockingClient(app, timeout_s=30) as client:
+        assert list(client.models()) == ["rnn"]
+        with client.open() as session:
+            assert session.submit(noise(1, 5)) == 5
+            assert session.wait(5) == session.progress == 5
+            assert session.submit(noise(1, 10)[5:]) == 10
+        values = np.concatenate([outputs.values["y"] for outputs in session.outputs()])
+        np.testing.assert_allclose(values, alone(noise(1, 10)), rtol=1e-5, atol=1e-5)
+        with pytest.raises(SessionEnded):
+            session.submit(noise(1, 1))
+
+
+async def test_a_client_that_leaves_costs_the_others_nothing(app: DeploymentHandle[Any]) -> None:
+    async with connect(app) as stays, connect(app) as leaves:
+        x = noise(5, 200)
+        sessions = [await stays.open() for _ in range(8)]
+        gone = [await leaves.open() for _ in range(8)]
+        for at in range(0, 200, 50):
+            for session in (*sessions, *gone):
+                session.submit(x[at : at + 50])
+            if at == 50:
+                await leaves.stop()
+                gone = []
+        for session in sessions:
+            await session.close()
+            np.testing.assert_allclose(await collect(session), alone(x), rtol=1e-5, atol=1e-5)
+
+
+async def test_a_killed_replica_ends_its_sessions_clearly_and_is_replaced(
+    run_app: Callable[..., DeploymentHandle[Any]],
+) -> None:
+    app = run_app("victim", model=MODEL, engine=SMALL)
+    async with connect(app) as client:
+        session = await client.open("a")
+        session.submit(noise(1, 3))
+        await session.wait()
+        (owner,) = [
+            actor["name"]
+            for actor in ray.util.list_named_actors(all_namespaces=True)
+            if "victim#Recurrent" in actor["name"]
+        ]
+        ray.kill(ray.get_actor(owner, namespace=SERVE_NAMESPACE))
+        with pytest.raises(StateLost, match="sessions"):
+            while True:
+                session.submit(noise(1, 1))
+                await session.wait()
+                session.read()
+
+        async def reopened() -> Session:
+            while True:
+                try:
+                    return await client.open("a")
+                except Exception as error:
+                    assert getattr(error, "retry", False), error
+                    await asyncio.sleep(0.2)
+
+        session = await asyncio.wait_for(reopened(), 60)
+        session.submit(noise(1, 3))
+        assert await session.wait() == 3
+
+
+async def test_own_model_and_a_failing_step(run_app: Callable[..., DeploymentHandle[Any]]) -> None:
+    app = run_app("own", model={"name": "tests.serve.models:Picky", "limit": 10})
+    async with connect(app) as client:
+        async with await client.open() as session:
+            session.submit(np.array([[1.0], [2.0]], np.float32))
+            await session.wait()
+            session.submit(np.array([[11.0]], np.float32))
+            with pytest.raises(StepFailed, match="resend from 2"):
+                await session.wait()
+            session.submit(np.array([[4.0]], np.float32))
+            await session.close()
+        outputs = session.read()
+        assert outputs is not None
+        assert outputs.values["total"].tolist() == [[1.0], [3.0], [7.0]]
+
+
+async def test_http_and_metrics(run_app: Callable[..., DeploymentHandle[Any]], http_port: int) -> None:
+    run_app("web", route_prefix="/web", model=MODEL, engine=SMALL)
+    base = f"http://127.0.0.1:{http_port}/web/v1"
+    x = noise(9, 7)
+    async with httpx.AsyncClient(timeout=30) as http:
+        assert (await http.get(f"{base}/health/ready")).status_code == 200
+        opened = (await http.post(f"{base}/sessions", json={"session": "h"})).json()
+        assert opened["session"] == "h"
+        sent = await http.post(f"{base}/sessions/h/segments", json={"x": x.tolist()})
+        assert (sent.status_code, sent.json()["end"]) == (202, 7)
+        values: list[list[float]] = []
+        while len(values) < 7:
+            got = await http.get(f"{base}/sessions/h/outputs", params={"start": len(values), "wait_s": 10})
+            values += got.json()["outputs"]["y"]
+        np.testing.assert_allclose(values, alone(x), rtol=1e-4, atol=1e-5)
+        assert (await http.delete(f"{base}/sessions/h")).json()["reason"] == "closed"
+        assert (await http.post(f"{base}/sessions/nobody/segments", json={"x": x.tolist()})).status_code == 404
+
+        seen = await asyncio.wait_for(
+            _metrics(http, {"lockstep_steps", "lockstep_session_ends", "lockstep_batch_size"}), 60
+        )
+        assert 'model="rnn"' in seen["lockstep_steps"]
+        assert 'reason="closed"' in seen["lockstep_session_ends"]
+
+
+async def _metrics(http: httpx.AsyncClient, names: set[str]) -> dict[str, str]:
+    """The first line of each metric, as Prometheus would read it, once all are there."""
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    while True:
+        text = (await http.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics")).text
+        lines = [line for line in text.splitlines() if 'application="web"' in line]
+        seen = {name: next((line for line in lines if name in line), "") for name in names}
+        if all(seen.values()):
+            return seen
+        await asyncio.sleep(0.5)
