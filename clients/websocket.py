@@ -1,10 +1,12 @@
 """Sessions over a WebSocket to an ingress: one connection each, in msgpack. Needs neither Ray nor torch."""
 
 import asyncio
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
+import httpx
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
@@ -12,12 +14,47 @@ from websockets.typing import Subprotocol
 
 from serve_app.errors import InvalidInput, Unavailable, from_wire
 from serve_app.frame import ABORT, NO_CLOSE
-from serve_app.ingress.codec import MSGPACK, Message, read_session
+from serve_app.ingress.codec import JSON, MSGPACK, Message, read_model, read_session
 from serve_app.segment import Outputs
 from serve_app.session import Entry, Session
+from serve_app.spec import ModelSpec
 
 SUBPROTOCOL = Subprotocol("lockstep.msgpack")
 RETRY_DELAY_S = 0.05
+
+
+class WebSocketTransport:
+    """See client.Transport. `address` is one like ws://host:8000."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address.rstrip("/")
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    async def open(self, session: str | None, model: str | None, initial_state: Sequence[np.ndarray] | None) -> Session:
+        """See Transport."""
+        opened = await open_websocket(self._address, session=session, model=model, initial_state=initial_state)
+        self._sessions.add(opened)
+        return opened
+
+    async def models(self) -> dict[str, ModelSpec]:
+        """See Transport."""
+        url = f"http{self._address.removeprefix('ws')}/v1/models"
+        try:
+            async with httpx.AsyncClient() as http:
+                answer = JSON.decode((await http.get(url)).content)
+        except httpx.HTTPError as error:
+            raise Unavailable(f"no answer from {url}: {str(error) or type(error).__name__}") from error
+        if "error" in answer.values:
+            raise from_wire(answer.mapping("error").values)
+        models = [read_model(Message(described)) for described in answer.values.get("models", [])]
+        return {spec.name: spec for spec in models}
+
+    async def stop(self) -> None:
+        """See Transport."""
+        live = [session for session in self._sessions if session.end_reason is None]
+        for session in live:
+            session.abort()
+        await asyncio.gather(*(session.closed() for session in live), return_exceptions=True)
 
 
 async def open_websocket(

@@ -51,7 +51,7 @@ class Engine:
         self._pool = StatePool(model, config.engine.slots, device)
         self._runner = StepRunner(model, self._pool, device)
         self._inputs = InputStore(model.input, max_sessions)
-        self._outputs = OutputStore(list(model.outputs.values()), max_sessions)
+        self._outputs = OutputStore(model.outputs, max_sessions)
         self._mailboxes: dict[str, int] = {}
         self._mail: dict[int, Mailbox] = {}
         self._last_sender = 0
@@ -65,13 +65,17 @@ class Engine:
             self._pool.state_bytes,
             getattr(model, "sample_rate", None),
         )
+        output_bytes = max(1, self.spec.output_bytes)
+        self._max_retained = config.engine.max_retained_bytes // output_bytes  # timesteps
+        self._max_answered = max(1, config.frame.max_bytes // output_bytes)  # timesteps of one answer
 
     def step(self, now: float) -> bool:
         """Run one batch of whatever is ready; False when nothing is."""
         batch = self._scheduler.schedule(now)
         if batch is None:
             return False
-        slots = self._bring_in(batch.rows, now)
+        self._bring_in(batch.rows, now)
+        slots = self._slots.slot_of[batch.rows]
         x = self._inputs.take(batch.rows, batch.k)
         began = time.monotonic()
         try:
@@ -83,7 +87,7 @@ class Engine:
         else:
             self._complete(batch, values, now)
             took_s = time.monotonic() - began
-            self.stats.add_step(StepRecord(len(batch.rows), batch.k, float(batch.waited_s.max()), took_s))
+            self.stats.add_step(StepRecord(len(batch.rows), batch.k, float(batch.waited_s[0]), took_s))
         return True
 
     def receive(self, frame: Frame, ticket: Ticket, now: float) -> None:
@@ -98,14 +102,14 @@ class Engine:
         take = accepted.take > 0
         if take.any():
             rows, counts = accepted.rows[take], accepted.take[take]
-            offsets = (np.cumsum(frame.length) - frame.length + accepted.skip)[take]
+            offsets = (frame.length.cumsum() - frame.length + accepted.skip)[take]
             self._inputs.add(frame.x, rows, offsets, counts)
             self._scheduler.add(rows, counts, now)
             self.stats.segments += len(rows)
         known = accepted.rows[accepted.rows >= 0]
         self._outputs.ack(known, self._sessions.acked[known])
         mailbox.mark(known[self._sessions.sent[known] < self._sessions.progress[known]].tolist())
-        for i in np.flatnonzero(accepted.verdict).tolist():
+        for i in accepted.verdict.nonzero()[0].tolist():
             mailbox.notices.append(self._refuse(int(accepted.verdict[i]), frame, i, int(accepted.rows[i])))
         self._end_some(frame, accepted.rows, known)
         mailbox.calls.append((ticket, now + self.answer_within_s))
@@ -117,7 +121,7 @@ class Engine:
             mailbox = self._mail[sender]
             while mailbox.calls and (mailbox.has_mail or mailbox.calls[0][1] <= now):
                 ticket, _ = mailbox.calls.popleft()
-                answer = mailbox.write_answer(self._sessions, self._outputs, self.spec, self._config.frame.max_bytes)
+                answer = mailbox.write_answer(self._sessions, self._outputs, self._max_answered)
                 answers.append((ticket, answer))
             if mailbox.idle:
                 del self._mailboxes[name], self._mail[sender]
@@ -186,14 +190,15 @@ class Engine:
 
     def _room(self, frame: Frame) -> int:
         """Timesteps that may still be accepted: within the bounds on inputs held and on outputs kept."""
-        engine = self._config.engine
-        if self._inputs.nbytes + frame.x.nbytes > engine.max_pending_bytes:
+        if self._inputs.nbytes + frame.x.nbytes > self._config.engine.max_pending_bytes:
             return 0
-        return engine.max_retained_bytes // max(1, self.spec.output_bytes) - self._sessions.outstanding
+        return self._max_retained - self._sessions.outstanding
 
-    def _bring_in(self, rows: np.ndarray, now: float) -> np.ndarray:
-        """Give every row a slot with its state in it; returns the slots."""
+    def _bring_in(self, rows: np.ndarray, now: float) -> None:
+        """Give every row a slot with its state in it."""
         placement = self._slots.place(rows, self._scheduler.left, now)
+        if not len(placement.enter_rows):
+            return
         if len(placement.evict_rows):
             self._page_of[placement.evict_rows] = self._pool.evict(placement.evict_slots)
             self.stats.evictions += len(placement.evict_rows)
@@ -205,8 +210,6 @@ class Engine:
             self.stats.restores += int(kept.sum())
         if not kept.all():
             self._pool.reset(placement.enter_slots[~kept])
-        slots: np.ndarray = self._slots.slot_of[rows]
-        return slots
 
     def _complete(self, batch: Batch, values: list[np.ndarray], now: float) -> None:
         rows = batch.rows

@@ -58,7 +58,7 @@ class InputStore:
         if self._later:
             for row in done[self._count[done] == 0].tolist():
                 self._next_run(row)
-        for column in np.flatnonzero(~whole).tolist():
+        for column in (~whole).nonzero()[0].tolist():
             self._take_across(int(rows[column]), x[:, column])
         return x
 

@@ -10,7 +10,6 @@ import numpy as np
 from serve_app.engine.outputs import OutputStore
 from serve_app.engine.sessions import SessionTable
 from serve_app.frame import Answer, Notice
-from serve_app.spec import ModelSpec
 
 Ticket = object
 """What `Engine.receive` was given to name a call, and `Engine.answers` gives back."""
@@ -39,19 +38,18 @@ class Mailbox:
         """These rows have outputs to send."""
         self.rows.update(dict.fromkeys(rows))
 
-    def write_answer(self, sessions: SessionTable, store: OutputStore, spec: ModelSpec, max_bytes: int) -> Answer:
-        """All there is, up to about max_bytes; what is left goes with a later call. Notices follow the last output."""
-        room = max(1, max_bytes // max(1, spec.output_bytes))  # timesteps
+    def write_answer(self, sessions: SessionTable, store: OutputStore, room: int) -> Answer:
+        """All there is, up to `room` timesteps; what is left goes with a later call. Notices follow the last output."""
         rows = np.fromiter(islice(self.rows, room), np.int64)
         start = sessions.sent[rows]
         length = sessions.progress[rows] - start
-        before = np.cumsum(length) - length
+        before = length.cumsum() - length
         fit = before < room
         rows, start, length = rows[fit], start[fit], np.minimum(length, room - before)[fit]
         sessions.sent[rows] = start + length
         for row in rows[sessions.sent[rows] == sessions.progress[rows]].tolist():
             del self.rows[row]
-        outputs = dict(zip(spec.outputs, store.read_all(rows, start, length), strict=True))
+        outputs = store.read_all(rows, start, length)
         notices: tuple[Notice, ...] = ()
         if not self.rows:
             notices = tuple(self.notices)

@@ -1,7 +1,7 @@
 """Outputs that exist and are not acknowledged yet. A step's outputs stay one slab; a session knows where in it its run is."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -11,28 +11,27 @@ from serve_app.spec import TensorSpec
 class _Slab:
     """The outputs of one step, [B, k, *shape] each; as soon as less than half of them are needed, only those are kept."""
 
-    __slots__ = ("live", "num_live", "place", "values")
+    __slots__ = ("num_live", "place", "values")
 
     def __init__(self, values: list[np.ndarray]) -> None:
         self.values = values
         self.num_live = len(values[0])
-        self.live = np.ones(self.num_live, bool)
-        self.place = np.arange(self.num_live)  # in `values`, of the session with that index in the step
+        self.place = np.arange(self.num_live)  # in `values`, by index of the session in the step; -1: not needed
 
     def release(self, indices: np.ndarray) -> None:
         """These sessions of the step do not need theirs any more."""
-        self.live[indices] = False
+        self.place[indices] = -1
         self.num_live -= len(indices)
         if 0 < 2 * self.num_live < len(self.values[0]):
-            kept = self.place[self.live]
-            self.values = [value[kept] for value in self.values]
-            self.place[self.live] = np.arange(self.num_live)
+            live = self.place >= 0
+            self.values = [value[self.place[live]] for value in self.values]
+            self.place[live] = np.arange(self.num_live)
 
 
 class OutputStore:
     """Outputs by row, in order; freed only by `ack` and `drop`."""
 
-    def __init__(self, specs: Sequence[TensorSpec], max_rows: int) -> None:
+    def __init__(self, specs: Mapping[str, TensorSpec], max_rows: int) -> None:
         self._specs = specs
         self._slabs: dict[int, _Slab] = {}
         self._last_slab = 0
@@ -50,20 +49,20 @@ class OutputStore:
         self._slabs[slab] = _Slab(values)
         self.timesteps += k * len(rows)
         busy = self._slab[rows] > 0
-        for i in np.flatnonzero(busy).tolist():
+        (first,) = (~busy).nonzero()
+        self._slab[rows[first]], self._index[rows[first]] = slab, first
+        self._start[rows[first]], self._stop[rows[first]] = starts[first], starts[first] + k
+        for i in busy.nonzero()[0].tolist():
             start = int(starts[i])
             self._later.setdefault(int(rows[i]), deque()).append((slab, i, start, start + k))
-        first = np.flatnonzero(~busy)
-        at_once, start_of = rows[first], starts[first]
-        self._slab[at_once], self._index[at_once] = slab, first
-        self._start[at_once], self._stop[at_once] = start_of, start_of + k
 
     def ack(self, rows: np.ndarray, acked: np.ndarray) -> None:
         """The clients of `rows` (distinct) hold what is below `acked`."""
-        while len(rows):
-            done = (self._slab[rows] > 0) & (self._stop[rows] <= acked)
+        done = (self._slab[rows] > 0) & (self._stop[rows] <= acked)
+        while done.any():
             rows, acked = rows[done], acked[done]
             self._drop_first(rows)
+            done = (self._slab[rows] > 0) & (self._stop[rows] <= acked)
 
     def drop(self, row: int) -> None:
         """Forget the outputs of a row."""
@@ -82,29 +81,30 @@ class OutputStore:
                 place = self._slabs[slab].place[index]
                 yield [value[place, max(0, start - begin) :] for value in self._slabs[slab].values]
 
-    def read_all(self, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-        """Timesteps [starts, starts + lengths) of each of `rows`, row after row: each output as [sum(lengths), *shape]."""
+    def read_all(self, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
+        """Timesteps [starts, starts + lengths) of each of `rows`, row after row: [sum(lengths), *shape] by output."""
         ends = starts + lengths
         whole = (self._start[rows] == starts) & (self._stop[rows] == ends) & (lengths > 0)
         slab_of = self._slab[rows]
         slabs = [(self._slabs[slab], whole & (slab_of == slab)) for slab in set(slab_of[whole].tolist())]
         if len(slabs) == 1 and whole.all():
             places = slabs[0][0].place[self._index[rows]]
-            return [value[places].reshape(-1, *value.shape[2:]) for value in slabs[0][0].values]
+            outputs = [value[places].reshape(-1, *value.shape[2:]) for value in slabs[0][0].values]
+            return dict(zip(self._specs, outputs, strict=True))
 
-        outputs = [np.empty((int(lengths.sum()), *spec.shape), spec.dtype) for spec in self._specs]
-        at = np.cumsum(lengths) - lengths
+        outputs = [np.empty((int(lengths.sum()), *spec.shape), spec.dtype) for spec in self._specs.values()]
+        at = lengths.cumsum() - lengths
         for slab, members in slabs:
             places = slab.place[self._index[rows[members]]]
             for output, value in zip(outputs, slab.values, strict=True):
                 output[at[members][:, None] + np.arange(value.shape[1])] = value[places]
-        for i in np.flatnonzero(~whole).tolist():
+        for i in (~whole).nonzero()[0].tolist():
             filled, end = int(at[i]), int(at[i] + lengths[i])
             for piece in self.read(int(rows[i]), int(starts[i])):
                 for output, value in zip(outputs, piece, strict=True):
                     output[filled:end][: len(value)] = value[: end - filled]
                 filled = min(end, filled + len(piece[0]))
-        return outputs
+        return dict(zip(self._specs, outputs, strict=True))
 
     def _drop_first(self, rows: np.ndarray) -> None:
         """Forget the first run of each of `rows`, which all have one."""

@@ -9,7 +9,7 @@ from serve_app.policy.batching import choose_batch
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step: `k` timesteps of each session in `rows` [B]. `waited_s` [B]: how long each waited for it."""
+    """One step: `k` timesteps of each session in `rows` [B]. `waited_s` [B]: how long each waited for it, falling."""
 
     rows: np.ndarray
     k: int
@@ -49,7 +49,8 @@ class Scheduler:
             self._head += entries.shape[1]
             return self.schedule(now) if self._head < self._tail else None
         end = self._head + entries.shape[1]
-        entries = entries[:, current]
+        if not current.all():
+            entries = entries[:, current]
         chosen, k = choose_batch(self.left[entries[0]], self.max_batch_size, self.max_timesteps)
         rows = entries[0][chosen]
         stay = np.ones(entries.shape[1], bool)

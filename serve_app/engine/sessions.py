@@ -6,7 +6,6 @@ A session's timesteps lie on one line: acked <= sent <= progress <= next. `acked
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 
@@ -26,15 +25,15 @@ from serve_app.frame import ABORT, Frame
 MAX_TOMBSTONES = 65536
 
 
-class Status(IntEnum):
-    """Of a row. ENDED: nothing runs any more, some outputs are not acknowledged yet."""
+class Status:
+    """Of a row. ENDED: nothing runs any more, some outputs are not acknowledged yet. Plain ints: numpy is slow with enums."""
 
     FREE = 0
     OPEN = 1
     ENDED = 2
 
 
-class Verdict(IntEnum):
+class Verdict:
     """What becomes of a frame's entry: taken, or why not."""
 
     OK = 0
@@ -124,25 +123,24 @@ class SessionTable:
         due = self.next[rows]
         skip = np.minimum(np.maximum(due - frame.start, 0), frame.length)
         take = frame.length - skip
-        after, closing = due + take, frame.close >= 0
+        runs, after, closing = take > 0, due + take, frame.close >= 0
         brings = (frame.length > 0) | closing
         close_at = self.close_at[rows]
         verdict = np.zeros(len(rows), np.int64)
         for reason, applies in (  # the last that applies stands
-            (Verdict.WINDOW_FULL, (take > 0) & (after - self.acked[rows] > self.max_window)),
-            (Verdict.OVERLOADED, (take > 0) & (np.cumsum(take) > room)),
-            (Verdict.UNFIT, (take > 0) & unfit),
+            (Verdict.WINDOW_FULL, runs & (after - self.acked[rows] > self.max_window)),
+            (Verdict.OVERLOADED, runs & (take.cumsum() > room)),
+            (Verdict.UNFIT, runs & unfit),
             (Verdict.CLOSE_BEHIND, closing & (frame.close < after)),
-            (Verdict.CLOSING, (take > 0) & (close_at >= 0) & (after > close_at)),
+            (Verdict.CLOSING, runs & (close_at >= 0) & (after > close_at)),
             (Verdict.AHEAD, (frame.length > 0) & (frame.start > due)),
             (Verdict.REWOUND, brings & (frame.rewind != self.rewind[rows])),
             (Verdict.ENDED, brings & (self.status[rows] != Status.OPEN)),
             (Verdict.UNKNOWN, ~known),
         ):
             verdict[applies] = reason
-        take[verdict != Verdict.OK] = 0
-
         good = verdict == Verdict.OK
+        take[~good] = 0
         ok, start = rows[good], frame.start[good]
         self.next[ok] += take[good]
         again = start < self.sent[ok]
@@ -201,8 +199,7 @@ class SessionTable:
 
     def due_to_close(self, rows: np.ndarray) -> np.ndarray:
         """Which of `rows` have run everything up to where they close."""
-        reached = (self.close_at[rows] >= 0) & (self.progress[rows] == self.close_at[rows])
-        due: np.ndarray = rows[reached & (self.status[rows] == Status.OPEN)]
+        due: np.ndarray = rows[self.progress[rows] == self.close_at[rows]]
         return due
 
     def idle_since(self, before: float) -> np.ndarray:
@@ -214,7 +211,7 @@ class SessionTable:
     def end(self, row: int, reason: str) -> None:
         """Nothing runs for the session any more; `free` follows when its outputs are acknowledged or given up."""
         self.status[row] = Status.ENDED
-        self.next[row] = self.progress[row]
+        self.next[row], self.close_at[row] = self.progress[row], -1
         epoch = int(self.epoch[row])
         self.tombstones[epoch] = Tombstone(reason, int(self.progress[row]))
         if len(self.tombstones) > MAX_TOMBSTONES:

@@ -283,13 +283,20 @@ def describe_outputs(session: Session, outputs: Outputs) -> dict[str, Any]:
 
 def read_session(message: Message) -> tuple[str, ModelSpec, SessionLimits]:
     """Name, model and limits of a session that `describe_session` has described."""
+    try:
+        return message.values["session"], read_model(message), SessionLimits(**message.values["limits"])
+    except (KeyError, TypeError) as error:
+        raise InvalidInput(f"this does not describe a session: {error!r}") from error
+
+
+def read_model(message: Message) -> ModelSpec:
+    """The model that `describe_model` has described."""
     values = message.values
     try:
         outputs = {name: _read_tensor(output) for name, output in values["outputs"].items()}
-        spec = ModelSpec(values["model"], _read_tensor(values["input"]), outputs, sample_rate=values.get("sample_rate"))
-        return values["session"], spec, SessionLimits(**values["limits"])
+        return ModelSpec(values["model"], _read_tensor(values["input"]), outputs, sample_rate=values.get("sample_rate"))
     except (KeyError, TypeError, AttributeError) as error:
-        raise InvalidInput(f"this does not describe a session: {error!r}") from error
+        raise InvalidInput(f"this does not describe a model: {error!r}") from error
 
 
 def _describe_tensor(spec: TensorSpec) -> dict[str, Any]:

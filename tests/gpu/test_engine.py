@@ -25,7 +25,9 @@ def full_precision() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def run(model: torch.nn.Module | SumModel, x: dict[int, np.ndarray], device: str, **engine: int) -> dict[int, np.ndarray]:
+def run(
+    model: torch.nn.Module | SumModel, x: dict[int, np.ndarray], device: str, **engine: int
+) -> dict[int, np.ndarray]:
     """All outputs of each session, its inputs sent in random pieces."""
     config = AppConfig(
         engine=EngineConfig(device=device, **engine),
@@ -52,7 +54,9 @@ def run(model: torch.nn.Module | SumModel, x: dict[int, np.ndarray], device: str
 def relative(found: dict[int, np.ndarray], expected: dict[int, np.ndarray]) -> float:
     """The largest ‖found − expected‖ / ‖expected‖ of a session."""
     return max(
-        float(np.linalg.norm(found[epoch].astype("f8") - expected[epoch]) / np.linalg.norm(expected[epoch].astype("f8")))
+        float(
+            np.linalg.norm(found[epoch].astype("f8") - expected[epoch]) / np.linalg.norm(expected[epoch].astype("f8"))
+        )
         for epoch in expected
     )
 

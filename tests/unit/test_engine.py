@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -36,16 +37,10 @@ def totals(n: int, epoch: int = 0) -> np.ndarray:
     return ramp(0, n, epoch).cumsum(0)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 16), st.integers(1, 9))
-def test_any_interleaving_equals_alone(seed: int, slots: int, batch: int, step: int) -> None:
-    """Opens, segments of any length, resends, evictions, acknowledgements and closes, over 120 sessions."""
-    rng = random.Random(seed)
-    model = SumModel()
-    sender = Sender(model, config(slots, min(batch, slots), step))
-    length = {epoch: rng.randint(0, 40) for epoch in range(1, 121)}
-    unopened, sent, closed = list(length), dict[int, int](), set[int]()
-    while unopened or len(closed) < len(length):
+def interleave(sender: Sender, x: dict[int, np.ndarray], rng: random.Random) -> None:
+    """Opens, segments of any length, resends, acknowledgements and closes of all sessions in x, at random."""
+    unopened, sent, closed = list(x), dict[int, int](), set[int]()
+    while unopened or len(closed) < len(x):
         fresh = [unopened.pop() for _ in range(min(len(unopened), rng.randint(0, 20)))]
         sent |= dict.fromkeys(fresh, 0)
         entries: list[dict[str, object]] = []
@@ -53,9 +48,9 @@ def test_any_interleaving_equals_alone(seed: int, slots: int, batch: int, step: 
             have = sum(len(values) for _, values in sender.outputs.get(epoch, []))
             back = rng.randint(0, sent[epoch]) if rng.random() < 0.2 else 0  # a resend of what was accepted
             start = max(have, sent[epoch] - back)
-            end = min(length[epoch], sent[epoch] + rng.randint(0, 12))
-            entry = {"epoch": epoch, "start": start, "x": ramp(start, end - start, epoch), "acked": have}
-            if end == length[epoch] and rng.random() < 0.5:
+            end = min(len(x[epoch]), sent[epoch] + rng.randint(0, 12))
+            entry: dict[str, object] = {"epoch": epoch, "start": start, "x": x[epoch][start:end], "acked": have}
+            if end == len(x[epoch]) and rng.random() < 0.5:
                 entry["close"] = end
                 closed.add(epoch)
             sent[epoch] = end
@@ -66,36 +61,39 @@ def test_any_interleaving_equals_alone(seed: int, slots: int, batch: int, step: 
         sender.engine.check()
     sender.run()
     sender.poll()
-    for epoch, n in length.items():
-        assert sender.line(epoch).tolist() == totals(n, epoch).tolist()
-        assert sender.notices[epoch] == ["opened", "closed"]
-    assert sorted(model.ended) == sorted((f"s{epoch}", "closed") for epoch in length)
-    sender.send(*({"epoch": epoch, "start": n, "acked": n} for epoch, n in length.items()))
+    assert all(sender.notices[epoch] == ["opened", "closed"] for epoch in x)
+
+
+SIZES = {"slots": st.integers(1, 40), "batch": st.integers(1, 16), "step": st.integers(1, 9)}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.fixed_dictionaries(SIZES))
+def test_any_interleaving_equals_alone(seed: int, sizes: dict[str, int]) -> None:
+    rng = random.Random(seed)
+    model = SumModel()
+    sender = Sender(model, config(**sizes))
+    x = {epoch: ramp(0, rng.randint(0, 40), epoch) for epoch in range(1, 121)}
+    interleave(sender, x, rng)
+    for epoch, inputs in x.items():
+        assert sender.line(epoch).tolist() == inputs.cumsum(0).tolist()
+    assert sorted(model.ended) == sorted((f"s{epoch}", "closed") for epoch in x)
+    sender.send(*({"epoch": epoch, "start": len(inputs), "acked": len(inputs)} for epoch, inputs in x.items()))
     sender.engine.check()
     assert all(value == 0 for value in sender.engine.gauges().values())
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.integers(0, 2**32), st.sampled_from(["lstm", "gru", "tanh", "relu"]))
-def test_real_cells_equal_alone(seed: int, cell: str) -> None:
+@given(st.integers(0, 2**32), st.fixed_dictionaries(SIZES), st.sampled_from(["lstm", "gru", "tanh", "relu"]))
+def test_real_cells_equal_alone(seed: int, sizes: dict[str, int], cell: Literal["lstm", "gru", "tanh", "relu"]) -> None:
     rng = random.Random(seed)
     model = Rnn(RnnOptions(cell=cell, input=3, hidden=8, layers=2, seed=seed % 1000))
-    sender = Sender(model, config(slots=9, batch=8, step=5))
+    sender = Sender(model, config(**sizes))
     x = {
-        epoch: np.random.default_rng(epoch).standard_normal((rng.randint(1, 30), 3), np.float32) for epoch in range(100)
+        epoch: np.random.default_rng(epoch).standard_normal((rng.randint(1, 40), 3), np.float32)
+        for epoch in range(1, 101)
     }
-    sender.open(*x)
-    at = dict.fromkeys(x, 0)
-    while any(at[epoch] < len(x[epoch]) for epoch in x):
-        entries = []
-        for epoch in rng.sample(sorted(x), 40):
-            end = min(len(x[epoch]), at[epoch] + rng.randint(0, 9))
-            entries.append({"epoch": epoch, "start": at[epoch], "x": x[epoch][at[epoch] : end]})
-            at[epoch] = end
-        sender.send(*entries)
-        sender.step()
-    sender.run()
-    sender.poll()
+    interleave(sender, x, rng)
     for epoch, inputs in x.items():
         with torch.inference_mode():
             alone, _ = model.forward(torch.from_numpy(inputs)[:, None], model.initial_state(1))

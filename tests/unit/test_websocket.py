@@ -1,0 +1,490 @@
+"""Conversations over real WebSockets, to a whole system in this process; and the client that speaks them."""
+
+import asyncio
+import dataclasses
+import json
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+import uvicorn
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+
+from clients.websocket import WebSocketCarrier, open_websocket
+from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
+from serve_app.errors import (
+    InvalidInput,
+    SessionEnded,
+    SessionExists,
+    StateLost,
+    StepFailed,
+    Unavailable,
+    UnknownModel,
+    WindowFull,
+)
+from serve_app.ingress.codec import MSGPACK, read_array
+from serve_app.ingress.http import build_http
+from serve_app.ingress.hub import Hub
+from serve_app.ingress.websocket import SUBPROTOCOL
+from serve_app.models.interface import RecurrentModel
+from serve_app.session import Session
+from tests.fakes import SumModel
+from tests.local import LocalCluster, local
+
+pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(30)]
+
+CONFIG = AppConfig(
+    engine=EngineConfig(device="cpu", slots=16, max_batch_size=8, max_step_timesteps=4),
+    session=SessionConfig(max_sessions=64, max_segment_timesteps=64, max_window_timesteps=256),
+    frame=FrameConfig(answer_within_s=0.05),
+)
+
+
+@dataclasses.dataclass
+class System:
+    address: str
+    cluster: LocalCluster
+    hub: Hub
+
+
+@asynccontextmanager
+async def system(*models: RecurrentModel, config: AppConfig = CONFIG) -> AsyncIterator[System]:
+    async with local(*(models or (SumModel(),)), config=config, ack_on_receipt=False) as (cluster, hub):
+        settings = uvicorn.Config(
+            build_http(hub),
+            port=0,
+            log_config=None,
+            lifespan="off",
+            ws="websockets-sansio",
+            timeout_graceful_shutdown=1,
+        )
+        settings.load()
+        server = uvicorn.Server(settings)
+        server.lifespan = settings.lifespan_class(settings)
+        await server.startup()  # serve() would also take the signals, and look only now and then whether to stop
+        port = server.servers[0].sockets[0].getsockname()[1]
+        try:
+            yield System(f"ws://127.0.0.1:{port}", cluster, hub)
+        finally:
+            await server.shutdown()
+
+
+class Talk:
+    """A client that says what it is told to, in either encoding."""
+
+    def __init__(self, websocket: ClientConnection, packed: bool) -> None:
+        self.websocket, self.packed = websocket, packed
+
+    async def send(self, kind: str, **values: Any) -> None:
+        message = {"type": kind, **values}
+        await self.websocket.send(MSGPACK.encode(message) if self.packed else json.dumps(message))
+
+    async def receive(self, kind: str) -> dict[str, Any]:
+        data = await self.websocket.recv()
+        message: dict[str, Any] = msgpack.unpackb(data) if self.packed else json.loads(data)
+        assert message.pop("type") == kind, message
+        return message
+
+    async def refused(self, code: str) -> dict[str, Any]:
+        error: dict[str, Any] = (await self.receive("error"))["error"]
+        assert error["code"] == code, error
+        return error
+
+    async def outputs(self, start: int, end: int) -> list[list[int]]:
+        """The outputs of exactly these timesteps, which come next."""
+        values: list[list[int]] = []
+        while start + len(values) < end:
+            message = await self.receive("outputs")
+            assert message["start"] == start + len(values)
+            total = message["outputs"]["total"]
+            values += read_array(total, "total").tolist() if self.packed else total
+        assert start + len(values) == end
+        return values
+
+    async def closed(self) -> int:
+        """The code with which the server closes, which is all that comes."""
+        with pytest.raises(ConnectionClosed) as caught:
+            await self.websocket.recv()
+        assert caught.value.rcvd is not None
+        return caught.value.rcvd.code
+
+
+@asynccontextmanager
+async def talk(sut: System, query: str = "", packed: bool = False) -> AsyncIterator[Talk]:
+    subprotocols = [SUBPROTOCOL] if packed else None
+    async with connect(f"{sut.address}/v1/session{query}", subprotocols=subprotocols) as websocket:  # type: ignore[arg-type]
+        assert websocket.subprotocol == (SUBPROTOCOL if packed else None)
+        yield Talk(websocket, packed)
+
+
+@asynccontextmanager
+async def bystander(sut: System) -> AsyncIterator[None]:
+    """A session beside whatever happens within: all its outputs are what they are alone, to the bit."""
+    x = np.arange(80).reshape(40, 2) % 7
+    session = await open_websocket(sut.address)
+    session.submit(x[:20])
+    yield
+    session.submit(x[20:])
+    session.close()
+    values = [outputs.values["total"] async for outputs in session.outputs()]
+    np.testing.assert_array_equal(np.concatenate(values), x.cumsum(0))
+
+
+def ones(n: int) -> list[list[int]]:
+    return [[1, 1]] * n
+
+
+def line(start: int, end: int) -> list[list[int]]:
+    return [[i, i] for i in range(start + 1, end + 1)]
+
+
+async def collect(session: Session) -> list[list[int]]:
+    return [row async for outputs in session.outputs() for row in outputs.values["total"].tolist()]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+async def test_a_conversation_from_open_to_close(packed: bool) -> None:
+    async with system() as sut, talk(sut, "?session=a&model=silero_vad", packed) as client:
+        assert await client.receive("opened") == {
+            "session": "a",
+            "model": "silero_vad",
+            "input": {"shape": [2], "dtype": "int64"},
+            "outputs": {"total": {"shape": [2], "dtype": "int64"}},
+            "limits": {"max_segment": 64, "max_window": 256, "refuse_nan": True},
+            "next": 0,
+            "progress": 0,
+            "acked": 0,
+            "rewind": 0,
+        }
+        await client.send("segment", x=np.ones((5, 2), np.int64) if packed else ones(5))
+        assert await client.outputs(0, 5) == line(0, 5)
+        await client.send("segment", x=ones(5), start=5, acked=5)
+        await client.send("segment", x=ones(5), start=5)  # a resend
+        assert await client.outputs(5, 10) == line(5, 10)
+        assert sut.hub.get("a").acked == 5
+        await client.send("segment", x=ones(3), start=10, rewind=0)
+        await client.send("close", start=13)
+        assert await client.outputs(10, 13) == line(10, 13)
+        assert await client.receive("ended") == {"reason": "closed", "progress": 13}
+        assert await client.closed() == 1000
+        while sut.hub.num_sessions:
+            await asyncio.sleep(0.005)
+        assert sut.cluster.engines["owner-0"].gauges()["retained_bytes"] == 0
+
+
+BAD_MESSAGES: dict[str, tuple[str, str, str | bytes]] = {
+    "JSON": ("invalid_input", "not JSON", '{"type": "segm'),
+    "binary": ("invalid_input", "a binary message arrived in a conversation in JSON", b"\x80"),
+    "not a map": ("invalid_input", "a list, expected a map", "[]"),
+    "too large": ("invalid_input", "a message of 90000 bytes arrived, the limit is 81920", " " * 90_000),
+    "no type": ("invalid_input", "a message of type None arrived, expected segment, ack or close", "{}"),
+    "unknown type": ("invalid_input", "type 'open' arrived, expected segment", '{"type": "open"}'),
+    "unknown key": ("invalid_input", "'ack' is not known here: type, acked", '{"type": "ack", "ack": 3}'),
+    "no x": ("invalid_input", "key 'x' is missing", '{"type": "segment"}'),
+    "feature size": ("invalid_input", "shape [1, 1] arrived", '{"type": "segment", "x": [[1]]}'),
+    "dtype": ("invalid_input", "x[0][0] is 1.5, expected", '{"type": "segment", "x": [[1.5, 1]]}'),
+    "empty": ("invalid_input", "an empty segment", '{"type": "segment", "x": []}'),
+    "too long": ("invalid_input", "the limit is 64", json.dumps({"type": "segment", "x": ones(65)})),
+    "start too high": ("start_mismatch", "5, 2 was expected", '{"type": "segment", "x": [[1, 1]], "start": 5}'),
+    "acked too high": ("invalid_input", "outputs up to timestep 2, 3 was", '{"type": "ack", "acked": 3}'),
+    "rewind": ("rewound", "resend from", '{"type": "segment", "x": [[1, 1]], "rewind": 1}'),
+    "close too high": ("start_mismatch", "to close at timestep 3, 2 are", '{"type": "close", "start": 3}'),
+    "close too low": ("start_mismatch", "to close at timestep 1, 2 are", '{"type": "close", "start": 1}'),
+    "abort": ("invalid_input", "abort is 1, expected true or false", '{"type": "close", "abort": 1}'),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_MESSAGES)
+async def test_a_bad_message_is_refused_and_nothing_else_notices(bad: str) -> None:
+    code, message, data = BAD_MESSAGES[bad]
+    async with system() as sut, bystander(sut), talk(sut) as client:
+        await client.receive("opened")
+        await client.send("segment", x=ones(2))
+        assert await client.outputs(0, 2) == line(0, 2)
+        await client.websocket.send(data)
+        assert message in (await client.refused(code))["message"]
+        await client.send("segment", x=ones(1), start=2)
+        assert await client.outputs(2, 3) == line(2, 3)
+
+
+async def test_msgpack_conversations_refuse_text_and_what_is_not_msgpack() -> None:
+    async with system() as sut, bystander(sut), talk(sut, packed=True) as client:
+        await client.receive("opened")
+        for data, message in (("{}", "a text message arrived in a conversation in msgpack"), (b"\xc1", "not msgpack")):
+            await client.websocket.send(data)
+            assert message in (await client.refused("invalid_input"))["message"]
+        await client.send("segment", x=np.ones((1, 2)))
+        assert "float64 arrived" in (await client.refused("invalid_input"))["message"]
+        await client.send("close")
+        assert (await client.receive("ended"))["reason"] == "closed"
+
+
+async def test_who_never_makes_sense_is_hung_up_on() -> None:
+    async with system() as sut, bystander(sut), talk(sut, "?session=a") as client:
+        await client.receive("opened")
+        for _ in range(2):
+            for _ in range(7):
+                await client.websocket.send("hello?")
+                await client.refused("invalid_input")
+            await client.send("ack", acked=0)  # that was readable
+        for _ in range(8):
+            await client.websocket.send("hello?")
+            await client.refused("invalid_input")
+        assert await client.closed() == 4400
+        await gone(sut, "a")
+
+
+async def test_what_cannot_be_opened() -> None:
+    config = dataclasses.replace(CONFIG, session=dataclasses.replace(CONFIG.session, max_sessions=2))
+    async with system(config=config) as sut, bystander(sut), talk(sut, "?session=a") as client:
+        await client.receive("opened")
+        for query, code, status in (
+            ("?session=a", "session_exists", 409),
+            ("?session=", "invalid_input", 400),
+            ("?sesion=a", "invalid_input", 400),
+            ("?model=whisper", "unknown_model", 404),
+            ("", "too_many_sessions", 429),
+        ):
+            async with talk(sut, query) as other:
+                await other.refused(code)
+                assert await other.closed() == 4000 + status
+
+
+async def gone(sut: System, session: str) -> None:
+    """Wait until the session has been aborted, and nothing of it is left."""
+    ended = None
+    while ended is None:
+        try:
+            sut.hub.get(session)
+            await asyncio.sleep(0.005)
+        except SessionEnded as error:
+            ended = error
+    assert ended.details == {"reason": "aborted"}
+
+
+async def test_a_client_that_vanishes_is_aborted_and_nothing_else_notices() -> None:
+    model = SumModel()
+    async with system(model) as sut, bystander(sut):
+        for name in ("a", "b"):
+            async with talk(sut, f"?session={name}") as client:
+                await client.receive("opened")
+                for _ in range(4):
+                    await client.send("segment", x=ones(64))
+                if name == "a":
+                    await client.receive("outputs")
+                client.websocket.transport.abort()
+            await gone(sut, name)
+        assert sorted(model.ended) == [("a", "aborted"), ("b", "aborted")]
+        assert sut.cluster.engines["owner-0"].gauges()["sessions_open"] == 1
+
+
+async def test_abort_ends_at_once() -> None:
+    async with system() as sut, bystander(sut), talk(sut, "?session=a") as client:
+        await client.receive("opened")
+        await client.send("close", abort=True)
+        assert await client.receive("ended") == {"reason": "aborted", "progress": 0}
+        assert await client.closed() == 1000
+
+
+async def test_a_client_that_does_not_acknowledge_is_held_up_by_its_window() -> None:
+    async with system() as sut, bystander(sut), talk(sut) as client:
+        await client.receive("opened")
+        for _ in range(4):
+            await client.send("segment", x=ones(64))
+        assert await client.outputs(0, 256) == line(0, 256)
+        await client.send("segment", x=ones(1))
+        assert (await client.refused("window_full"))["details"] == {"expected": 256}
+        await client.send("ack", acked=1)
+        await client.send("segment", x=ones(1), start=256)
+        assert await client.outputs(256, 257) == line(256, 257)
+
+
+async def test_a_failed_step_is_told_and_the_conversation_goes_on() -> None:
+    async with system(SumModel(poison=0)) as sut, talk(sut) as client:
+        await client.receive("opened")
+        await client.send("segment", x=ones(3))
+        await client.outputs(0, 3)
+        await client.send("segment", x=[[-1, -1]], start=3)
+        assert (await client.refused("step_failed"))["details"] == {"expected": 3, "rewind": 1}
+        await client.send("segment", x=ones(2), start=4, rewind=0)  # sent before the client could know
+        assert (await client.refused("rewound"))["details"] == {"expected": 3, "rewind": 1}
+        await client.send("segment", x=ones(2), start=3, rewind=1)
+        assert await client.outputs(3, 5) == line(3, 5)
+
+
+async def test_a_session_that_ends_otherwise_says_why() -> None:
+    config = dataclasses.replace(CONFIG, session=dataclasses.replace(CONFIG.session, idle_timeout_s=0.1))
+    async with system(config=config) as sut, talk(sut) as client:
+        await client.receive("opened")
+        assert await client.receive("ended") == {"reason": "idle", "progress": 0}
+        assert await client.closed() == 4410
+    async with system() as sut, talk(sut) as client:
+        await client.receive("opened")
+        await sut.cluster.kill("owner-0")
+        ended = await client.receive("ended")
+        assert (ended["reason"], ended["progress"], ended["error"]["code"]) == ("state_lost", 0, "state_lost")
+        assert await client.closed() == 4410
+
+
+async def test_an_initial_state() -> None:
+    async with system() as sut, bystander(sut):
+        async with talk(sut, "?initial_state=true") as client:
+            await client.send("open", initial_state=[[[41, 0]]])
+            await client.receive("opened")
+            await client.send("segment", x=ones(1))
+            assert await client.outputs(0, 1) == [[42, 1]]
+        for message in ({"initial_state": [[[1, 2, 3]]]}, {"initial_state": 7}, {"x": 1}):
+            async with talk(sut, "?initial_state=true") as client:
+                await client.send("open", **message)
+                await client.refused("invalid_input")
+                assert await client.closed() == 4400
+        session = await open_websocket(sut.address, initial_state=[np.array([[41, 0]])])
+        session.submit(np.array(ones(1)))
+        session.close()
+        assert await collect(session) == [[42, 1]]
+        with pytest.raises(InvalidInput, match="an initial state of shapes"):
+            await open_websocket(sut.address, initial_state=[np.array([1])])
+
+
+async def test_a_fault_of_the_server_is_logged_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(*_: object) -> None:
+        raise RuntimeError("the secret reason")
+
+    async with system() as sut:
+        monkeypatch.setattr(sut.hub, "open", broken)
+        async with talk(sut) as client:
+            assert "secret" not in (await client.refused("internal"))["message"]
+            assert await client.closed() == 1011
+    assert "the secret reason" in caplog.text
+
+
+# The client.
+
+
+async def test_many_clients_get_each_output_once_in_order() -> None:
+    async with system(SumModel(), SumModel()) as sut:
+
+        async def one(seed: int) -> None:
+            rng, n = random.Random(seed), 0
+            session = await open_websocket(f"{sut.address}/", session=f"s{seed}", model="silero_vad")
+            assert (session.name, session.spec.input.shape) == (f"s{seed}", (2,))
+            reader = asyncio.create_task(collect(session))
+            for _ in range(rng.randint(0, 20)):
+                try:
+                    n = session.submit(np.array(ones(rng.randint(1, 64))))
+                except WindowFull:
+                    await session.wait()
+                if rng.random() < 0.3:
+                    assert await session.wait(rng.randint(0, n)) <= n
+            session.close()
+            assert await session.closed() == "closed"
+            assert await reader == line(0, n)
+
+        await asyncio.gather(*(one(seed) for seed in range(20)))
+        while sut.hub.num_sessions:
+            await asyncio.sleep(0.005)
+    for engine in sut.cluster.engines.values():
+        engine.check()
+        assert engine.gauges()["retained_bytes"] == 0
+
+
+async def test_segments_are_merged_into_messages_and_need_not_wait_for_each_other() -> None:
+    async with system() as sut:
+        session = await open_websocket(sut.address, session="a")
+        sut.cluster.delay_s = 0.05  # what is accepted is not known yet
+        for _ in range(4):
+            session.submit(np.array(ones(30)))
+        behind = sut.hub.get("a")
+        while behind.next < 120:
+            await asyncio.sleep(0.001)
+        assert (session.accepted, behind.progress) == (0, 0)
+        session.close()
+        assert await collect(session) == line(0, 120)
+
+
+async def test_acknowledgements_go_alone_when_a_quarter_of_the_window_is_due() -> None:
+    async with system() as sut:
+        session = await open_websocket(sut.address, session="a")
+        for _ in range(2):
+            session.submit(np.array(ones(60)))
+        while sut.hub.get("a").acked < 65:  # without another segment
+            await asyncio.sleep(0.001)
+        session.abort()
+        assert await session.closed() == "aborted"
+
+
+async def test_a_client_is_told_of_a_failed_step_once_with_segments_behind_it() -> None:
+    async with system(SumModel(poison=0)) as sut:
+        session = await open_websocket(sut.address)
+        session.submit(np.array(ones(3)))
+        await session.wait()
+        session.submit(np.array([[-1, -1]]))
+        for _ in range(3):
+            await asyncio.sleep(0)  # so that each is a message of its own
+            session.submit(np.array(ones(3)))
+        with pytest.raises(StepFailed, match="resend from"):
+            await session.wait()
+        at = session.next
+        assert 3 <= at <= 4
+        session.submit(np.array(ones(2)), start=at)
+        assert await session.wait() == at + 2
+        session.close()
+        assert await collect(session) == line(0, at + 2)
+
+
+async def test_what_the_client_is_refused() -> None:
+    async with system() as sut:
+        session = await open_websocket(sut.address, session="a")
+        with pytest.raises(SessionExists, match="'a' is open already"):
+            await open_websocket(sut.address, session="a")
+        with pytest.raises(UnknownModel, match="'whisper' is not served here"):
+            await open_websocket(sut.address, model="whisper")
+        with pytest.raises(InvalidInput, match=r"'localhost:1' is no address, expected one like ws://"):
+            await open_websocket("localhost:1")
+        with pytest.raises(Unavailable, match=r"no connection to .*: server rejected"):
+            await open_websocket(f"{sut.address}/elsewhere")
+        with pytest.raises(InvalidInput, match="float64 arrived, the model takes int64"):
+            session.submit(np.ones((1, 2)))
+        session.close()
+        await session.closed()
+    with pytest.raises(Unavailable, match="no connection to"):
+        await open_websocket(sut.address)
+
+
+async def test_a_session_whose_owner_dies_is_lost() -> None:
+    async with system() as sut:
+        session = await open_websocket(sut.address)
+        session.submit(np.array(ones(1)))
+        await session.wait()
+        await sut.cluster.kill("owner-0")
+        with pytest.raises(StateLost):
+            await session.closed()
+
+
+async def test_a_session_whose_connection_breaks_is_lost_and_says_so() -> None:
+    async with system() as sut, bystander(sut):
+        session = await open_websocket(sut.address, session="a")
+        waiting = asyncio.create_task(session.closed())
+        session.submit(np.array(ones(64)))
+        assert isinstance(session.carrier, WebSocketCarrier)
+        session.carrier._websocket.transport.abort()
+        for attempt in (waiting, session.closed()):
+            with pytest.raises(Unavailable, match=r"the connection to ws://.* is gone .*open a new one"):
+                await attempt
+        with pytest.raises(Unavailable):
+            session.submit(np.array(ones(1)))
+        await gone(sut, "a")
+
+
+async def test_a_server_that_stops_takes_its_sessions_along() -> None:
+    async with system() as sut:
+        session = await open_websocket(sut.address)
+    with pytest.raises((Unavailable, StateLost, SessionEnded)):
+        await session.closed()
