@@ -45,8 +45,8 @@ class Sender:
         """Hand a frame in, run what is ready; all answers."""
         engine = self._engine
         engine.receive(frame, None, time.monotonic())
-        while engine.step(time.monotonic()):
-            pass
+        while engine.ready:
+            engine.step(time.monotonic())
         answers = engine.answers(time.monotonic())
         return [answer for _, answer in answers or engine.answers(time.monotonic() + engine.answer_within_s)]
 

@@ -104,7 +104,7 @@ class Session:
             self._line.abort()
 
 
-def _as_samples(x: ArrayLike, dtype: np.dtype) -> np.ndarray:  # type: ignore[type-arg]
+def _as_samples(x: ArrayLike, dtype: np.dtype) -> np.ndarray:
     samples = np.asarray(x)
     if samples.ndim != 1 or samples.dtype != dtype:
         raise InvalidInput(

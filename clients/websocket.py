@@ -28,12 +28,13 @@ class WebSocketTransport:
 
     def __init__(self, address: str) -> None:
         self._address = address.rstrip("/")
-        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._carriers: weakref.WeakSet[WebSocketCarrier] = weakref.WeakSet()
 
     async def open(self, session: str | None, model: str | None, initial_state: Sequence[np.ndarray] | None) -> Session:
         """See Transport."""
         opened = await open_websocket(self._address, session=session, model=model, initial_state=initial_state)
-        self._sessions.add(opened)
+        if isinstance(opened.carrier, WebSocketCarrier):
+            self._carriers.add(opened.carrier)
         return opened
 
     async def models(self) -> dict[str, ModelSpec]:
@@ -51,10 +52,7 @@ class WebSocketTransport:
 
     async def stop(self) -> None:
         """See Transport."""
-        live = [session for session in self._sessions if session.end_reason is None]
-        for session in live:
-            session.abort()
-        await asyncio.gather(*(session.closed() for session in live), return_exceptions=True)
+        await asyncio.gather(*(carrier.stop() for carrier in list(self._carriers)))
 
 
 async def open_websocket(
@@ -113,6 +111,12 @@ class WebSocketCarrier:
     def start(self, session: Session) -> None:
         """Begin to send and to receive."""
         self._task = asyncio.create_task(self._receive(session))
+
+    async def stop(self) -> None:
+        """Give the session up if it is open, and wait until the connection is closed."""
+        await self._websocket.close()
+        if self._task is not None:
+            await asyncio.wait([self._task])
 
     def notify(self, session: Session) -> None:
         """See Carrier."""

@@ -137,9 +137,9 @@ class Application:
 
     def __enter__(self) -> None:
         click.echo("starting Ray and the application …")
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         serve.start(http_options={"port": self._port}, logging_config={"log_level": "ERROR"})
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.run(build({"model": "silero_vad"}), name="lockstep")
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,8 @@
 """A whole Lockstep in one process, without Ray: engines, a directory, and hubs that reach them by a function call."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextvars
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from serve_app.config import AppConfig
@@ -16,14 +17,22 @@ from serve_app.models.interface import RecurrentModel
 from serve_app.spec import ModelSpec, SessionLimits
 
 
+REQUEST: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="none")
+
+
 class LocalCluster:
-    """Owners `owner-0`, `owner-1`, …; `kill` makes one unreachable. `frames` counts calls."""
+    """Owners `owner-0`, `owner-1`, …; `kill` makes one unreachable.
+
+    `frames` has every frame sent, `requests` in which request's context. Each takes `delay_s()` to arrive, so they may
+    overtake each other.
+    """
 
     def __init__(self, models: list[RecurrentModel], config: AppConfig) -> None:
         self.directory = Directory(incarnation=1)
         self.engines: dict[str, Engine] = {}
         self.frames: list[Frame] = []
-        self.delay_s = 0.0
+        self.requests: list[str] = []
+        self.delay_s: Callable[[], float] = lambda: 0.0
         self._running: dict[str, AsyncEngine] = {}
         for i, model in enumerate(models):
             name = f"owner-{i}"
@@ -52,7 +61,8 @@ class LocalCluster:
     def connect(self, owner: Owner) -> Call:
         async def call(frame: Frame) -> Answer:
             self.frames.append(frame)
-            await asyncio.sleep(self.delay_s)
+            self.requests.append(REQUEST.get())
+            await asyncio.sleep(self.delay_s())
             try:
                 return await self._running[owner.name].frame(frame)
             except (KeyError, Unavailable) as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
@@ -14,7 +15,7 @@ from serve_app.deployments.transport import RayDirectory, ReplicaActor
 from serve_app.directory import Owner
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.build import build_engine
-from serve_app.errors import LockstepError, UnknownSession
+from serve_app.errors import InvalidInput, LockstepError, UnknownSession
 from serve_app.frame import Answer, Frame
 from serve_app.ingress.hub import Hub
 from serve_app.segment import Outputs, Segment
@@ -44,6 +45,7 @@ class Recurrent:
         self._directory = RayDirectory(context.app_name)
         self._hub = Hub(self._directory, ack_on_receipt=False, sender=self._address)
         self._parts.push_async_callback(self._hub.stop)
+        self._answering: Counter[str] = Counter()  # plain handle calls that wait, by session
         self._metrics = EngineMetrics(self._engine.spec.name)
         session = config.session
         self._owner = Owner(
@@ -115,10 +117,18 @@ class Recurrent:
             return _raised(result)
         end = session.submit(segment.x, segment.start)
         start = end - len(segment.x)
-        session.ack(start)
-        await session.wait(end)
+        if self._answering[session.name] == 0:  # or an earlier call could lose what it waits for
+            session.ack(min(start, session.progress))
+        self._answering[session.name] += 1
+        try:
+            await session.wait(end)
+        finally:
+            self._answering[session.name] -= 1
+            if not self._answering[session.name]:
+                del self._answering[session.name]
         outputs = session.peek(start)
-        assert outputs is not None, "outputs were acknowledged by a later segment before this one was answered"
+        if outputs is None or outputs.start > start:
+            raise InvalidInput(f"outputs of session {session.name!r} from timestep {start} on were acknowledged and are gone")
         return Outputs(start, {name: value[: end - start] for name, value in outputs.values.items()})
 
     async def _forward(self, session: str, method: str, *args: Any) -> Any:

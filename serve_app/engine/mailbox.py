@@ -43,9 +43,10 @@ class Mailbox:
         rows = np.fromiter(islice(self.rows, room), np.int64)
         start = sessions.sent[rows]
         length = sessions.progress[rows] - start
-        before = length.cumsum() - length
-        fit = before < room
-        rows, start, length = rows[fit], start[fit], np.minimum(length, room - before)[fit]
+        if length.sum() > room:
+            before = length.cumsum() - length
+            fit = before < room
+            rows, start, length = rows[fit], start[fit], np.minimum(length, room - before)[fit]
         sessions.sent[rows] = start + length
         for row in rows[sessions.sent[rows] == sessions.progress[rows]].tolist():
             del self.rows[row]

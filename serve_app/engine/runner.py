@@ -1,7 +1,5 @@
 """One step of the model: inputs and states in, outputs out, states written last."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 
@@ -19,21 +17,22 @@ class StepRunner:
         self._device = device
         self._outputs = model.outputs
 
-    @torch.inference_mode()
     def run(self, x: np.ndarray, slots: np.ndarray) -> list[np.ndarray]:
         """x [k, B, *features] of the sessions in `slots` -> each output as [B, k, *shape].
 
         The states change only if everything went well: whatever is raised here has changed nothing.
         """
-        y, state = self._model.forward(torch.from_numpy(x).to(self._device), self._pool.gather(slots))
-        values = y if isinstance(y, Mapping) else {next(iter(self._outputs)): y}
-        outputs = [self._to_host(name, values[name], spec, x.shape[:2]) for name, spec in self._outputs.items()]
-        self._pool.scatter(slots, state)
+        with torch.inference_mode():
+            index = self._pool.index(slots)
+            y, state = self._model.forward(torch.from_numpy(x).to(self._device), self._pool.gather(index))
+            values = {next(iter(self._outputs)): y} if isinstance(y, torch.Tensor) else y
+            outputs = [self._to_host(name, values[name], spec, x.shape[:2]) for name, spec in self._outputs.items()]
+            self._pool.scatter(index, state)
         return outputs
 
     def _to_host(self, name: str, value: torch.Tensor, spec: TensorSpec, steps: tuple[int, ...]) -> np.ndarray:
         """[k, B, *shape] on the device -> [B, k, *shape] in host memory, in memory of its own."""
-        array: np.ndarray = value.transpose(0, 1).contiguous().cpu().numpy()
+        array: np.ndarray = value.transpose(0, 1).to("cpu", memory_format=torch.contiguous_format, copy=True).numpy()
         if array.shape != (steps[1], steps[0], *spec.shape) or array.dtype != spec.dtype:
             raise ValueError(
                 f"the model's output {name!r} is {array.dtype} {list(value.shape)}, it declares {spec.dtype} "

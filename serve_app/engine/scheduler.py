@@ -45,19 +45,20 @@ class Scheduler:
         # Enough of the queue to find a full batch of one length in, never all of it.
         entries = self._queue[:, self._head : min(self._tail, self._head + 4 * self.max_batch_size)]
         current = self._ticket[entries[0]] == entries[1]
-        if not current.any():
+        num_current = np.count_nonzero(current)
+        if num_current == 0:
             self._head += entries.shape[1]
             return self.schedule(now) if self._head < self._tail else None
         end = self._head + entries.shape[1]
-        if not current.all():
+        if num_current < entries.shape[1]:
             entries = entries[:, current]
         chosen, k = choose_batch(self.left[entries[0]], self.max_batch_size, self.max_timesteps)
         rows = entries[0][chosen]
-        stay = np.ones(entries.shape[1], bool)
-        stay[chosen] = False
-        rest = entries[:, stay]
-        self._head = end - rest.shape[1]
-        self._queue[:, self._head : end] = rest
+        self._head = end - (num_current - len(rows))
+        if self._head < end:
+            stay = np.ones(num_current, bool)
+            stay[chosen] = False
+            self._queue[:, self._head : end] = entries[:, stay]
         self._ticket[rows] = 0
         return Batch(rows, k, now - self._since[rows])
 

@@ -20,7 +20,7 @@ from serve_app.errors import (
     TooManySessions,
     WindowFull,
 )
-from serve_app.frame import ABORT, Frame
+from serve_app.frame import Frame
 
 MAX_TOMBSTONES = 65536
 
@@ -143,10 +143,10 @@ class SessionTable:
         take[~good] = 0
         ok, start = rows[good], frame.start[good]
         self.next[ok] += take[good]
-        again = start < self.sent[ok]
-        self.sent[ok[again]] = np.maximum(start[again], self.acked[ok[again]])
-        self.active_at[rows[good & (brings | (frame.close == ABORT))]] = now
-        self.close_at[rows[good & closing]] = frame.close[good & closing]
+        self.sent[ok] = np.maximum(np.minimum(self.sent[ok], start), self.acked[ok])  # a resend is answered again
+        self.active_at[rows[good & brings]] = now
+        closes = good & closing
+        self.close_at[rows[closes]] = frame.close[closes]
         return Accepted(rows, skip, take, verdict)
 
     def refusal(self, verdict: int, frame: Frame, i: int, row: int) -> LockstepError:

@@ -13,5 +13,5 @@ def choose_batch(left: np.ndarray, max_batch_size: int, max_timesteps: int) -> t
     capped = np.minimum(left, max_timesteps)
     ready = np.bincount(capped)[::-1].cumsum()[::-1]  # [k]: how many have at least k timesteps
     ks = np.arange(capped[0] + 1)
-    k = int(np.argmax(ks * np.minimum(ready[ks], max_batch_size)))
-    return np.flatnonzero(capped >= k)[:max_batch_size], k
+    k = int((ks * np.minimum(ready[ks], max_batch_size)).argmax())
+    return (capped >= k).nonzero()[0][:max_batch_size], k

@@ -103,7 +103,9 @@ async def test_plain_handle_calls_reach_the_session_from_any_replica(app: Deploy
         for name, outputs in zip(x, results, strict=True):
             assert outputs.start == at
             np.testing.assert_allclose(outputs.values["y"], alone(x[name])[at : at + 2], rtol=1e-5, atol=1e-5)
-    again = await handle.segment.remote(Segment("plain 0", x["plain 0"][4:], 4))  # a resend
+    ahead = [handle.segment.remote(Segment("plain 0", x["plain 0"][4:], 4)) for _ in range(4)]  # resends
+    assert [(await each).end for each in ahead] == [6] * 4
+    again = await handle.segment.remote(Segment("plain 0", x["plain 0"][4:], 4))
     np.testing.assert_allclose(again.values["y"], alone(x["plain 0"])[4:], rtol=1e-5, atol=1e-5)
     assert await asyncio.gather(*(handle.close.remote(name) for name in x)) == [6] * len(x)
     with pytest.raises(Exception, match=r"has ended|is not open") as caught:
@@ -138,6 +140,31 @@ async def test_a_client_that_leaves_costs_the_others_nothing(app: DeploymentHand
         for session in sessions:
             await session.close()
             np.testing.assert_allclose(await collect(session), alone(x), rtol=1e-5, atol=1e-5)
+
+
+async def test_websocket_clients_that_vanish_cost_the_others_nothing(
+    run_app: Callable[..., DeploymentHandle[Any]], http_port: int
+) -> None:
+    """Through Serve's own proxy, with the segments of those who stay in the same frames."""
+    run_app("sockets", route_prefix="/sockets", model=MODEL, engine=SMALL)
+    x = noise(6, 120)
+    async with connect(f"ws://127.0.0.1:{http_port}/sockets") as stays:
+        sessions = [await stays.open() for _ in range(6)]
+        leaves = connect(f"ws://127.0.0.1:{http_port}/sockets")
+        gone = [await leaves.open(f"gone {i}") for i in range(6)]
+        for at in range(0, 120, 10):
+            for session in (*sessions, *gone):
+                session.submit(x[at : at + 10])
+            await sessions[0].wait(at)
+            if at == 50:
+                for session in gone:
+                    session._line.carrier._websocket.transport.abort()  # type: ignore[attr-defined]  # no goodbye
+                gone = []
+        for session in sessions:
+            await session.close()
+            np.testing.assert_allclose(await collect(session), alone(x), rtol=1e-5, atol=1e-5)
+        again = await stays.open("gone 0")  # its place is free again
+        await again.close()
 
 
 async def test_a_killed_replica_ends_its_sessions_clearly_and_is_replaced(

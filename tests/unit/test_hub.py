@@ -23,7 +23,7 @@ from serve_app.errors import (
 )
 from serve_app.session import Session
 from tests.fakes import SumModel
-from tests.local import local
+from tests.local import REQUEST, local
 
 pytestmark = pytest.mark.asyncio
 
@@ -83,7 +83,7 @@ async def test_frames_are_cut_by_bytes_and_a_session_is_in_one_at_a_time() -> No
         frame=FrameConfig(max_bytes=65536),
     )
     async with local(SumModel(), config=config) as (cluster, hub):
-        cluster.delay_s = 0.001
+        cluster.delay_s = lambda: 0.001
         sessions = [await hub.open() for _ in range(2)]
         for session in sessions:
             session.submit(ones(10_000))
@@ -258,3 +258,36 @@ async def test_unacknowledged_outputs_stay_for_a_client_behind_an_ingress() -> N
         with pytest.raises(SessionEnded, match="closed"):
             hub.get("a")
     assert cluster.engines["owner-0"].gauges()["retained_bytes"] == 0
+
+
+async def test_frames_that_overtake_each_other_keep_each_session_in_order() -> None:
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        rng = random.Random(1)
+        cluster.delay_s = lambda: rng.uniform(0, 0.004)
+
+        async def one(seed: int) -> None:
+            rng = random.Random(seed)
+            session = await hub.open()
+            for _ in range(20):
+                session.submit(ones(rng.randint(1, 6)))
+                await asyncio.sleep(rng.uniform(0, 0.004))
+            session.close()
+            assert await collect(session) == list(range(1, session.next + 1))
+
+        await asyncio.gather(*(one(seed) for seed in range(30)))
+        assert len(cluster.frames) > 15
+        assert cluster.engines["owner-0"].stats.refusals == {}
+
+
+async def test_calls_do_not_belong_to_the_request_that_caused_them() -> None:
+    """A Serve call is cancelled with the request in whose context it was made, and would take others' segments along."""
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+
+        async def request(name: str) -> None:
+            REQUEST.set(name)
+            session = await hub.open()
+            session.submit(ones(3))
+            await session.wait()
+
+        await asyncio.gather(*(asyncio.create_task(request(f"request {i}")) for i in range(4)))
+        assert set(cluster.requests) == {"none"}
