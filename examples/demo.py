@@ -72,21 +72,22 @@ def main(
     show(takes)
     missing = sum(take.timesteps - len(take.probabilities) for take in takes)
     difference = max(largest_difference(take) for take in takes)
-    delays_s = np.concatenate([take.delays_s for take in takes])
+    p50, p99 = np.percentile(np.concatenate([take.delays_s for take in takes]), [50, 99]) * 1e3
+    timesteps = sum(take.timesteps for take in takes)
     figures = {
         "vad_max_diff": difference,
         "missing_outputs": missing,
         "segments_per_s": sum(take.segments for take in takes) / took_s,
-        "delay_p50_ms": float(np.percentile(delays_s, 50) * 1e3),
-        "delay_p99_ms": float(np.percentile(delays_s, 99) * 1e3),
+        "delay_p50_ms": float(p50),
+        "delay_p99_ms": float(p99),
         "mean_batch_size": batch_size,
     }
     click.echo(
-        f"\n{sessions} sessions, {sum(take.timesteps for take in takes):,} timesteps of {TIMESTEP} samples in {took_s:.1f} s\n"
+        f"\n{sessions} sessions, {timesteps:,} timesteps of {TIMESTEP} samples in {took_s:.1f} s\n"
         f"largest difference to the package's own model   {difference:.1e} (tolerance {TOLERANCE:.0e})\n"
         f"outputs missing                                 {missing}\n"
         f"segments per second                             {figures['segments_per_s']:,.0f}\n"
-        f"delay of a segment, p50 and p99                 {figures['delay_p50_ms']:.1f} ms, {figures['delay_p99_ms']:.1f} ms\n"
+        f"delay of a segment, p50 and p99                 {p50:.1f} ms, {p99:.1f} ms\n"
         f"mean batch size                                 {batch_size:.1f}"
     )
     if json_file is not None:

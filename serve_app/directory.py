@@ -42,7 +42,7 @@ class Record:
 
 
 class Directory:
-    """Owners by name, sessions by id. Epochs start above `incarnation` << 24, so a later directory grants higher ones."""
+    """Owners by name, sessions by id. Epochs start at `incarnation` << 24: a later directory grants higher ones."""
 
     def __init__(self, incarnation: int) -> None:
         self._last_epoch = incarnation << 24

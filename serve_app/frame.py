@@ -42,7 +42,7 @@ class Notice:
 class Frame:
     """Entries of many sessions for one owner, at most one a session; columns are [n], `x` is [sum(length), *features].
 
-    `start`, `length`: the timesteps that entry brings; length 0 brings none and, from `start` on, asks for outputs again.
+    `start`, `length`: the timesteps that entry brings; length 0 brings none and asks for outputs again from `start` on.
     `acked`: the sender holds the outputs below. `rewind`: failed steps of the session that the sender knows of.
     `close`: close when everything below this timestep has been accepted, or NO_CLOSE, or ABORT.
     """

@@ -16,7 +16,6 @@ from serve_app.ingress.outbox import Call
 from serve_app.models.interface import RecurrentModel
 from serve_app.spec import ModelSpec, SessionLimits
 
-
 REQUEST: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="none")
 
 

@@ -12,7 +12,7 @@ from serve_app.ingress.hub import Hub
 
 @serve.ingress()
 class Ingress:
-    """Protocol adapters over a hub. `recurrent` makes Serve deploy the owners; they are reached through the directory."""
+    """Protocol adapters over a hub. `recurrent` is there for Serve to deploy the owners, whom the directory names."""
 
     async def __init__(self, recurrent: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         self._recurrent = recurrent

@@ -128,7 +128,9 @@ class Recurrent:
                 del self._answering[session.name]
         outputs = session.peek(start)
         if outputs is None or outputs.start > start:
-            raise InvalidInput(f"outputs of session {session.name!r} from timestep {start} on were acknowledged and are gone")
+            raise InvalidInput(
+                f"outputs of session {session.name!r} from timestep {start} on were acknowledged and are gone"
+            )
         return Outputs(start, {name: value[: end - start] for name, value in outputs.values.items()})
 
     async def _forward(self, session: str, method: str, *args: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Iterable
 
 import numpy as np
 import torch

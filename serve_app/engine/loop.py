@@ -33,7 +33,7 @@ class EngineLoop:
         self._thread.start()
 
     def call(self, frame: Frame, ticket: Ticket) -> None:
-        """Hand a frame to the engine, from any thread; `deliver` gets the (hashable, unique) ticket back with its answer."""
+        """Hand a frame to the engine, from any thread; `deliver` gets the ticket (hashable, unique) with its answer."""
         with self._arrived:
             self._raise_if_dead()
             self._inbox.append((frame, ticket))

@@ -181,7 +181,7 @@ class SessionTable:
                 )
             case Verdict.OVERLOADED:
                 return Overloaded(
-                    "the replica holds all it may (engine.max_pending_bytes, engine.max_retained_bytes): try again later",
+                    "the replica is full (engine.max_pending_bytes, engine.max_retained_bytes): try again later",
                     **expected,
                 )
             case _:

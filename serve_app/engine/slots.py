@@ -18,7 +18,7 @@ class Placement:
 
 
 class SlotTable:
-    """`num_slots` slots, lent to sessions. Every lending has a generation, so a late write can be told from a due one."""
+    """`num_slots` slots, lent to sessions. Every lending has a generation: a late write can be told from a due one."""
 
     def __init__(self, num_slots: int, max_rows: int) -> None:
         #: Slot of each row, -1 without one; row of each slot, -1 when free.

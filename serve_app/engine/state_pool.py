@@ -158,8 +158,8 @@ def _batch_dim(one: torch.Tensor, two: torch.Tensor) -> int:
     dims = [dim for dim, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if (a, b) == (1, 2)]
     if len(dims) != 1:
         raise InvalidInput(
-            f"initial_state(1) has a tensor of shape {list(one.shape)}, initial_state(2) of {list(two.shape)}: exactly one "
-            "dimension must be the batch"
+            f"initial_state(1) has a tensor of shape {list(one.shape)}, initial_state(2) of {list(two.shape)}: "
+            "exactly one dimension must be the batch"
         )
     return dims[0]
 

@@ -19,7 +19,7 @@ class StepRecord:
 
 @dataclass(slots=True)
 class Stats:
-    """Counters since the start (`session_steps`: the sum of all batch sizes); `recent` is for whoever reports, and drops what nobody collects."""
+    """Counters since the start; `session_steps` is the sum of all batch sizes. `recent` is for whoever reports."""
 
     segments: int = 0
     timesteps: int = 0

@@ -1,4 +1,4 @@
-"""Where sessions start: opens them with the directory, and keeps an outbox for each owner. Knows neither Ray nor torch."""
+"""Where sessions start: opens them with the directory, keeps an outbox for each owner. Knows neither Ray nor torch."""
 
 from collections import OrderedDict
 from collections.abc import Sequence

@@ -8,7 +8,7 @@ import torch
 from serve_app.spec import TensorSpec
 
 State: TypeAlias = Any
-"""A pytree (tensor, tuple, list, dict) of tensors; in each, one dimension is the batch, found by asking for two sizes."""
+"""A pytree (tensor, tuple, list, dict) of tensors; one dimension of each is the batch, found by asking for 1 and 2."""
 
 
 @runtime_checkable

@@ -18,6 +18,7 @@ from serve_app.ingress.codec import (
     MSGPACK,
     Encoding,
     Message,
+    describe_model,
     describe_session,
     max_body,
     read_array,
@@ -207,5 +208,6 @@ def test_a_session_is_described_and_read() -> None:
     described = describe_session(Session("a", spec, limits, carrier=None))  # type: ignore[arg-type]
     for encoding in (JSON, MSGPACK):
         assert read_session(encoding.decode(encoding.encode(described))) == ("a", spec, limits)
-    with pytest.raises(InvalidInput, match="does not describe a session: KeyError"):
-        read_session(Message({"session": "a"}))
+    for values, message in (({"session": "a"}, "a model: KeyError"), (describe_model(spec), "a session: KeyError")):
+        with pytest.raises(InvalidInput, match=f"does not describe {message}"):
+            read_session(Message(values))

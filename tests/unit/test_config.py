@@ -131,7 +131,6 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"engine": {"slots": True}}, ["engine.slots is True", "a whole number"]),
     ({"engine.slots": "many"}, ["engine.slots is 'many'", "a whole number"]),
     ({"engine.slots": "0"}, ["engine.slots is 0", "the least is 1"]),
-    ({"engine.slots": 8, "engine.max_batch_size": 16}, ["engine.max_batch_size=16", "engine.slots=8"]),
     ({"session": {"nan": False}}, ["session.nan is False", "refuse, pass", "quotes"]),
     ({"session.nan": "drop"}, ["session.nan is 'drop'", "refuse, pass"]),
     ({"session.idle_timeout_s": "0"}, ["session.idle_timeout_s is 0.0", "more than 0"]),

@@ -280,7 +280,7 @@ async def test_frames_that_overtake_each_other_keep_each_session_in_order() -> N
 
 
 async def test_calls_do_not_belong_to_the_request_that_caused_them() -> None:
-    """A Serve call is cancelled with the request in whose context it was made, and would take others' segments along."""
+    """A Serve call dies with the request in whose context it was made, and would take others' segments along."""
     async with local(SumModel(), config=CONFIG) as (cluster, hub):
 
         async def request(name: str) -> None:

@@ -1,0 +1,63 @@
+"""`python -m bench.readme`: writes the README's table of figures from the files in bench/results."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+BLOCK = re.compile(r"(<!-- figures -->\n).*?(<!-- /figures -->)", re.S)
+
+ROWS = [
+    ("engine_cpu.json", "engine_vs_module_lstm", "{:.2f}", "engine, host to host, against the bare module: 2x256 LSTM"),
+    ("engine_cpu.json", "engine_vs_module_silero", "{:.2f}", "the same: Silero VAD"),
+    ("engine_cpu.json", "scheduler_us", "{:.2f} µs", "scheduling, for each segment, with 4,096 sessions ready"),
+    ("idle_cpu.json", "idle_bytes_ratio", "{:.2f}", "memory of an idle session, against its state's bytes"),
+    ("compare_cpu.json", "vs_naive", "{:.0f}x", "segments of 1 timestep per second, against plain Ray Serve"),
+    ("compare_cpu.json", "vs_naive_t10", "{:.0f}x", "the same, segments of 10 timesteps"),
+    (
+        "compare_cpu.json",
+        "lockstep_share_of_raw_t10",
+        "{:.2f}",
+        "the same, as a share of the bare module's rate on one core",
+    ),
+    (
+        "demo_cpu.json",
+        "vad_max_diff",
+        "{:.0e}",
+        "speech probabilities: largest difference to the package's own model",
+    ),
+    ("demo_cpu.json", "delay_p50_ms", "{:.1f} ms", "delay of a segment in the demo, median"),
+]
+
+
+def table() -> str:
+    """The figures as a Markdown table, with the machine they are from."""
+    lines, machines = ["| figure | |", "| --- | --- |"], set()
+    for file, name, form, meaning in ROWS:
+        report: dict[str, Any] = json.loads((RESULTS / file).read_text())
+        lines.append(f"| {meaning} `[{name}]` | {form.format(report['figures'][name])} |")
+        hardware = report["hardware"]
+        machines.add(
+            f"{hardware['cpu']}, {hardware['cores']} cores, no GPU; torch {hardware['torch']}, Ray {hardware['ray']}"
+        )
+    return "\n".join([*lines, "", f"On {' / '.join(sorted(machines))}.", ""])
+
+
+def rendered(readme: str) -> str:
+    """The README with the table of now."""
+    return BLOCK.sub(lambda match: match[1] + table() + match[2], readme)
+
+
+@click.command()
+def main() -> None:
+    """Write the README's table of figures from the files in bench/results."""
+    path = ROOT / "README.md"
+    path.write_text(rendered(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The Serve application: owners and an ingress, from one configuration."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.schema import LoggingConfig
+
+from serve_app.config import load_config
+from serve_app.deployments.ingress import Ingress
+from serve_app.deployments.recurrent import Recurrent
+from serve_app.engine.host_env import REPLICA_ENV
+
+MAX_CALLS = 10_000
+"""Of a replica at once. A session's bounds are kept by the engine, so Serve's own limit stays out of the way."""
+
+QUIET = LoggingConfig(enable_access_log=False)
+"""A line a call would cost more than the call."""
+
+
+def build(args: Mapping[str, Any]) -> Application:
+    """The application that `args` configure (see serve_app.config). Raises ConfigError."""
+    config = load_config(args)
+    recurrent = serve.deployment(
+        name="Recurrent",
+        num_replicas=config.replicas,
+        max_ongoing_requests=MAX_CALLS,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=10,
+        health_check_period_s=2,  # a dead replica takes its sessions along: the next should come soon
+        logging_config=QUIET,
+        ray_actor_options={"num_gpus": config.num_gpus, "runtime_env": {"env_vars": REPLICA_ENV}},
+    )(Recurrent)
+    ingress = serve.deployment(
+        name="Ingress",
+        max_ongoing_requests=MAX_CALLS,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=10,
+        logging_config=QUIET,
+        ray_actor_options={"num_cpus": 0.5},
+    )(Ingress)
+    application: Application = ingress.bind(recurrent.bind(config))
+    return application
