@@ -1,12 +1,15 @@
 """Lockstep against the tuned naive application and the plain module: same sessions, same Ray, in turns.
 
-`python -m bench.compare`: every session has one segment outstanding, through handles, from one client process. The naive
-application has the best settings that `bench.naive` found.
+    python -m bench.compare [--seconds 4] [--json FILE]
+
+Every session has one segment outstanding; all are driven through handles, from one client process. The naive
+application has the best settings that `bench.naive` found: of all (naive), and of those with a plain handle
+(naive_plain). Outputs of all three are compared with the plain module's.
 """
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -29,11 +32,11 @@ SUFFIXES = {1: "", 10: "_t10"}
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What was measured one after another. `plain`: the naive application, called as Ray's documentation says."""
+    """What was measured one after another."""
 
     lockstep: Load
     naive: Load
-    plain: Load
+    naive_plain: Load
     raw: float
 
 
@@ -45,15 +48,18 @@ def main(seconds: float, rounds: int, json_file: Path | None) -> None:
     """Measure Lockstep, the naive application and the plain module in turns."""
     report.use_replica_env()
     report.show_hardware()
-    config = tuned()
-    click.echo(f"naive: {config}\n")
+    configs = {"naive": tuned(plain=False), "naive_plain": tuned(plain=True)}
+    for name, config in configs.items():
+        click.echo(f"{name}: {config}")
     measured: dict[int, list[Round]] = {}
     with local_serve(), tqdm(total=len(SUFFIXES) * rounds, unit="round", disable=None) as progress:
-        serve.run(app.build({"model": {"name": "rnn", "seed": SEED}, "engine.device": "cpu"}), name="lockstep")
-        serve.run(build(config), name="naive", route_prefix=None)
+        lockstep = app.build({"model": {"name": "rnn", "seed": SEED}, "engine.device": "cpu"})
+        serve.run(lockstep, name="lockstep", route_prefix=None)
+        for name, config in configs.items():
+            serve.run(build(config), name=name, route_prefix=None)
         for num_timesteps in SUFFIXES:
             for _ in range(rounds):
-                measured.setdefault(num_timesteps, []).append(measure(config, num_timesteps, seconds))
+                measured.setdefault(num_timesteps, []).append(measure(configs, num_timesteps, seconds))
                 progress.update()
     figures: dict[str, float] = {}
     for num_timesteps, suffix in SUFFIXES.items():
@@ -63,16 +69,14 @@ def main(seconds: float, rounds: int, json_file: Path | None) -> None:
     report.save(figures, json_file)
 
 
-def measure(config: NaiveConfig, num_timesteps: int, seconds: float) -> Round:
+def measure(configs: Mapping[str, NaiveConfig], num_timesteps: int, seconds: float) -> Round:
     """One round, of segments of that many timesteps."""
     inputs = Inputs(num_timesteps)
-    plain = replace(config, handle="plain")
-    return Round(
-        naive=asyncio.run(load_naive("naive", config, inputs, seconds, WARM_UP_S)),
-        lockstep=asyncio.run(load_lockstep("lockstep", inputs, seconds, WARM_UP_S)),
-        plain=asyncio.run(load_naive("naive", plain, inputs, seconds, WARM_UP_S)),
-        raw=raw_rate(NUM_SESSIONS, num_timesteps, seconds / 4),
+    naive, naive_plain = (
+        asyncio.run(load_naive(name, config, inputs, seconds, WARM_UP_S)) for name, config in configs.items()
     )
+    lockstep = asyncio.run(load_lockstep("lockstep", inputs, seconds, WARM_UP_S))
+    return Round(lockstep, naive, naive_plain, raw_rate(NUM_SESSIONS, num_timesteps, seconds / 4))
 
 
 async def load_lockstep(name: str, inputs: Inputs, seconds: float, warm_up_s: float) -> Load:
@@ -98,45 +102,38 @@ async def load_lockstep(name: str, inputs: Inputs, seconds: float, warm_up_s: fl
 
 def summarize(rounds: Sequence[Round]) -> dict[str, float]:
     """Medians over the rounds; ratios are taken within a round, since the machine may not be ours alone."""
-    ratios = [each.lockstep.rate / each.naive.rate for each in rounds]
-    return {
-        "vs_naive": median(ratios),
-        "vs_naive_min": min(ratios),
-        "vs_naive_max": max(ratios),
-        "vs_naive_plain_handle": median(each.lockstep.rate / each.plain.rate for each in rounds),
-        "lockstep_segments_per_s": median(each.lockstep.rate for each in rounds),
-        "naive_segments_per_s": median(each.naive.rate for each in rounds),
-        "naive_plain_handle_segments_per_s": median(each.plain.rate for each in rounds),
+    vs_naive = [each.lockstep.rate / each.naive.rate for each in rounds]
+    vs_naive_plain = [each.lockstep.rate / each.naive_plain.rate for each in rounds]
+    figures = {
+        "vs_naive": median(vs_naive),
+        "vs_naive_min": min(vs_naive),
+        "vs_naive_max": max(vs_naive),
+        "vs_naive_plain": median(vs_naive_plain),
+        "vs_naive_plain_min": min(vs_naive_plain),
+        "vs_naive_plain_max": max(vs_naive_plain),
         "raw_segments_per_s": median(each.raw for each in rounds),
-        "lockstep_share_of_raw": median(each.lockstep.rate / each.raw for each in rounds),
-        "naive_share_of_raw": median(each.naive.rate / each.raw for each in rounds),
-        "lockstep_p50_s": median(each.lockstep.p50_s for each in rounds),
-        "lockstep_p99_s": median(each.lockstep.p99_s for each in rounds),
-        "naive_p50_s": median(each.naive.p50_s for each in rounds),
-        "naive_p99_s": median(each.naive.p99_s for each in rounds),
     }
+    for name in ("lockstep", "naive", "naive_plain"):
+        loads: list[Load] = [getattr(each, name) for each in rounds]
+        figures |= {
+            f"{name}_segments_per_s": median(load.rate for load in loads),
+            f"{name}_share_of_raw": median(load.rate / each.raw for load, each in zip(loads, rounds, strict=True)),
+            f"{name}_p50_s": median(load.p50_s for load in loads),
+            f"{name}_p99_s": median(load.p99_s for load in loads),
+        }
+    return figures
 
 
 def show(num_timesteps: int, rounds: Sequence[Round]) -> None:
     """Print every round."""
-    head = [
-        "round",
-        *(f"{name}, {unit}" for name in ("Lockstep", "naive") for unit in ("segments/s", "p50 ms", "p99 ms")),
-    ]
-    rows = [
-        (
-            i,
-            *(
-                value
-                for load in (each.lockstep, each.naive)
-                for value in (load.rate, load.p50_s * 1e3, load.p99_s * 1e3)
-            ),
-        )
-        + (each.plain.rate, each.raw)
-        for i, each in enumerate(rounds)
-    ]
-    click.echo(f"{NUM_SESSIONS} sessions, segments of {num_timesteps} timesteps")
-    click.echo(report.table([*head, "naive with plain handle, segments/s", "raw, segments/s"], rows) + "\n")
+    click.echo(f"\n{NUM_SESSIONS} sessions, segments of {num_timesteps} timesteps")
+    rows: list[tuple[object, ...]] = []
+    for i, each in enumerate(rounds):
+        for name in ("lockstep", "naive", "naive_plain"):
+            load: Load = getattr(each, name)
+            rows.append((f"{name} {i}", load.rate, load.p50_s * 1e3, load.p99_s * 1e3))
+        rows.append((f"raw {i}", each.raw, "", ""))
+    click.echo(report.table(["round", "segments/s", "p50 ms", "p99 ms"], rows) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     python -m bench.engine [--device cpu] [--json FILE]
 
-"Engine" is host to host: a frame of numpy arrays in, a step, an answer of numpy arrays out, everything acknowledged with
-the next frame. "Model" is RecurrentModel.forward on a tensor that lies ready, with its state kept. Both take turns of a
-few rounds in one process, on one thread, so that a busy machine slows both; the ratio is the median over the turns.
+"Engine" is host to host: a frame of numpy arrays in, a step, an answer of numpy arrays out, everything acknowledged
+with the next frame. "Model" is RecurrentModel.forward on a tensor that lies ready, with its state kept. They take turns
+of a few rounds in one process, on one thread, so a busy machine slows both; the ratio is the median over the turns.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -77,7 +78,7 @@ class Turns:
 
 @torch.inference_mode()
 def measure_turns(model: RecurrentModel, device: str, batch_size: int, k: int, seconds: float) -> Turns:
-    """Engine and model in turns for about `seconds`, on the same inputs; RuntimeError if their outputs differ."""
+    """Engine and model in turns for about `seconds`, on the same inputs; AssertionError if their outputs differ."""
     # an answer is 2.6 MB at most here; one frame, one answer
     engine = Engine(model, AppConfig(engine=EngineConfig(device=device), frame=FrameConfig(max_bytes=8 * 2**20)))
     sender = Sender(engine, batch_size)
@@ -87,7 +88,8 @@ def measure_turns(model: RecurrentModel, device: str, batch_size: int, k: int, s
     tensors = [torch.from_numpy(x.swapaxes(0, 1).copy()).to(device) for x in segments]
     state = torch.utils._pytree.tree_map(lambda leaf: leaf.to(device), model.initial_state(batch_size))
     (name,) = model.outputs
-    engine_s, module_s = [], []
+    engine_s: list[list[float]] = []
+    module_s: list[list[float]] = []
     until = time.monotonic() + seconds
     while len(engine_s) < 2 or time.monotonic() < until:
         frames = [sender.frame(sessions, x) for x in segments]
@@ -95,13 +97,13 @@ def measure_turns(model: RecurrentModel, device: str, batch_size: int, k: int, s
         for frame in frames:
             began = time.perf_counter()
             (answer,) = sender.exchange(frame)
+            _finish(device)
             engine_s[-1].append(time.perf_counter() - began)
         module_s.append([])
         for x in tensors:
             began = time.perf_counter()
             y, state = model.forward(x, state)
-            if device == "cuda":
-                torch.cuda.synchronize()
+            _finish(device)
             module_s[-1].append(time.perf_counter() - began)
     assert isinstance(y, torch.Tensor)
     np.testing.assert_allclose(
@@ -110,16 +112,17 @@ def measure_turns(model: RecurrentModel, device: str, batch_size: int, k: int, s
     return Turns(batch_size, k, np.array(engine_s[1:]), np.array(module_s[1:]))  # the first warmed up
 
 
-def measure_scheduler(longest: int, seconds: float) -> float:
-    """Microseconds of add, schedule and complete for one segment, 10 timesteps long or, if `longest` is more, 1 to that."""
-    scheduler = Scheduler(max_batch_size=256, max_timesteps=16, max_rows=READY_SESSIONS)
-    lengths = (
-        np.random.default_rng(0).integers(1, longest + 1, READY_SESSIONS)
-        if longest > 10
-        else np.full(READY_SESSIONS, 10)
-    )
-    scheduler.add(np.arange(READY_SESSIONS), lengths, 0.0)
-    samples = []
+def _finish(device: str) -> None:
+    """Wait for all that was launched."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure_scheduler(lengths: np.ndarray, seconds: float) -> float:
+    """Microseconds of add, schedule and complete for one segment; row i sends segments of lengths[i] timesteps."""
+    scheduler = Scheduler(max_batch_size=256, max_timesteps=16, max_rows=len(lengths))
+    scheduler.add(np.arange(len(lengths)), lengths, 0.0)
+    samples: list[float] = []
     until = time.monotonic() + seconds
     while not samples or time.monotonic() < until:
         segments = 0
@@ -151,9 +154,10 @@ def measure_idle(num_sessions: int) -> dict[str, float]:
 @click.option(
     "--seconds", default=2.0, show_default=True, help="For each setting; four times that for the claimed ones."
 )
+@click.option("--max-batch", default=max(BATCH_SIZES), show_default=True, help="Leave out larger batches.")
 @click.option("--idle-sessions", default=10_000, show_default=True)
 @json_option
-def main(device: str, seconds: float, idle_sessions: int, json_file: Path | None) -> None:
+def main(device: str, seconds: float, max_batch: int, idle_sessions: int, json_file: Path | None) -> None:
     """Measure the engine against the bare model."""
     use_replica_env()
     torch.set_num_threads(1)
@@ -162,7 +166,8 @@ def main(device: str, seconds: float, idle_sessions: int, json_file: Path | None
     for name, config in MODELS.items():
         model = registry.load(config)
         rows = []
-        for batch_size, k in ((batch_size, k) for batch_size in BATCH_SIZES for k in TIMESTEPS):
+        batch_sizes = {CLAIMED[0], *(size for size in BATCH_SIZES if size <= max_batch)}
+        for batch_size, k in itertools.product(sorted(batch_sizes), TIMESTEPS):
             claimed = (batch_size, k) == CLAIMED
             turns = measure_turns(model, device, batch_size, k, 4 * seconds if claimed else seconds)
             rows.append((batch_size, k, *turns.rates, turns.ratio, turns.spread, turns.delay_ms))
@@ -173,8 +178,9 @@ def main(device: str, seconds: float, idle_sessions: int, json_file: Path | None
         head = ("batch", "timesteps", "engine /ms", "model /ms", "ratio", "spread", "p50 ms")
         click.echo(f"\n{name}, timesteps per ms\n{table(head, rows)}")
 
-    figures["scheduler_us"] = measure_scheduler(10, seconds)
-    figures["scheduler_mixed_us"] = measure_scheduler(40, seconds)
+    mixed = np.random.default_rng(0).integers(1, 41, READY_SESSIONS)
+    figures["scheduler_us"] = measure_scheduler(np.full(READY_SESSIONS, 10), seconds)
+    figures["scheduler_mixed_us"] = measure_scheduler(mixed, seconds)
     click.echo(f"\nscheduler, µs a segment, {READY_SESSIONS:,} ready: {figures['scheduler_us']:.2f}, ", nl=False)
     click.echo(f"of 1 to 40 timesteps: {figures['scheduler_mixed_us']:.2f}\n")
     figures |= measure_idle(idle_sessions)

@@ -2,8 +2,8 @@
 
     python -m bench.idle [--sessions 10000] [--json FILE]
 
-The sessions share 512 slots. Each runs a few timesteps and falls silent; the figure is the growth in resident memory for
-one of them, in sizes of its state. Then they send now and then, and all outputs are compared with the bare model's.
+The sessions share 512 slots. Each runs a few timesteps and falls silent; the figure is the growth in resident memory
+for one of them, in sizes of its state. Then they send now and then, and all outputs are compared with the bare model's.
 """
 
 import gc
@@ -15,14 +15,13 @@ import psutil
 import torch
 
 from bench.report import json_option, save, use_replica_env
-from bench.sender import Sender
+from bench.sender import BURST, Sender
 from serve_app.config import AppConfig, EngineConfig, ModelConfig, SessionConfig
 from serve_app.engine.engine import Engine
 from serve_app.frame import Answer
 from serve_app.models import registry
 from serve_app.models.interface import RecurrentModel
 
-BURST = 256  # sessions of a frame
 FEW = 3  # timesteps before falling silent
 LENGTH = 12  # timesteps of a session in the end
 INPUTS = 4096  # distinct timesteps of input
@@ -56,7 +55,7 @@ def run_all(sender: Sender, inputs: Inputs) -> None:
 
 
 def run_at_random(sender: Sender, inputs: Inputs, outputs: np.ndarray) -> None:
-    """Each session sends up to its end, some timesteps now and then; outputs go into `outputs` [n, LENGTH, *features]."""
+    """Each session sends up to its end, now and then some timesteps; `outputs` [n, LENGTH, *features] is filled."""
     rng = np.random.default_rng(1)
     while (open_sessions := np.flatnonzero(sender.start < LENGTH)).size:
         some = rng.choice(open_sessions, min(BURST, len(open_sessions)), replace=False)
@@ -123,8 +122,8 @@ def main(sessions: int, json_file: Path | None) -> None:
     error = largest_error(model, inputs, outputs)
     engine.check()
     click.echo(
-        f"then {engine.stats.timesteps:,} timesteps in all, {engine.stats.restores:,} restores of a state: all outputs right, "
-        f"largest error {error:.1e}"
+        f"then {engine.stats.timesteps:,} timesteps in all, {engine.stats.restores:,} restores of a state: "
+        f"all outputs right, largest error {error:.1e}"
     )
     save({"idle_bytes_ratio": ratio, "idle_max_error": error}, json_file)
 

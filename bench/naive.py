@@ -1,6 +1,8 @@
-"""The same LSTM on plain Ray Serve, as one would write it in an afternoon: @serve.batch, and the states in an actor.
+"""An LSTM on plain Ray Serve, as one would write it in an afternoon: @serve.batch, and the states in an actor.
 
-`python -m bench.naive sweep` looks for the settings that serve it best; `bench.compare` compares with these.
+    python -m bench.naive sweep --json bench/results/naive_sweep_cpu.json
+
+looks for the settings that serve it best; `bench.compare` takes them from that file.
 """
 
 import asyncio
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from uuid import uuid4
 
 import click
@@ -29,6 +31,9 @@ from bench.closed_loop import HIDDEN, LAYERS, Call, Inputs, Load, check_outputs,
 RESULTS = report.ROOT / "bench" / "results" / "naive_sweep_cpu.json"
 NUM_SESSIONS = 256
 CHECKED = 0, 100, NUM_SESSIONS - 1
+WAITS_S = 0.005, 0.02, 0.05, 0.1
+Handle = Literal["plain", "grpc", "pickle", "same_loop"]
+HANDLES: tuple[Handle, ...] = get_args(Handle)
 STATE_SHAPE = 2, LAYERS, HIDDEN  # h and c
 
 
@@ -49,7 +54,7 @@ class NaiveConfig:
     max_concurrent_batches: int = 1
     max_ongoing_requests: int = 1024
     states: Literal["dict", "stacked", "stacked_ahead", "replica"] = "stacked"
-    handle: Literal["plain", "grpc", "pickle", "same_loop"] = "plain"
+    handle: Handle = "plain"
     throughput_optimized: bool = False
 
 
@@ -171,9 +176,7 @@ def local_serve() -> Iterator[None]:
         )
         try:
             serve.start(http_options={"location": "NoServer"}, logging_config=LoggingConfig(log_level="WARNING"))
-            logging.getLogger("ray.serve").setLevel(
-                logging.CRITICAL
-            )  # a router of a loop that is over is an error to it
+            logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # the end of a router's loop is an error to it
             yield
         finally:
             serve.shutdown()  # type: ignore[no-untyped-call]
@@ -217,34 +220,49 @@ class Point:
     load: Load
 
 
-# What is tried after one another, each time from the best there is until then.
-STAGES: Sequence[Sequence[Mapping[str, Any]]] = (
-    [{"handle": handle} for handle in ("plain", "grpc", "pickle", "same_loop")],
-    [{"max_batch_size": n, "batch_wait_timeout_s": s} for n in (64, 128, 256) for s in (0.005, 0.02, 0.05, 0.1)],
-    [{"max_concurrent_batches": n} for n in (2, 4)],
-    [{"max_ongoing_requests": n} for n in (256, 512)],
-    [{"states": states} for states in ("dict", "stacked_ahead")],
-    [{"throughput_optimized": True}],
-    [{"states": "replica"}],
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Changes to try, each on the best there is by then; with `plain` on the best with a plain handle."""
+
+    plain: bool
+    changes: Sequence[Mapping[str, Any]]
+
+
+STAGES = (
+    Stage(True, [{"max_batch_size": n, "batch_wait_timeout_s": s} for n in (64, 128, 256) for s in WAITS_S]),
+    Stage(True, [{"max_concurrent_batches": n} for n in (2, 4)]),
+    Stage(True, [{"max_ongoing_requests": n} for n in (256, 512)]),
+    Stage(True, [{"states": states} for states in ("dict", "stacked_ahead")]),
+    Stage(True, [{"handle": handle} for handle in HANDLES[1:]]),
+    Stage(False, [{"max_batch_size": n, "batch_wait_timeout_s": s} for n in (64, 256) for s in WAITS_S[1:]]),
+    Stage(False, [{"throughput_optimized": True}]),
+    Stage(False, [{"states": "replica"}]),
 )
-NUM_FINALISTS = 3
+NUM_FINALS = 3
 
 
-def best_points(points: Sequence[Point], num: int) -> list[NaiveConfig]:
-    """The settings with the best rates, the best first; those without the states in an actor do not count.
+def best_configs(points: Sequence[Point], *, plain: bool) -> list[NaiveConfig]:
+    """Settings that were measured, by rate, the best first: with `plain` those with a plain handle only.
 
-    Of what was measured more than once the best counts: others on the machine make a rate only lower.
+    The states have to be in an actor. Of what was measured more than once the best counts: others on the machine make a
+    rate only lower.
     """
-    rates: dict[NaiveConfig, list[float]] = {}
+    rates: dict[NaiveConfig, float] = {}
     for point in points:
-        if point.config.states != "replica":
-            rates.setdefault(point.config, []).append(point.load.rate)
-    return sorted(rates, key=lambda config: -max(rates[config]))[:num]
+        if point.config.states != "replica" and (point.config.handle == "plain" or not plain):
+            rates[point.config] = max(rates.get(point.config, 0.0), point.load.rate)
+    return sorted(rates, key=lambda config: -rates[config])
 
 
-def tuned() -> NaiveConfig:
-    """The best settings, as the last sweep found them."""
-    return NaiveConfig(**json.loads(RESULTS.read_text())["best"])
+def finalists(points: Sequence[Point]) -> list[NaiveConfig]:
+    """What to measure again, in turns: the best with a plain handle, and the best of all with every handle."""
+    best, best_plain = (best_configs(points, plain=plain)[0] for plain in (False, True))
+    return list({best_plain: None} | {replace(best, handle=handle): None for handle in HANDLES})
+
+
+def tuned(*, plain: bool) -> NaiveConfig:
+    """The best settings that the last sweep found, with `plain` those with a plain handle."""
+    return NaiveConfig(**json.loads(RESULTS.read_text())["best_plain" if plain else "best"])
 
 
 @click.group()
@@ -253,7 +271,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--seconds", default=4.0, show_default=True, help="Of each measurement.")
+@click.option("--seconds", default=3.0, show_default=True, help="Of each measurement.")
 @report.json_option
 def sweep(seconds: float, json_file: Path | None) -> None:
     """Look for the settings that serve segments of one timestep best."""
@@ -268,33 +286,38 @@ def sweep(seconds: float, json_file: Path | None) -> None:
 
     with local_serve():
         for stage in STAGES:
-            best = next(iter(best_points(points, 1)), NaiveConfig())
-            for change in stage:
+            best = next(iter(best_configs(points, plain=stage.plain)), NaiveConfig())
+            for change in stage.changes:
                 config = replace(best, **change)
                 if all(point.config != config for point in points):
                     measure(config)
-        for config in best_points(points, NUM_FINALISTS) * 2:
+        for config in finalists(points) * NUM_FINALS:
             measure(config)
-    best = best_points(points, 1)[0]
     _show(points)
-    click.echo(f"\nThe best of those with the states in an actor: {best}")
     if json_file is not None:
-        _save(points, best, json_file)
+        _save(points, json_file)
 
 
 def _show(points: Sequence[Point]) -> None:
     names = list(asdict(NaiveConfig()))
     rows = [(*map(str, asdict(p.config).values()), p.load.rate, p.load.p50_s * 1e3, p.load.p99_s * 1e3) for p in points]
     click.echo(report.table([*names, "segments/s", "p50 ms", "p99 ms"], rows))
+    click.echo(f"\nbest: {best_configs(points, plain=False)[0]}")
+    click.echo(f"best with a plain handle: {best_configs(points, plain=True)[0]}\n")
     report.show_hardware()
 
 
-def _save(points: Sequence[Point], best: NaiveConfig, json_file: Path) -> None:
+def _save(points: Sequence[Point], json_file: Path) -> None:
+    best, best_plain = (best_configs(points, plain=plain)[0] for plain in (False, True))
     content = {
         "hardware": report.hardware(),
         "commit": report.commit(),
-        "figures": {"naive_segments_per_s": max(p.load.rate for p in points if p.config == best)},
+        "figures": {
+            "naive_segments_per_s": max(p.load.rate for p in points if p.config == best),
+            "naive_plain_segments_per_s": max(p.load.rate for p in points if p.config == best_plain),
+        },
         "best": asdict(best),
+        "best_plain": asdict(best_plain),
         "points": [asdict(point.config) | asdict(point.load) for point in points],
     }
     json_file.write_text(json.dumps(content, indent=2) + "\n")

@@ -22,7 +22,7 @@ json_option = click.option(
 
 
 def use_replica_env() -> None:
-    """Start this program again with the environment of a replica, unless it has it: malloc reads it only at the start."""
+    """Start this program again with a replica's environment, unless it has that: malloc reads it only at the start."""
     if any(os.environ.get(name) != value for name, value in REPLICA_ENV.items()):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **REPLICA_ENV})
 

@@ -7,6 +7,9 @@ import numpy as np
 from serve_app.engine.engine import Engine
 from serve_app.frame import ABORT, NO_CLOSE, Answer, Frame, Open
 
+BURST = 256
+"""Sessions of a frame, where there are many."""
+
 
 class Sender:
     """Opens `num_sessions` sessions at an engine, named 0, 1, 2, …; `start` [num_sessions] is where each goes on."""
@@ -15,16 +18,13 @@ class Sender:
         self._engine = engine
         self._first_epoch = first_epoch
         self.start = np.zeros(num_sessions, np.int64)
-        sessions = range(num_sessions)
-        opens = tuple(Open(first_epoch + session, f"session-{session}") for session in sessions)
-        notices = [
-            notice
-            for answer in self.exchange(self._frame(np.empty(0, np.int64), opens=opens))
-            for notice in answer.notices
-        ]
-        refused = next((notice.error for notice in notices if notice.error), None)
-        if len(notices) != num_sessions or refused:
-            raise RuntimeError(f"{len(notices)} notices for {num_sessions} sessions, refused: {refused}")
+        for first in range(0, num_sessions, BURST):
+            sessions = range(first, min(first + BURST, num_sessions))
+            opens = tuple(Open(first_epoch + session, f"session-{session}") for session in sessions)
+            (answer,) = self.exchange(self._frame(np.empty(0, np.int64), opens=opens))
+            refused = [notice.error for notice in answer.notices if notice.kind != "opened"]
+            if refused or len(answer.notices) != len(sessions):
+                raise RuntimeError(f"{len(answer.notices)} notices for {len(sessions)} sessions, refused: {refused}")
 
     def frame(self, sessions: np.ndarray, x: np.ndarray) -> Frame:
         """x [n, k, *features]: k timesteps of each of `sessions` [n]."""

@@ -158,7 +158,7 @@ class WebSocketCarrier:
                 while session.sendable or _owes_ack(session):
                     for message in _messages(session.take(session.limits.max_segment)):
                         await self._websocket.send(MSGPACK.encode(message))
-                    session.arrived()
+                    session.arrived(session.handed)
         finally:
             await self._websocket.close()
 

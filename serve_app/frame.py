@@ -73,7 +73,7 @@ class Frame:
         total = int(self.length.sum())
         if self.x.shape != (total, *shape) or self.x.dtype != dtype:
             raise InvalidInput(f"frame data is {self.x.dtype} {self.x.shape}, expected {dtype} {(total, *shape)}")
-        if len(np.unique(self.epoch)) != n:
+        if len(set(self.epoch.tolist())) != n:
             raise InvalidInput("a frame names a session twice: send its timesteps as one entry")
 
 

@@ -33,4 +33,6 @@ class Outputs:
     def cut(self, start: int) -> "Outputs":
         """What is left from timestep `start` on."""
         skip = start - self.start
+        if skip <= 0:
+            return self
         return Outputs(start, {name: value[skip:] for name, value in self.values.items()})

@@ -19,7 +19,6 @@ from serve_app.errors import (
     Rewound,
     SessionEnded,
     StartMismatch,
-    StateLost,
     StepFailed,
     WindowFull,
     from_wire,
@@ -98,7 +97,7 @@ class Session:
         self._error: LockstepError | None = None  # ended the session
         self._failure: LockstepError | None = None  # the last that did not; the user has to be told once
         self._num_failures = self._failures_told = 0
-        self._changed: asyncio.Event | None = None
+        self._waiting: list[asyncio.Future[None]] = []
 
     # What a user of the session calls.
 
@@ -186,10 +185,10 @@ class Session:
 
     def peek(self, start: int) -> Outputs | None:
         """All outputs that are here from timestep `start` on, still to be read and acknowledged; None without any."""
-        parts = [part.cut(max(start, part.start)) for part in self._outputs if part.end > start]
+        parts = [part.cut(start) for part in self._outputs if part.end > start]
         if not parts:
             return None
-        names = self.spec.outputs
+        names = self.spec.outputs  # copies: a part is a view into all that its answer brought
         return Outputs(parts[0].start, {name: np.concatenate([part.values[name] for part in parts]) for name in names})
 
     def ack(self, timestep: int) -> None:
@@ -262,19 +261,22 @@ class Session:
 
     def take(self, max_timesteps: int) -> Entry:
         """What to send now: up to max_timesteps inputs, the acknowledgement, and the close once all inputs are out."""
-        parts, start, room = [], self.handed, max_timesteps
-        for first, x in self._inputs:
-            if first + len(x) > self.handed and room > 0:
-                part = x[self.handed - first :][:room]
-                parts.append(part)
-                self.handed += len(part)
-                room -= len(part)
+        start, end = self.handed, min(self.next, self.handed + max_timesteps)
+        parts = [
+            x[max(0, start - first) : end - first]
+            for first, x in self._inputs
+            if first < end and first + len(x) > start
+        ]
+        self.handed = end
         close = NO_CLOSE
         if self.handed == self.next and self.end_reason is None and not self._close_told:
             close, self._close_told = self._close, self._close != NO_CLOSE
-        self.in_flight = bool(parts) or close != NO_CLOSE
+        self.in_flight = end > start or close != NO_CLOSE
         self.acked_told = self.acked
-        x = np.concatenate(parts) if parts else np.empty((0, *self.spec.input.shape), self.spec.input.dtype)
+        if len(parts) == 1:
+            (x,) = parts
+        else:
+            x = np.concatenate([np.empty((0, *self.spec.input.shape), self.spec.input.dtype), *parts])
         return Entry(start, x, self.acked, self.rewind, close)
 
     def offer(self) -> None:
@@ -282,10 +284,11 @@ class Session:
         if self.sendable:
             self.carrier.notify(self)
 
-    def arrived(self) -> None:
-        """The frame with the last entry has arrived; another may follow."""
-        self.in_flight = False
-        self.offer()
+    def arrived(self, handed: int) -> None:
+        """The frame has arrived after whose `take` `handed` was that; unless another has followed it, one may now."""
+        if handed >= self.handed:
+            self.in_flight = False
+            self.offer()
 
     def deliver(self, accepted: int, rewind: int, outputs: Outputs | None) -> None:
         """The owner has accepted the inputs below `accepted`, and these are outputs; in any order, repeated or not.
@@ -297,7 +300,7 @@ class Session:
             while self._inputs and self._inputs[0][0] + len(self._inputs[0][1]) <= self.accepted:
                 self._inputs.popleft()
             if self.accepted >= self.handed:
-                self.arrived()
+                self.arrived(self.accepted)
         if outputs is not None and outputs.end > self.progress:
             self._early[outputs.start] = outputs
             self._join()
@@ -338,23 +341,18 @@ class Session:
         if isinstance(error, Rewound):
             return  # the StepFailed that it follows has said it all
         if isinstance(error, Overloaded):
-            self._resend(self.accepted if expected is None else expected)
+            self._resend(expected or 0)
             self.carrier.notify_later(self)
         elif isinstance(error, StartMismatch) and expected is not None:
-            if self._inputs and self._inputs[0][0] <= expected:
-                self._resend(expected)
-                self.offer()
-            else:
-                self.fail(
-                    StateLost(f"the owner of session {self.name!r} is at timestep {expected}, which is gone here")
-                )
+            self._resend(expected)
+            self.offer()
         elif isinstance(error, StepFailed | InvalidInput) and expected is not None:
             self._rewind(expected, int(error.details["rewind"]), error)
         else:
             self.fail(error)
 
-    def _resend(self, timestep: int) -> None:
-        self.handed = timestep
+    def _resend(self, expected: int) -> None:
+        self.handed = max(expected, self.accepted)  # more may have been accepted since that was said
         self.in_flight = False
         self._close_told = False
 
@@ -402,11 +400,12 @@ class Session:
 
     async def _change(self) -> None:
         """Wait until something about the session has changed."""
-        if self._changed is None:
-            self._changed = asyncio.Event()
-        await self._changed.wait()
+        changed = asyncio.get_running_loop().create_future()
+        self._waiting.append(changed)
+        await changed
 
     def _wake(self) -> None:
-        if self._changed is not None:
-            self._changed.set()
-            self._changed = None
+        waiting, self._waiting = self._waiting, []
+        for changed in waiting:
+            if not changed.done():  # its waiter may have gone
+                changed.set_result(None)

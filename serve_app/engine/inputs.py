@@ -32,10 +32,11 @@ class InputStore:
         self._blocks[block], self._live[block] = x, int(counts.sum())
         self._nbytes += x.nbytes
         busy = self._count[rows] > 0
-        for row, offset, count in zip(rows[busy].tolist(), offsets[busy].tolist(), counts[busy].tolist(), strict=True):
-            self._later.setdefault(row, deque()).append((block, offset, count))
-        at_once = rows[~busy]
-        self._block[at_once], self._offset[at_once], self._count[at_once] = block, offsets[~busy], counts[~busy]
+        for i in busy.nonzero()[0].tolist():
+            self._later.setdefault(int(rows[i]), deque()).append((block, int(offsets[i]), int(counts[i])))
+        free = ~busy
+        at_once = rows[free]
+        self._block[at_once], self._offset[at_once], self._count[at_once] = block, offsets[free], counts[free]
 
     def take(self, rows: np.ndarray, k: int) -> np.ndarray:
         """The next k timesteps of each of `rows`, as [k, B, *features]; they are gone from here."""
@@ -44,7 +45,7 @@ class InputStore:
         at = self._offset[rows] + np.arange(k)[:, None]  # [k, B]
         blocks = set(block_of[whole].tolist())
         if len(blocks) == 1 and whole.all():  # all from one frame: copied once
-            x = self._blocks[min(blocks)].take(at, axis=0)
+            x: np.ndarray = self._blocks[min(blocks)].take(at, axis=0)
             self._release(min(blocks), at.size)
         else:
             x = np.empty((k, len(rows), *self._spec.shape), self._spec.dtype)

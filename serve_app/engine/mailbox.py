@@ -43,13 +43,15 @@ class Mailbox:
         rows = np.fromiter(islice(self.rows, room), np.int64)
         start = sessions.sent[rows]
         length = sessions.progress[rows] - start
-        if length.sum() > room:
+        if len(rows) == len(self.rows) and length.sum() <= room:
+            self.rows.clear()
+        else:
             before = length.cumsum() - length
             fit = before < room
             rows, start, length = rows[fit], start[fit], np.minimum(length, room - before)[fit]
+            for row in rows[start + length == sessions.progress[rows]].tolist():
+                del self.rows[row]
         sessions.sent[rows] = start + length
-        for row in rows[sessions.sent[rows] == sessions.progress[rows]].tolist():
-            del self.rows[row]
         outputs = store.read_all(rows, start, length)
         notices: tuple[Notice, ...] = ()
         if not self.rows:

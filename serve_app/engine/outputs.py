@@ -1,4 +1,4 @@
-"""Outputs that exist and are not acknowledged yet. A step's outputs stay one slab; a session knows where in it its run is."""
+"""Outputs that exist and are not acknowledged yet. A step makes one slab; a session knows where in it its own are."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from serve_app.spec import TensorSpec
 
 
 class _Slab:
-    """The outputs of one step, [B, k, *shape] each; as soon as less than half of them are needed, only those are kept."""
+    """The outputs of one step, [B, k, *shape] each. Once less than half of them are needed, only those are kept."""
 
     __slots__ = ("num_live", "place", "values")
 
@@ -61,7 +61,8 @@ class OutputStore:
         done = (self._slab[rows] > 0) & (self._stop[rows] <= acked)
         while done.any():
             rows, acked = rows[done], acked[done]
-            self._drop_first(rows)
+            if not self._drop_first(rows):
+                break
             done = (self._slab[rows] > 0) & (self._stop[rows] <= acked)
 
     def drop(self, row: int) -> None:
@@ -88,8 +89,11 @@ class OutputStore:
         slab_of = self._slab[rows]
         slabs = [(self._slabs[slab], whole & (slab_of == slab)) for slab in set(slab_of[whole].tolist())]
         if len(slabs) == 1 and whole.all():
-            places = slabs[0][0].place[self._index[rows]]
-            outputs = [value[places].reshape(-1, *value.shape[2:]) for value in slabs[0][0].values]
+            values, places = slabs[0][0].values, slabs[0][0].place[self._index[rows]]
+            if len(places) != len(values[0]) or (places != np.arange(len(places))).any():
+                values = [value[places] for value in values]
+            # Else it is the whole step in its order: not even copied.
+            outputs = [value.reshape(-1, *value.shape[2:]) for value in values]
             return dict(zip(self._specs, outputs, strict=True))
 
         outputs = [np.empty((int(lengths.sum()), *spec.shape), spec.dtype) for spec in self._specs.values()]
@@ -106,8 +110,8 @@ class OutputStore:
                 filled = min(end, filled + len(piece[0]))
         return dict(zip(self._specs, outputs, strict=True))
 
-    def _drop_first(self, rows: np.ndarray) -> None:
-        """Forget the first run of each of `rows`, which all have one."""
+    def _drop_first(self, rows: np.ndarray) -> bool:
+        """Forget the first run of each of `rows`, which all have one; False when no row has another."""
         slab_of = self._slab[rows]
         for slab in set(slab_of.tolist()):
             self._slabs[slab].release(self._index[rows[slab_of == slab]])
@@ -115,9 +119,11 @@ class OutputStore:
                 del self._slabs[slab]
         self.timesteps -= int((self._stop[rows] - self._start[rows]).sum())
         self._slab[rows] = 0
-        if self._later:
-            for row in rows.tolist():
-                self._next_run(row)
+        if not self._later:
+            return False
+        for row in rows.tolist():
+            self._next_run(row)
+        return True
 
     def _next_run(self, row: int) -> None:
         if later := self._later.get(row):

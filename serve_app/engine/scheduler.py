@@ -79,6 +79,8 @@ class Scheduler:
 
     def _push(self, rows: np.ndarray, now: float) -> None:
         n = len(rows)
+        if n == 0:
+            return
         if self._tail + n > self._queue.shape[1]:
             self._make_room(n)
         tickets = np.arange(self._last_ticket + 1, self._last_ticket + n + 1)

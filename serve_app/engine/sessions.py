@@ -20,13 +20,13 @@ from serve_app.errors import (
     TooManySessions,
     WindowFull,
 )
-from serve_app.frame import Frame
+from serve_app.frame import NO_CLOSE, Frame
 
 MAX_TOMBSTONES = 65536
 
 
 class Status:
-    """Of a row. ENDED: nothing runs any more, some outputs are not acknowledged yet. Plain ints: numpy is slow with enums."""
+    """Of a row. ENDED: nothing runs any more, some outputs are not acknowledged yet. (numpy is slow with an Enum.)"""
 
     FREE = 0
     OPEN = 1
@@ -103,7 +103,7 @@ class SessionTable:
             self._num_rows += 1
         for column in (self.next, self.progress, self.sent, self.acked, self.rewind):
             column[row] = 0
-        self.epoch[row], self.close_at[row], self.sender[row] = epoch, -1, sender
+        self.epoch[row], self.close_at[row], self.sender[row] = epoch, NO_CLOSE, sender
         self.active_at[row], self.status[row] = now, Status.OPEN
         self.names[row], self._row_of[epoch] = name, row
         return row
@@ -121,6 +121,26 @@ class SessionTable:
         self.sent[held] = np.maximum(self.sent[held], self.acked[held])
 
         due = self.next[rows]
+        odd = (
+            (rows < 0)
+            | unfit
+            | (frame.start != due)
+            | (frame.rewind != self.rewind[rows])
+            | (frame.close != NO_CLOSE)
+            | (self.close_at[rows] != NO_CLOSE)
+            | (self.status[rows] != Status.OPEN)
+            | (due + frame.length - self.acked[rows] > self.max_window)
+        )
+        if odd.any() or frame.length.sum() > room:
+            return self._judge(frame, rows, now, room, unfit)
+        # Nearly always: what comes next in sessions that are open, or acknowledgements alone.
+        self.next[rows] += frame.length
+        self.active_at[rows[frame.length > 0]] = now
+        nothing = np.zeros_like(rows)
+        return Accepted(rows, nothing, frame.length, nothing)
+
+    def _judge(self, frame: Frame, rows: np.ndarray, now: float, room: int, unfit: np.ndarray) -> Accepted:
+        due = self.next[rows]
         skip = np.minimum(np.maximum(due - frame.start, 0), frame.length)
         take = frame.length - skip
         runs, after, closing = take > 0, due + take, frame.close >= 0
@@ -136,7 +156,7 @@ class SessionTable:
             (Verdict.AHEAD, (frame.length > 0) & (frame.start > due)),
             (Verdict.REWOUND, brings & (frame.rewind != self.rewind[rows])),
             (Verdict.ENDED, brings & (self.status[rows] != Status.OPEN)),
-            (Verdict.UNKNOWN, ~known),
+            (Verdict.UNKNOWN, rows < 0),
         ):
             verdict[applies] = reason
         good = verdict == Verdict.OK
@@ -195,7 +215,7 @@ class SessionTable:
         """A step of `rows` failed: they are where they were before it, and what was accepted beyond is forgotten."""
         self.next[rows] = self.progress[rows]
         self.rewind[rows] += 1
-        self.close_at[rows] = -1
+        self.close_at[rows] = NO_CLOSE
 
     def due_to_close(self, rows: np.ndarray) -> np.ndarray:
         """Which of `rows` have run everything up to where they close."""
@@ -211,7 +231,7 @@ class SessionTable:
     def end(self, row: int, reason: str) -> None:
         """Nothing runs for the session any more; `free` follows when its outputs are acknowledged or given up."""
         self.status[row] = Status.ENDED
-        self.next[row], self.close_at[row] = self.progress[row], -1
+        self.next[row], self.close_at[row] = self.progress[row], NO_CLOSE
         epoch = int(self.epoch[row])
         self.tombstones[epoch] = Tombstone(reason, int(self.progress[row]))
         if len(self.tombstones) > MAX_TOMBSTONES:

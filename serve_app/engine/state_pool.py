@@ -55,7 +55,7 @@ class StatePool:
         return tuple(leaves) if self._plain else pytree.tree_unflatten(leaves, self._structure)
 
     def scatter(self, index: torch.Tensor, state: State) -> None:
-        """Write a batched state back to these slots; ValueError, and nothing written, when it is not shaped as it came."""
+        """Write a batched state to these slots. ValueError, with nothing written, unless it is shaped as it came."""
         leaves, structure = self._flatten(state)
         found = [(leaf.shape, leaf.dtype) for leaf in leaves]
         due = [

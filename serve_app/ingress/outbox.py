@@ -10,12 +10,13 @@ import numpy as np
 from serve_app.errors import LockstepError, StateLost, from_wire
 from serve_app.frame import Answer, Frame, Open
 from serve_app.segment import Outputs
-from serve_app.session import Session
+from serve_app.session import Entry, Session
 from serve_app.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
 MAX_CALLS = 2
+MIN_SHARE = 32
 RETRY_DELAY_S = 0.02
 MAX_ACKS = 4096
 STOP_WITHIN_S = 2.0
@@ -116,7 +117,7 @@ class Outbox:
     def _pump(self) -> None:
         self._pump_due = False
         while self._error is None and len(self._calls) < MAX_CALLS and self._has_reason():
-            sent: list[Session] = []
+            sent: list[tuple[Session, int]] = []
             frame = self._next_frame(sent)
             task = asyncio.get_running_loop().create_task(self._run(frame, sent), context=contextvars.Context())
             self._calls.add(task)
@@ -124,17 +125,23 @@ class Outbox:
     def _has_reason(self) -> bool:
         return bool(self._opens or self._pending or (self._sessions and not self._calls))
 
-    def _next_frame(self, sent: list[Session]) -> Frame:
-        """All that is pending, up to the frame's size; `sent` gets the sessions whose inputs are in it."""
+    def _next_frame(self, sent: list[tuple[Session, int]]) -> Frame:
+        """All that is pending, up to the frame's size; `sent` gets the sessions whose inputs are in it, and up to where.
+
+        A frame takes no more than its share of all sessions: while one half runs at the owner the other is on its way,
+        where one frame with everybody in it would leave the owner idle until its answer has come back.
+        """
         opens, self._opens = self._opens, []
-        entries, room = [], self._max_timesteps
-        while self._pending and room > 0:
+        entries: list[tuple[int, Entry]] = []
+        room = self._max_timesteps
+        share = max(MIN_SHARE, -(-len(self._sessions) // MAX_CALLS))
+        while self._pending and room > 0 and len(entries) < share:
             epoch, session = next(iter(self._pending.items()))
             del self._pending[epoch]
             entry = session.take(room)
             room -= len(entry.x)
             entries.append((epoch, entry))
-            sent.append(session)
+            sent.append((session, session.handed))
         taken = {epoch for epoch, _ in entries}
         for epoch in list(self._acks)[:MAX_ACKS]:
             session = self._acks[epoch]
@@ -152,7 +159,7 @@ class Outbox:
         epochs, start, length, acked, rewind, close = np.ascontiguousarray(columns)
         return Frame(self._owner, self._sender, epochs, start, length, acked, rewind, close, x, tuple(opens))
 
-    async def _run(self, frame: Frame, sent: list[Session]) -> None:
+    async def _run(self, frame: Frame, sent: list[tuple[Session, int]]) -> None:
         try:
             answer = await self._call(frame)
         except asyncio.CancelledError:
@@ -165,8 +172,8 @@ class Outbox:
             self._fail(StateLost(f"owner {self._owner!r} does not answer ({error}): its sessions are lost"))
         else:
             self._take_answer(answer)
-            for session in sent:
-                session.arrived()
+            for session, handed in sent:
+                session.arrived(handed)
         finally:
             task = asyncio.current_task()
             assert task is not None

@@ -323,7 +323,7 @@ async def test_an_acknowledgement_outlives_a_frame_that_cannot_take_it() -> None
         session.ack(4)
         await sut.open()  # sends a frame, which could overtake the close
         assert session.acked_told == 0
-        session.arrived()
+        session.arrived(session.handed)
         await sut.open()
         assert session.acked_told == 4
 

@@ -1,0 +1,67 @@
+"""That the benches run and report; never how fast anything is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from bench import report
+from bench.sender import Sender
+from serve_app.config import AppConfig, EngineConfig
+from serve_app.engine.engine import Engine
+from serve_app.engine.host_env import REPLICA_ENV
+from tests.fakes import SumModel
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_report_says_what_ran_where(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    report.save({"ratio": 0.5}, file)
+    written = json.loads(file.read_text())
+    assert written.keys() == {"hardware", "commit", "figures"}
+    assert written["figures"] == {"ratio": 0.5}
+    assert written["hardware"].keys() >= {"cpu", "cores", "memory_gib", "gpu", "python", "torch", "ray", *REPLICA_ENV}
+    assert written["commit"]
+
+
+def test_without_a_file_nothing_is_written() -> None:
+    report.save({"ratio": 0.5}, None)
+
+
+def test_a_table_has_its_columns_in_line() -> None:
+    text = report.table(["name", "rate"], [["a", 12345.6], ["longer", 0.12345]])
+    assert text.splitlines() == ["name      rate", "------  ------", "a       12,346", "longer   0.123"]
+
+
+def test_the_sender_acknowledges_what_it_has() -> None:
+    engine = Engine(SumModel(), AppConfig(engine=EngineConfig(device="cpu", slots=4)))
+    sender = Sender(engine, 300)
+    sessions = np.arange(0, 300, 3)
+    for i in range(1, 4):
+        (answer,) = sender.exchange(sender.frame(sessions, np.ones((100, 2, 2), np.int64)))
+        assert answer.start.tolist() == [2 * i - 2] * 100
+        assert answer.outputs["total"][:, 0].tolist() == [2 * i - 1, 2 * i] * 100
+    assert engine.gauges()["retained_bytes"] == 100 * 2 * 16
+    sender.ack(sessions)
+    assert engine.gauges()["retained_bytes"] == 0
+    sender.abort()
+    assert engine.gauges()["sessions_open"] == 0
+    engine.check()
+
+
+def test_the_engine_bench_writes_all_figures(tmp_path: Path) -> None:
+    file = tmp_path / "engine.json"
+    command = [sys.executable, "-m", "bench.engine", "--seconds", "0.01", "--max-batch", "16"]
+    command += ["--idle-sessions", "600", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(file.read_text())
+    assert {name: written["hardware"][name] for name in REPLICA_ENV} == REPLICA_ENV
+    figures = written["figures"]
+    assert all(isinstance(value, float) for value in figures.values())
+    claimed = {"engine_vs_module_lstm", "engine_vs_module_silero", "scheduler_us", "idle_bytes_ratio"}
+    assert figures.keys() >= {*claimed, "engine_p50_ms_lstm_b1_k1", "engine_timesteps_per_ms_silero_b16_k10"}
+    assert figures["idle_max_error"] <= 1e-5
