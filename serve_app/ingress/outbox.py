@@ -126,7 +126,7 @@ class Outbox:
         return bool(self._opens or self._pending or (self._sessions and not self._calls))
 
     def _next_frame(self, sent: list[tuple[Session, int]]) -> Frame:
-        """All that is pending, up to the frame's size; `sent` gets the sessions whose inputs are in it, and up to where.
+        """All that is pending, up to the frame's size; `sent` gets the sessions with inputs in it, and up to where.
 
         A frame takes no more than its share of all sessions: while one half runs at the owner the other is on its way,
         where one frame with everybody in it would leave the owner idle until its answer has come back.

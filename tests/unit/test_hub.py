@@ -72,7 +72,7 @@ async def test_segments_of_many_sessions_share_a_frame() -> None:
         for session in sessions:
             session.submit(ones(1))
         await asyncio.gather(*(session.wait() for session in sessions))
-        brought = [len(frame) for frame in cluster.frames[before:] if frame.length.sum()]
+        brought = [int((frame.length > 0).sum()) for frame in cluster.frames[before:] if frame.length.sum()]
         assert brought == [50, 50]  # a frame for each of two calls
 
 
