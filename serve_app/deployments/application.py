@@ -18,6 +18,9 @@ MAX_CALLS = 10_000
 QUIET = LoggingConfig(enable_access_log=False)
 """A line a call would cost more than the call."""
 
+OWNER_ENV = {**REPLICA_ENV, "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+"""Of a process with an engine. That has a thread of its own, so calls need not change to yet another one."""
+
 
 def build(args: Mapping[str, Any]) -> Application:
     """The application that `args` configure (see serve_app.config). Raises ConfigError."""
@@ -30,7 +33,7 @@ def build(args: Mapping[str, Any]) -> Application:
         graceful_shutdown_timeout_s=10,
         health_check_period_s=2,  # a dead replica takes its sessions along: the next should come soon
         logging_config=QUIET,
-        ray_actor_options={"num_gpus": config.num_gpus, "runtime_env": {"env_vars": REPLICA_ENV}},
+        ray_actor_options={"num_gpus": config.num_gpus, "runtime_env": {"env_vars": OWNER_ENV}},
     )(Recurrent)
     ingress = serve.deployment(
         name="Ingress",
