@@ -74,7 +74,7 @@ class FrameConfig:
     `max_bytes`: a frame or answer is cut there. `answer_within_s`: a call with nothing to tell is answered after that.
     """
 
-    max_bytes: int = 2 * 2**20
+    max_bytes: int = 3 * 2**20
     answer_within_s: float = 1.0
 
     def __post_init__(self) -> None:

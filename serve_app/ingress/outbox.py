@@ -16,7 +16,6 @@ from serve_app.spec import ModelSpec
 logger = logging.getLogger(__name__)
 
 MAX_CALLS = 2
-MIN_SHARE = 32
 RETRY_DELAY_S = 0.02
 MAX_ACKS = 4096
 STOP_WITHIN_S = 2.0
@@ -28,9 +27,10 @@ Call = Callable[[Frame], Awaitable[Answer]]
 class Outbox:
     """At most two calls in flight; whatever is pending when one returns goes into the next, so there is no timer.
 
-    While there are sessions one call is always on its way, for outputs and notices to come back with. Calls run in a
-    context of their own: a Serve call dies with the request in whose context it was made. `forgotten` hears of each
-    session that is over.
+    While there are sessions one call is always on its way, for outputs and notices to come back with. A frame takes all
+    that is pending: smaller ones, one at work while another travels, were slower (a call costs more than the overlap
+    gains). Calls run in a context of their own: a Serve call dies with the request in whose context it was made.
+    `forgotten` hears of each session that is over.
     """
 
     def __init__(
@@ -126,16 +126,11 @@ class Outbox:
         return bool(self._opens or self._pending or (self._sessions and not self._calls))
 
     def _next_frame(self, sent: list[tuple[Session, int]]) -> Frame:
-        """All that is pending, up to the frame's size; `sent` gets the sessions with inputs in it, and up to where.
-
-        A frame takes no more than its share of all sessions: while one half runs at the owner the other is on its way,
-        where one frame with everybody in it would leave the owner idle until its answer has come back.
-        """
+        """All that is pending, up to the frame's size; `sent` gets the sessions with inputs in it, and up to where."""
         opens, self._opens = self._opens, []
         entries: list[tuple[int, Entry]] = []
         room = self._max_timesteps
-        share = max(MIN_SHARE, -(-len(self._sessions) // MAX_CALLS))
-        while self._pending and room > 0 and len(entries) < share:
+        while self._pending and room > 0:
             epoch, session = next(iter(self._pending.items()))
             del self._pending[epoch]
             entry = session.take(room)

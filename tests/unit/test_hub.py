@@ -73,7 +73,7 @@ async def test_segments_of_many_sessions_share_a_frame() -> None:
             session.submit(ones(1))
         await asyncio.gather(*(session.wait() for session in sessions))
         brought = [int((frame.length > 0).sum()) for frame in cluster.frames[before:] if frame.length.sum()]
-        assert brought == [50, 50]  # a frame for each of two calls
+        assert brought == [100]
 
 
 async def test_frames_are_cut_by_bytes_and_a_session_is_in_one_at_a_time() -> None:
