@@ -1,7 +1,6 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
-BENCHES := engine compare
 
 BIN := .venv/bin
 # The interpreter to build with: $(PYTHON), or else a newer one that is installed.
@@ -42,7 +41,10 @@ demo: venv
 	$(BIN)/python -m examples.demo $(ARGS)
 
 bench: venv
-	set -e; for name in $(BENCHES); do $(BIN)/python -m bench.$$name; done
+	$(BIN)/python -m bench.engine --json bench/results/engine_cpu.json
+	$(BIN)/python -m bench.compare --json bench/results/compare_cpu.json
+	$(BIN)/python -m examples.demo --json bench/results/demo_cpu.json
+	$(BIN)/python -m bench.readme
 
 # What pyproject.toml resolves to today, without local suffixes (+cpu) and without the CUDA parts, which torch pins itself.
 lock:

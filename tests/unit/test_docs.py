@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from bench.readme import rendered
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -41,3 +43,9 @@ def test_metrics_are_those_of_operations() -> None:
     names = set(re.findall(r'"lockstep_(\w+)"', source)) | set(re.findall(r'^\s+"(\w+)": "', source, re.M))
     assert len(names) > 15
     assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_readme_has_the_figures_of_the_files() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert "[vs_naive]" in text
+    assert rendered(text) == text, "make bench, or python -m bench.readme, writes it anew"
