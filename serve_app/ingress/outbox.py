@@ -103,11 +103,6 @@ class Outbox:
         """Whether the owner was lost."""
         return self._error is not None
 
-    @property
-    def num_sessions(self) -> int:
-        """Sessions that are open, or not fully acknowledged."""
-        return len(self._sessions)
-
     def _schedule(self) -> None:
         """Pump once this turn of the event loop is over, so that all it brings goes together."""
         if not self._pump_due:
