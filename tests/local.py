@@ -12,7 +12,7 @@ from serve_app.engine.engine import Engine
 from serve_app.errors import StateLost, Unavailable
 from serve_app.frame import Answer, Frame
 from serve_app.ingress.hub import Hub
-from serve_app.ingress.outbox import Call
+from serve_app.ingress.outbox import Channel
 from serve_app.models.interface import RecurrentModel
 from serve_app.spec import ModelSpec, SessionLimits
 
@@ -22,8 +22,8 @@ REQUEST: contextvars.ContextVar[str] = contextvars.ContextVar("request", default
 class LocalCluster:
     """Owners `owner-0`, `owner-1`, …; `kill` makes one unreachable.
 
-    `frames` has every frame sent, `requests` in which request's context. Each takes `delay_s()` to arrive, so they may
-    overtake each other.
+    `frames` has every frame sent, `requests` in which request's context, `closed` the owner of each channel closed.
+    Frames take `delay_s()` to arrive, so they may overtake each other.
     """
 
     def __init__(self, models: list[RecurrentModel], config: AppConfig) -> None:
@@ -31,6 +31,7 @@ class LocalCluster:
         self.engines: dict[str, Engine] = {}
         self.frames: list[Frame] = []
         self.requests: list[str] = []
+        self.closed: list[str] = []
         self.delay_s: Callable[[], float] = lambda: 0.0
         self._running: dict[str, AsyncEngine] = {}
         for i, model in enumerate(models):
@@ -57,17 +58,17 @@ class LocalCluster:
     async def models(self) -> dict[str, ModelSpec]:
         return self.directory.models()
 
-    def connect(self, owner: Owner) -> Call:
-        async def call(frame: Frame) -> Answer:
-            self.frames.append(frame)
-            self.requests.append(REQUEST.get())
-            await asyncio.sleep(self.delay_s())
-            try:
-                return await self._running[owner.name].frame(frame)
-            except (KeyError, Unavailable) as error:
-                raise StateLost(f"owner {owner.name!r} is gone: its sessions are lost") from error
+    def connect(self, owner: Owner) -> Channel:
+        return LocalChannel(self, owner.name)
 
-        return call
+    async def call(self, owner: str, frame: Frame) -> Answer:
+        self.frames.append(frame)
+        self.requests.append(REQUEST.get())
+        await asyncio.sleep(self.delay_s())
+        try:
+            return await self._running[owner].frame(frame)
+        except (KeyError, Unavailable) as error:
+            raise StateLost(f"owner {owner!r} is gone: its sessions are lost") from error
 
     async def kill(self, owner: str) -> None:
         await self._running.pop(owner).stop()
@@ -75,6 +76,20 @@ class LocalCluster:
     async def stop(self) -> None:
         for owner in list(self._running):
             await self.kill(owner)
+
+
+class LocalChannel:
+    """A function call, where others have a network."""
+
+    def __init__(self, cluster: LocalCluster, owner: str) -> None:
+        self._cluster = cluster
+        self._owner = owner
+
+    async def call(self, frame: Frame) -> Answer:
+        return await self._cluster.call(self._owner, frame)
+
+    async def close(self) -> None:
+        self._cluster.closed.append(self._owner)
 
 
 @asynccontextmanager

@@ -7,16 +7,17 @@ from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
 
+import ray
 from ray import serve
 
 from serve_app.config import AppConfig
+from serve_app.deployments.frame_channel import FrameServer
 from serve_app.deployments.metrics import EngineMetrics
 from serve_app.deployments.transport import RayDirectory, ReplicaActor
 from serve_app.directory import Owner
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.build import build_engine
 from serve_app.errors import InvalidInput, LockstepError, UnknownSession
-from serve_app.frame import Answer, Frame
 from serve_app.ingress.hub import Hub
 from serve_app.segment import Outputs, Segment
 from serve_app.spec import SessionLimits
@@ -29,28 +30,30 @@ MAX_BATCHES = 32
 
 
 class Recurrent:
-    """`frame` takes frames from an ingress or a handle client; `open`, `segment`, `close` are for plain handle calls.
+    """A replica takes frames at a port of its own; `open`, `segment`, `close` are for plain handle calls.
 
-    Every replica is an owner: the directory places sessions at it, and senders call it as an actor. A plain handle call
+    Every replica is an owner: the directory places sessions at it, and tells senders its address. A plain handle call
     lands anywhere; it is brought to the replica where the session was opened, which sends to the owner.
     """
 
     async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         self._parts = AsyncExitStack()  # what is to be ended with this replica, however far its start got
         context = serve.get_replica_context()
-        self._address = context.replica_id.to_full_id_str()
+        self._actor_name = context.replica_id.to_full_id_str()
         self._engine = build_engine(config, owner=context.replica_id.unique_id)
         self._serving = AsyncEngine(self._engine)
         self._parts.push_async_callback(self._serving.stop)
+        self._frames = FrameServer(self._serving.frame)
+        self._parts.push_async_callback(self._frames.stop)
         self._directory = RayDirectory(context.app_name)
-        self._hub = Hub(self._directory, ack_on_receipt=False, sender=self._address)
+        self._hub = Hub(self._directory, ack_on_receipt=False, sender=self._actor_name)
         self._parts.push_async_callback(self._hub.stop)
         self._answering: Counter[str] = Counter()  # plain handle calls that wait, by session
         self._metrics = EngineMetrics(self._engine.spec.name)
         session = config.session
         self._owner = Owner(
             name=self._engine.owner,
-            address=self._address,
+            address=await self._frames.start(ray.util.get_node_ip_address()),  # type: ignore[no-untyped-call]
             spec=self._engine.spec,
             limits=SessionLimits(session.max_segment_timesteps, session.max_window_timesteps, session.nan == "refuse"),
             max_sessions=session.max_sessions,
@@ -60,10 +63,6 @@ class Recurrent:
         self._parts.push_async_callback(self._directory.unregister, self._owner.name)
         self._reporter = asyncio.create_task(self._report())
         self._parts.callback(self._reporter.cancel)
-
-    async def frame(self, frame: Frame) -> Answer:
-        """Take a frame; the answer brings what there is for its sender by then."""
-        return await self._serving.frame(frame)
 
     async def open(self, session: str | None = None, model: str | None = None) -> str:
         """Open a session for plain handle calls; returns its id."""
@@ -136,7 +135,7 @@ class Recurrent:
     async def _forward(self, session: str, method: str, *args: Any) -> Any:
         """Call the replica where the session was opened. Raises UnknownSession when that is not another one."""
         record = await self._directory.lookup(session)
-        if record.sender == self._address or "#" not in record.sender:
+        if record.sender == self._actor_name or "#" not in record.sender:
             raise UnknownSession(f"session {session!r} was not opened by a plain handle call: use its own client")
         return await ReplicaActor(record.sender).call(method, *args)
 

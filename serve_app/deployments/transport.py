@@ -10,10 +10,10 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.serve._private.common import RequestMetadata
 
+from serve_app.deployments.frame_channel import FrameChannel
 from serve_app.directory import Directory, Grant, Owner, Record
 from serve_app.errors import LockstepError, StateLost, Unavailable
-from serve_app.frame import Answer, Frame
-from serve_app.ingress.outbox import Call
+from serve_app.ingress.outbox import Channel
 from serve_app.spec import ModelSpec
 
 NAMESPACE = "lockstep"
@@ -105,21 +105,15 @@ class RayDirectory:
         """Who holds a session."""
         return await _result(self.actor.lookup.remote(session))
 
-    def connect(self, owner: Owner) -> Call:
+    def connect(self, owner: Owner) -> Channel:
         """See DirectoryClient."""
-        replica = ReplicaActor(owner.address)
-
-        async def call(frame: Frame) -> Answer:
-            answer: Answer = await replica.call("frame", frame)
-            return answer
-
-        return call
+        return FrameChannel(owner.address)
 
 
 class ReplicaActor:
     """One replica of a Serve deployment, addressed as the actor it is: no router could send the call elsewhere.
 
-    `address` is the actor's name, as a replica finds it with `my_address`. This is how Serve's own handles call their
+    `address` is the actor's name. This is how Serve's own handles call their
     replicas; it is no public interface, so the version of Ray is pinned.
     """
 

@@ -11,7 +11,7 @@ import numpy as np
 from serve_app.directory import Grant, Owner
 from serve_app.errors import LockstepError, SessionEnded, StateLost, UnknownSession
 from serve_app.frame import Open
-from serve_app.ingress.outbox import Call, Outbox
+from serve_app.ingress.outbox import Channel, Outbox
 from serve_app.session import Session
 from serve_app.spec import ModelSpec
 
@@ -33,7 +33,7 @@ class DirectoryClient(Protocol):
         """The models that are served."""
         ...
 
-    def connect(self, owner: Owner) -> Call:
+    def connect(self, owner: Owner) -> Channel:
         """The way to an owner."""
         ...
 
@@ -97,8 +97,10 @@ class Hub:
         owner = grant.owner
         outbox = self._outboxes.get(owner.name)
         if outbox is None or outbox.failed:
-            call, forget = self._directory.connect(owner), partial(self._forget, owner.name)
-            outbox = Outbox(owner.name, self.sender, owner.spec, owner.max_bytes, call, forget)
+            if outbox is not None:
+                await outbox.stop()
+            channel, forget = self._directory.connect(owner), partial(self._forget, owner.name)
+            outbox = Outbox(owner.name, self.sender, owner.spec, owner.max_bytes, channel, forget)
             self._outboxes[owner.name] = outbox
         session = Session(
             grant.session, owner.spec, owner.limits, outbox, epoch=grant.epoch, ack_on_receipt=self._ack_on_receipt

@@ -3,7 +3,8 @@
 import asyncio
 import contextvars
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
@@ -20,8 +21,17 @@ RETRY_DELAY_S = 0.02
 MAX_ACKS = 4096
 STOP_WITHIN_S = 2.0
 
-Call = Callable[[Frame], Awaitable[Answer]]
-"""Brings a frame to the owner; raises StateLost when the owner is gone."""
+
+class Channel(Protocol):
+    """The way to one owner."""
+
+    async def call(self, frame: Frame) -> Answer:
+        """Bring a frame there. Raises what the owner refuses it with, StateLost when that is gone."""
+        ...
+
+    async def close(self) -> None:
+        """Nothing is sent any more. May be called twice."""
+        ...
 
 
 class Outbox:
@@ -34,13 +44,19 @@ class Outbox:
     """
 
     def __init__(
-        self, owner: str, sender: str, spec: ModelSpec, max_bytes: int, call: Call, forgotten: Callable[[Session], None]
+        self,
+        owner: str,
+        sender: str,
+        spec: ModelSpec,
+        max_bytes: int,
+        channel: Channel,
+        forgotten: Callable[[Session], None],
     ) -> None:
         self._owner = owner
         self._sender = sender
         self._spec = spec
         self._max_timesteps = max(1, max_bytes // max(1, spec.input.nbytes))
-        self._call = call
+        self._channel = channel
         self._forgotten = forgotten
         self._sessions: dict[int, Session] = {}
         self._opening: dict[int, asyncio.Future[None]] = {}
@@ -97,6 +113,7 @@ class Outbox:
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
+        await self._channel.close()
 
     @property
     def failed(self) -> bool:
@@ -151,7 +168,7 @@ class Outbox:
 
     async def _run(self, frame: Frame, sent: list[tuple[Session, int]]) -> None:
         try:
-            answer = await self._call(frame)
+            answer = await self._channel.call(frame)
         except asyncio.CancelledError:
             self._fail(StateLost(f"the sender of owner {self._owner!r} was stopped"))
             raise

@@ -1,0 +1,69 @@
+"""Frames and answers ↔ bytes: msgpack, with every column and every tensor as one run of little-endian bytes."""
+
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from serve_app.errors import LockstepError, from_wire
+from serve_app.frame import Answer, Frame, Notice, Open
+
+
+def encode_frame(frame: Frame) -> bytes:
+    """The inverse of `decode_frame`."""
+    columns = (frame.epoch, frame.start, frame.length, frame.acked, frame.rewind, frame.close)
+    opens = [(ask.epoch, ask.session, _pack_all(ask.initial_state)) for ask in frame.opens]
+    return _pack((frame.owner, frame.sender, _pack_array(np.stack(columns)), _pack_array(frame.x), opens))
+
+
+def decode_frame(data: bytes) -> Frame:
+    """The frame; its arrays are read-only views into `data`."""
+    owner, sender, columns, x, opens = msgpack.unpackb(data)
+    asks = tuple(Open(epoch, session, _unpack_all(state)) for epoch, session, state in opens)
+    epoch, start, length, acked, rewind, close = _unpack_array(columns)
+    return Frame(owner, sender, epoch, start, length, acked, rewind, close, _unpack_array(x), asks)
+
+
+def encode_reply(reply: Answer | LockstepError) -> bytes:
+    """What a call comes back with: its answer, or why there is none. The inverse of `decode_reply`."""
+    if isinstance(reply, LockstepError):
+        return _pack((reply.to_wire(), None, (), ()))
+    columns = (reply.epoch, reply.next, reply.rewind, reply.start, reply.length)
+    outputs = {name: _pack_array(values) for name, values in reply.outputs.items()}
+    notices = [(notice.epoch, notice.kind, notice.error, notice.reason, notice.progress) for notice in reply.notices]
+    return _pack((None, _pack_array(np.stack(columns)), outputs, notices))
+
+
+def decode_reply(data: bytes) -> Answer | LockstepError:
+    """The answer, its arrays read-only views into `data`, or the error."""
+    error, columns, outputs, notices = msgpack.unpackb(data)
+    if error is not None:
+        return from_wire(error)
+    values = {name: _unpack_array(array) for name, array in outputs.items()}
+    epoch, following, rewind, start, length = _unpack_array(columns)
+    return Answer(epoch, following, rewind, start, length, values, tuple(Notice(*notice) for notice in notices))
+
+
+def _pack(message: Any) -> bytes:
+    packed: bytes = msgpack.packb(message)
+    return packed
+
+
+def _pack_array(array: np.ndarray) -> tuple[str, tuple[int, ...], memoryview]:
+    """Copied only where it is not one run of little-endian bytes already."""
+    dtype = array.dtype.newbyteorder("<")
+    flat = np.ascontiguousarray(array, dtype).reshape(-1)
+    return dtype.str, array.shape, flat.view(np.uint8).data
+
+
+def _unpack_array(packed: tuple[str, list[int], bytes]) -> np.ndarray:
+    dtype, shape, data = packed
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _pack_all(arrays: tuple[np.ndarray, ...] | None) -> list[Any] | None:
+    return None if arrays is None else [_pack_array(array) for array in arrays]
+
+
+def _unpack_all(packed: list[Any] | None) -> tuple[np.ndarray, ...] | None:
+    return None if packed is None else tuple(_unpack_array(array) for array in packed)
