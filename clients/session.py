@@ -23,6 +23,7 @@ class Session:
 
     def __init__(self, line: Line) -> None:
         self._line = line
+        self._is_audio = line.spec.sample_rate is not None
         self._samples = np.empty(0, line.spec.input.dtype)  # of a timestep that is not complete
 
     @property
@@ -52,7 +53,7 @@ class Session:
         WindowFull (read outputs first), SessionEnded, and once StepFailed: what was submitted from its `expected` on
         is lost, and the next segment starts there.
         """
-        if self.spec.sample_rate is None:
+        if not self._is_audio:
             return self._line.submit(np.asarray(x))
         samples = np.concatenate([self._samples, _as_samples(x, self._samples.dtype)])
         (size,) = self.spec.input.shape

@@ -15,7 +15,7 @@ from websockets.typing import Subprotocol
 from serve_app.errors import InvalidInput, Unavailable, from_wire
 from serve_app.frame import ABORT, NO_CLOSE
 from serve_app.ingress.codec import JSON, MSGPACK, Message, read_model, read_session
-from serve_app.segment import Outputs
+from serve_app.segment import Run
 from serve_app.session import Entry, Session
 from serve_app.spec import ModelSpec
 
@@ -185,7 +185,8 @@ def _take(session: Session, message: Message) -> None:
     if kind == "outputs":
         arrays = message.mapping("outputs")
         values = {name: arrays.array(name, spec) for name, spec in session.spec.outputs.items()}
-        outputs = Outputs(message.number("start") or 0, values)
+        start = message.number("start") or 0
+        outputs = Run(start, start + len(next(iter(values.values()))), values)
         session.deliver(message.number("next") or 0, message.number("rewind") or 0, outputs)
     elif kind == "ended" and "error" not in message.values:
         session.notice("ended", None, message.text("reason") or kind, message.number("progress") or 0)

@@ -1,7 +1,8 @@
-"""What travels through a plain handle call: one segment in, its outputs out."""
+"""One session's timesteps: a segment in, its outputs out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,9 +31,20 @@ class Outputs:
         """The timestep after the last."""
         return self.start + len(self)
 
-    def cut(self, start: int) -> "Outputs":
+
+class Run(NamedTuple):
+    """The outputs of timesteps `start` … `end` of one session: rows from `at` on of arrays that others share."""
+
+    start: int
+    end: int
+    values: Mapping[str, np.ndarray]
+    at: int = 0
+
+    def cut(self, start: int) -> "Run":
         """What is left from timestep `start` on."""
-        skip = start - self.start
-        if skip <= 0:
-            return self
-        return Outputs(start, {name: value[skip:] for name, value in self.values.items()})
+        skip = max(0, start - self.start)
+        return Run(self.start + skip, self.end, self.values, self.at + skip)
+
+    def rows(self, name: str) -> np.ndarray:
+        """This run of one output: a view."""
+        return self.values[name][self.at : self.at + self.end - self.start]

@@ -7,8 +7,7 @@ is a Carrier's business. Everything here runs on one event loop.
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from serve_app.errors import (
     from_wire,
 )
 from serve_app.frame import ABORT, NO_CLOSE
-from serve_app.segment import Outputs
+from serve_app.segment import Outputs, Run
 from serve_app.spec import ModelSpec, SessionLimits, check_segment
 
 
@@ -44,8 +43,7 @@ class Carrier(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """What a session sends at once: a frame's entry, or a message."""
 
     start: int
@@ -90,8 +88,8 @@ class Session:
         self._close = NO_CLOSE
         self._close_told = False
         self._inputs: deque[tuple[int, np.ndarray]] = deque()
-        self._outputs: deque[Outputs] = deque()
-        self._early: dict[int, Outputs] = {}  # that overtook others
+        self._outputs: deque[Run] = deque()
+        self._early: dict[int, Run] = {}  # that overtook others
         self._read = 0  # outputs below were handed to the user
         self._end: tuple[str, int] | None = None  # told by the owner, while outputs below are still on their way
         self._error: LockstepError | None = None  # ended the session
@@ -178,18 +176,22 @@ class Session:
         """All outputs that are here and were not read yet; None without any."""
         outputs = self.peek(self._read)
         if outputs is not None:
-            self._read = outputs.end
+            self._read = self.progress
             if self._ack_on_receipt:
                 self._outputs.clear()
         return outputs
 
     def peek(self, start: int) -> Outputs | None:
         """All outputs that are here from timestep `start` on, still to be read and acknowledged; None without any."""
-        parts = [part.cut(start) for part in self._outputs if part.end > start]
-        if not parts:
+        runs = [run.cut(start) for run in self._outputs if run.end > start]
+        if not runs:
             return None
-        names = self.spec.outputs  # copies: a part is a view into all that its answer brought
-        return Outputs(parts[0].start, {name: np.concatenate([part.values[name] for part in parts]) for name in names})
+        # Copies, since a run shares memory with all that its answer brought.
+        if len(runs) == 1:
+            values = {name: runs[0].rows(name).copy() for name in self.spec.outputs}
+        else:
+            values = {name: np.concatenate([run.rows(name) for run in runs]) for name in self.spec.outputs}
+        return Outputs(runs[0].start, values)
 
     def ack(self, timestep: int) -> None:
         """The client behind this side holds the outputs below the timestep. Lower than before is no error.
@@ -262,21 +264,13 @@ class Session:
     def take(self, max_timesteps: int) -> Entry:
         """What to send now: up to max_timesteps inputs, the acknowledgement, and the close once all inputs are out."""
         start, end = self.handed, min(self.next, self.handed + max_timesteps)
-        parts = [
-            x[max(0, start - first) : end - first]
-            for first, x in self._inputs
-            if first < end and first + len(x) > start
-        ]
+        x = self._pending(start, end)
         self.handed = end
         close = NO_CLOSE
         if self.handed == self.next and self.end_reason is None and not self._close_told:
             close, self._close_told = self._close, self._close != NO_CLOSE
         self.in_flight = end > start or close != NO_CLOSE
         self.acked_told = self.acked
-        if len(parts) == 1:
-            (x,) = parts
-        else:
-            x = np.concatenate([np.empty((0, *self.spec.input.shape), self.spec.input.dtype), *parts])
         return Entry(start, x, self.acked, self.rewind, close)
 
     def offer(self) -> None:
@@ -290,7 +284,7 @@ class Session:
             self.in_flight = False
             self.offer()
 
-    def deliver(self, accepted: int, rewind: int, outputs: Outputs | None) -> None:
+    def deliver(self, accepted: int, rewind: int, outputs: Run | None) -> None:
         """The owner has accepted the inputs below `accepted`, and these are outputs; in any order, repeated or not.
 
         rewind: as it was when that was said; what was accepted before the last rewind counts no more.
@@ -302,8 +296,13 @@ class Session:
             if self.accepted >= self.handed:
                 self.arrived(self.accepted)
         if outputs is not None and outputs.end > self.progress:
-            self._early[outputs.start] = outputs
-            self._join()
+            if outputs.start == self.progress and not self._early:
+                self._outputs.append(outputs)
+                self.progress = outputs.end
+            else:
+                self._early[outputs.start] = outputs
+                self._join()
+            self._progressed()
 
     def notice(self, kind: str, error: dict[str, Any] | None, reason: str, progress: int) -> None:
         """The owner says something that is not an output (see frame.Notice)."""
@@ -322,6 +321,13 @@ class Session:
 
     # Inside.
 
+    def _pending(self, start: int, end: int) -> np.ndarray:
+        """Timesteps start … end of what is submitted and not accepted."""
+        if self._inputs and self._inputs[-1][0] == start:
+            return self._inputs[-1][1][: end - start]
+        parts = [x[max(0, start - first) : end - first] for first, x in self._inputs if first < end]
+        return np.concatenate([np.empty((0, *self.spec.input.shape), self.spec.input.dtype), *parts])
+
     def _join(self) -> None:
         """Append what continues the line; the rest waits for what it overtook."""
         while early := [part for part in self._early.values() if part.start <= self.progress]:
@@ -330,11 +336,15 @@ class Session:
                 if part.end > self.progress:
                     self._outputs.append(part.cut(self.progress))
                     self.progress = part.end
+
+    def _progressed(self) -> None:
+        """There are more outputs."""
         if self._ack_on_receipt:
             self.acked = self.progress
             self.carrier.notify_ack(self)
         self._wake()
-        self._finish_if_due()
+        if self._end is not None:
+            self._finish_if_due()
 
     def _refused(self, error: LockstepError) -> None:
         expected = error.details.get("expected")
@@ -405,6 +415,8 @@ class Session:
         await changed
 
     def _wake(self) -> None:
+        if not self._waiting:
+            return
         waiting, self._waiting = self._waiting, []
         for changed in waiting:
             if not changed.done():  # its waiter may have gone

@@ -118,7 +118,7 @@ class Engine:
         answers: list[tuple[Ticket, Answer]] = []
         for name, sender in list(self._mailboxes.items()):
             mailbox = self._mail[sender]
-            while mailbox.calls and (mailbox.has_mail or mailbox.calls[0][1] <= now):
+            while mailbox.due(now):
                 ticket, _ = mailbox.calls.popleft()
                 answer = mailbox.write_answer(self._sessions, self._outputs, self._max_answered)
                 answers.append((ticket, answer))

@@ -11,6 +11,9 @@ from serve_app.engine.outputs import OutputStore
 from serve_app.engine.sessions import SessionTable
 from serve_app.frame import Answer, Notice
 
+MAX_WAITING = 3
+"""Calls of one sender that wait for mail: one for each frame on its way, and one more. Others are answered at once."""
+
 Ticket = object
 """What `Engine.receive` was given to name a call, and `Engine.answers` gives back."""
 
@@ -28,6 +31,11 @@ class Mailbox:
     def has_mail(self) -> bool:
         """Whether there is something to tell."""
         return bool(self.rows or self.notices)
+
+    def due(self, now: float) -> bool:
+        """Whether the oldest call is to be answered."""
+        waits = len(self.calls)
+        return waits > 0 and (self.has_mail or waits > MAX_WAITING or self.calls[0][1] <= now)
 
     @property
     def idle(self) -> bool:

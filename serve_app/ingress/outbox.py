@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
@@ -10,13 +11,15 @@ import numpy as np
 
 from serve_app.errors import LockstepError, StateLost, from_wire
 from serve_app.frame import Answer, Frame, Open
-from serve_app.segment import Outputs
+from serve_app.segment import Run
 from serve_app.session import Entry, Session
 from serve_app.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
-MAX_CALLS = 2
+MAX_FRAMES = 2
+MIN_SHARE = 32
+"""Sessions that are not worth two frames."""
 RETRY_DELAY_S = 0.02
 MAX_ACKS = 4096
 STOP_WITHIN_S = 2.0
@@ -35,11 +38,12 @@ class Channel(Protocol):
 
 
 class Outbox:
-    """At most two calls in flight; whatever is pending when one returns goes into the next, so there is no timer.
+    """At most two frames on their way; what is pending when one has landed goes into the next, so there is no timer.
 
-    While there are sessions one call is always on its way, for outputs and notices to come back with. A frame takes all
-    that is pending: smaller ones, one at work while another travels, were slower (a call costs more than the overlap
-    gains). Calls run in a context of their own: a Serve call dies with the request in whose context it was made.
+    A frame is on its way until the owner is known to have its inputs, mostly by their outputs. It takes half of the
+    sessions that have something to send or on its way: the owner runs one half while the other one travels. While there
+    are sessions one call is always waiting, for outputs and notices to come back with; which call brings what does not
+    matter. Calls run in a context of their own: they must not die with the request in whose context they were made.
     `forgotten` hears of each session that is over.
     """
 
@@ -64,6 +68,9 @@ class Outbox:
         self._pending: dict[int, Session] = {}  # an ordered set
         self._acks: dict[int, Session] = {}
         self._calls: set[asyncio.Task[None]] = set()
+        self._last_frame = 0
+        self._frame_of: dict[int, int] = {}  # of each session that is in flight
+        self._frames: Counter[int] = Counter()  # those on their way: their sessions in flight
         self._pump_due = False
         self._error: LockstepError | None = None
 
@@ -128,27 +135,33 @@ class Outbox:
 
     def _pump(self) -> None:
         self._pump_due = False
-        while self._error is None and len(self._calls) < MAX_CALLS and self._has_reason():
+        while self._error is None and self._has_reason():
             sent: list[tuple[Session, int]] = []
             frame = self._next_frame(sent)
             task = asyncio.get_running_loop().create_task(self._run(frame, sent), context=contextvars.Context())
             self._calls.add(task)
 
     def _has_reason(self) -> bool:
-        return bool(self._opens or self._pending or (self._sessions and not self._calls))
+        may_send = self._pending and len(self._frames) < MAX_FRAMES
+        return bool(may_send or self._opens or (self._sessions and not self._calls))
 
     def _next_frame(self, sent: list[tuple[Session, int]]) -> Frame:
-        """All that is pending, up to the frame's size; `sent` gets the sessions with inputs in it, and up to where."""
+        """A share of what is pending, up to the frame's size; `sent` gets the sessions with inputs, and up to where."""
         opens, self._opens = self._opens, []
         entries: list[tuple[int, Entry]] = []
         room = self._max_timesteps
-        while self._pending and room > 0:
+        share = max(MIN_SHARE, -(-(len(self._frame_of) + len(self._pending)) // MAX_FRAMES))
+        self._last_frame += 1
+        while self._pending and room > 0 and len(entries) < share:
             epoch, session = next(iter(self._pending.items()))
             del self._pending[epoch]
             entry = session.take(room)
             room -= len(entry.x)
             entries.append((epoch, entry))
             sent.append((session, session.handed))
+            if session.in_flight:
+                self._frame_of[epoch] = self._last_frame
+                self._frames[self._last_frame] += 1
         taken = {epoch for epoch, _ in entries}
         for epoch in list(self._acks)[:MAX_ACKS]:
             session = self._acks[epoch]
@@ -157,7 +170,7 @@ class Outbox:
             del self._acks[epoch]
             if epoch not in taken and session.acked > session.acked_told and not session.sendable:
                 entries.append((epoch, session.take(0)))
-                self._forget_if_done(session)
+                self._settle(session)
         columns = np.array(
             [(epoch, e.start, len(e.x), e.acked, e.rewind, e.close) for epoch, e in entries], np.int64
         ).reshape(-1, 6).T  # fmt: skip
@@ -181,6 +194,7 @@ class Outbox:
             self._take_answer(answer)
             for session, handed in sent:
                 session.arrived(handed)
+                self._settle(session)
         finally:
             task = asyncio.current_task()
             assert task is not None
@@ -192,9 +206,9 @@ class Outbox:
         columns = (answer.epoch, answer.next, answer.rewind, answer.start, answer.length)
         for epoch, accepted, rewind, start, length in zip(*(column.tolist() for column in columns), strict=True):
             if session := self._sessions.get(epoch):
-                values = {name: value[at : at + length] for name, value in answer.outputs.items()}
-                session.deliver(accepted, rewind, Outputs(start, values) if length else None)
-                self._forget_if_done(session)
+                run = Run(start, start + length, answer.outputs, at) if length else None
+                session.deliver(accepted, rewind, run)
+                self._settle(session)
             at += length
         for notice in answer.notices:
             opening = self._opening.get(notice.epoch)
@@ -207,7 +221,7 @@ class Outbox:
                 session.notice(
                     notice.kind, dict(notice.error) if notice.error else None, notice.reason, notice.progress
                 )
-                self._forget_if_done(session)
+                self._settle(session)
 
     def _opened(self, epoch: int, opening: asyncio.Future[None], error: object) -> None:
         if error is None:
@@ -216,11 +230,23 @@ class Outbox:
             del self._sessions[epoch]
             opening.set_exception(from_wire(dict(error)))  # type: ignore[call-overload]
 
-    def _forget_if_done(self, session: Session) -> None:
+    def _settle(self, session: Session) -> None:
+        """Something has happened to the session: it may have landed, or be over."""
+        if not session.in_flight:
+            self._land(session)
         if session.done:
             self._forget(session)
 
+    def _land(self, session: Session) -> None:
+        frame = self._frame_of.pop(session.epoch, None)
+        if frame is not None:
+            self._frames[frame] -= 1
+            if not self._frames[frame]:
+                del self._frames[frame]
+                self._schedule()
+
     def _forget(self, session: Session) -> None:
+        self._land(session)
         if self._sessions.pop(session.epoch, None) is not None:
             self._forgotten(session)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.engine.engine import Engine
+from serve_app.engine.mailbox import MAX_WAITING
 from serve_app.errors import InvalidInput, NotOwner
 from serve_app.frame import ABORT, Frame, Open
 from serve_app.models.options import RnnOptions
@@ -445,3 +446,16 @@ def test_a_dead_owner_cannot_be_built_over_too_few_dimensions() -> None:
 
     with pytest.raises(InvalidInput, match="exactly one dimension must be the batch"):
         Engine(Stateless(), config())
+
+
+def test_calls_of_a_sender_do_not_pile_up() -> None:
+    """Each frame brings a call; one step may answer several, and what is left over only waits."""
+    sender = Sender(SumModel(), config(slots=8, batch=8))
+    sender.open(1)
+    tickets = [object() for _ in range(5)]
+    zero = np.zeros(0, np.int64)
+    for ticket in tickets:
+        frame = Frame("local", "test", zero, zero, zero, zero, zero, zero, np.zeros((0, 2), np.int64))
+        sender.engine.receive(frame, ticket, sender.now)
+    answered = [ticket for ticket, _ in sender.engine.answers(sender.now)]
+    assert answered == tickets[: len(tickets) - MAX_WAITING]

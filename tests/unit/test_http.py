@@ -20,7 +20,7 @@ from serve_app.ingress.codec import MSGPACK, read_array
 from serve_app.ingress.http import build_http
 from serve_app.ingress.hub import Hub
 from serve_app.models.interface import RecurrentModel
-from serve_app.segment import Outputs
+from serve_app.segment import Run
 from tests.fakes import FloatSumModel, SumModel
 from tests.local import LocalCluster, local
 
@@ -318,7 +318,7 @@ async def test_an_acknowledgement_outlives_a_frame_that_cannot_take_it() -> None
     async with system() as sut:
         await sut.open(session="a")
         session = sut.hub.get("a")
-        session.deliver(0, 0, Outputs(0, {"total": np.ones((4, 2), np.int64)}))
+        session.deliver(0, 0, Run(0, 4, {"total": np.ones((4, 2), np.int64)}))
         session.in_flight = True  # as while its close is on its way
         session.ack(4)
         await sut.open()  # sends a frame, which could overtake the close

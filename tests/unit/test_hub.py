@@ -21,6 +21,7 @@ from serve_app.errors import (
     UnknownSession,
     WindowFull,
 )
+from serve_app.frame import Answer, Frame
 from serve_app.session import Session
 from tests.fakes import SumModel
 from tests.local import REQUEST, local
@@ -73,7 +74,30 @@ async def test_segments_of_many_sessions_share_a_frame() -> None:
             session.submit(ones(1))
         await asyncio.gather(*(session.wait() for session in sessions))
         brought = [int((frame.length > 0).sum()) for frame in cluster.frames[before:] if frame.length.sum()]
-        assert brought == [100]
+        assert brought == [50, 50]  # the one travels while the other one runs
+
+
+async def test_two_frames_are_on_their_way_at_most_whatever_is_pending() -> None:
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        sessions = await asyncio.gather(*(hub.open() for _ in range(40)))
+        arrived, may_arrive = cluster.call, asyncio.Event()
+        sent: list[int] = []
+
+        async def call(owner: str, frame: Frame) -> Answer:
+            sent.append(len(frame.x))
+            await may_arrive.wait()
+            return await arrived(owner, frame)
+
+        cluster.call = call  # type: ignore[method-assign]
+        for session in sessions:
+            session.submit(ones(1))
+            await asyncio.sleep(0)  # each alone could have a frame
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert len([size for size in sent if size]) == 2
+        may_arrive.set()
+        await asyncio.gather(*(session.wait() for session in sessions))
+        assert sum(sent) == 40
 
 
 async def test_frames_are_cut_by_bytes_and_a_session_is_in_one_at_a_time() -> None:

@@ -1,0 +1,73 @@
+"""Frames and answers come out of their bytes as they went in."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from serve_app.errors import LockstepError, NotOwner
+from serve_app.frame import Answer, Frame, Notice, Open
+from serve_app.wire import decode_frame, decode_reply, encode_frame, encode_reply
+
+DTYPES = st.sampled_from(["<f4", ">f4", "f2", "f8", "i8", "i4", "u1", "?"])
+TENSORS = arrays.arrays(DTYPES, arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
+NAMES = st.text(max_size=8)
+
+
+def columns(count: int) -> st.SearchStrategy[list[np.ndarray]]:
+    return st.integers(0, 5).flatmap(lambda n: st.lists(arrays.arrays(np.int64, (n,)), min_size=count, max_size=count))
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Equal in every field; arrays in values, shape and kind, whatever their byte order."""
+    if isinstance(expected, np.ndarray):
+        assert found.dtype == expected.dtype.newbyteorder("=")
+        np.testing.assert_array_equal(found, expected, strict=False)
+        assert found.shape == expected.shape
+    elif dataclasses.is_dataclass(expected):
+        assert type(found) is type(expected)
+        for field in dataclasses.fields(expected):
+            assert_same(getattr(found, field.name), getattr(expected, field.name))
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            assert_same(found[key], value)
+    elif isinstance(expected, tuple):
+        assert isinstance(found, tuple) and len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert found == expected
+
+
+@given(NAMES, NAMES, columns(6), TENSORS, st.lists(st.none() | st.tuples(TENSORS, TENSORS), max_size=3))
+def test_frame(
+    owner: str, sender: str, ints: list[np.ndarray], x: np.ndarray, states: list[tuple[np.ndarray, ...] | None]
+) -> None:
+    opens = tuple(Open(2**62 + i, f"session {i}", state) for i, state in enumerate(states))
+    frame = Frame(owner, sender, *ints, x, opens)  # type: ignore[arg-type]  # six columns
+    assert_same(decode_frame(encode_frame(frame)), frame)
+
+
+@given(columns(5), st.dictionaries(NAMES, TENSORS, max_size=3), NAMES)
+def test_answer(ints: list[np.ndarray], outputs: dict[str, np.ndarray], reason: str) -> None:
+    error = NotOwner("no", expected=3, hint=None).to_wire()
+    notices = (Notice(5, "refused", error), Notice(6, "ended", reason=reason, progress=7))
+    answer = Answer(*ints, outputs, notices)  # type: ignore[arg-type]  # five columns
+    assert_same(decode_reply(encode_reply(answer)), answer)
+
+
+def test_a_transposed_input_is_written_in_its_own_order() -> None:
+    column = np.zeros(3, np.int64)
+    x = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    frame = Frame("o", "s", column, column, column, column, column, column, x)
+    assert_same(decode_frame(encode_frame(frame)).x, x)
+
+
+def test_an_error_keeps_its_class_and_details() -> None:
+    error = decode_reply(encode_reply(NotOwner("gone", expected=4)))
+    assert isinstance(error, LockstepError)
+    assert (type(error), error.message, error.details) == (NotOwner, "gone", {"expected": 4})
