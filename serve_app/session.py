@@ -384,6 +384,7 @@ class Session:
         if reason == "closed" and self.progress < progress:
             return  # outputs are still on their way
         self.end_reason = reason
+        self.in_flight = False  # the owner has said so after all that was sent
         if reason != "closed":
             self._error = SessionEnded(
                 f"session {self.name!r} has ended ({reason}) at timestep {progress}: open a new one",

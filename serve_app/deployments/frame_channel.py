@@ -1,9 +1,9 @@
 """Frames between a sender and an owner, over gRPC straight to the replica's own port.
 
-One call, `Frame`, carries a frame there and its answer back, in bytes of serve_app.wire. A call through Ray puts what
-is larger than 100 KB into the object store and changes threads several times on either side, which takes ten times as
-long. Ray's own helpers make the port and the channel, so who may call is who has Ray's token, over TLS where Ray uses
-it. They are no public interface: the version of Ray is pinned.
+One call, `Frame`, carries a frame there and its answer back, in bytes of serve_app.wire. A call through Ray takes
+longer: it puts what is larger than 100 KB into the object store, and changes threads several times on either side.
+Ray's own helpers make the port and the channel, so who may call is who has Ray's token, over TLS where Ray uses it.
+They are no public interface: the version of Ray is pinned.
 """
 
 from collections.abc import Awaitable, Callable

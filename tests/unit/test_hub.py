@@ -100,6 +100,24 @@ async def test_two_frames_are_on_their_way_at_most_whatever_is_pending() -> None
         assert sum(sent) == 40
 
 
+async def test_closed_sessions_with_outputs_to_fetch_hold_up_nobody() -> None:
+    """Their frames have landed, though the calls that brought them may wait for long."""
+    config = dataclasses.replace(
+        CONFIG, engine=EngineConfig(device="cpu", max_batch_size=128), frame=FrameConfig(answer_within_s=60)
+    )
+    async with local(SumModel(), config=config, ack_on_receipt=False) as (_, hub), asyncio.timeout(10):
+        other, *sessions = [await hub.open() for _ in range(101)]
+        for i in (1, 2):
+            for session in sessions:
+                session.submit(ones(1))  # two frames, which share a step and so an answer: then two calls wait
+            await asyncio.gather(*(session.wait(i) for session in sessions))
+        for session in sessions[:8]:
+            session.close()
+            assert await session.closed() == "closed"
+        other.submit(ones(3))
+        assert await other.wait() == 3
+
+
 async def test_frames_are_cut_by_bytes_and_a_session_is_in_one_at_a_time() -> None:
     config = dataclasses.replace(
         CONFIG,
