@@ -19,7 +19,7 @@ from serve_app.engine.stats import Stats, StepRecord
 from serve_app.errors import LockstepError, NotOwner, StepFailed
 from serve_app.frame import ABORT, Answer, Frame, Notice, Open
 from serve_app.models.interface import RecurrentModel
-from serve_app.spec import ModelSpec, finite
+from serve_app.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -97,20 +97,16 @@ class Engine:
         sender, mailbox = self._mailbox(frame.sender)
         for ask in frame.opens:
             mailbox.notices.append(self._open(ask, sender, now))
-        accepted = self._sessions.accept(frame, now, self._room(frame), self._unfit(frame))
-        take = accepted.take > 0
-        if take.any():
-            rows, counts = accepted.rows[take], accepted.take[take]
-            offsets = (frame.length.cumsum() - frame.length + accepted.skip)[take]
-            self._inputs.add(frame.x, rows, offsets, counts)
-            self._scheduler.add(rows, counts, now)
-            self.stats.segments += len(rows)
-        known = accepted.rows[accepted.rows >= 0]
-        self._outputs.ack(known, self._sessions.acked[known])
-        mailbox.mark(known[self._sessions.sent[known] < self._sessions.progress[known]].tolist())
-        for i in accepted.verdict.nonzero()[0].tolist():
-            mailbox.notices.append(self._refuse(int(accepted.verdict[i]), frame, i, int(accepted.rows[i])))
-        self._end_some(frame, accepted.rows, known)
+        accepted = self._sessions.accept(frame, now, self._room(frame))
+        rows = accepted.rows
+        if (runs := accepted.take > 0).any():
+            self._inputs.add(frame.x, rows[runs], accepted.offset[runs], accepted.take[runs])
+            self._scheduler.add(rows[runs], accepted.take[runs], now)
+            self.stats.segments += int(runs.sum())
+        if accepted.verdict is None:
+            self._outputs.ack(rows, accepted.acked)
+        else:
+            self._receive_odd(frame, rows, accepted.verdict, mailbox)
         mailbox.calls.append((ticket, now + self.answer_within_s))
 
     def answers(self, now: float) -> list[tuple[Ticket, Answer]]:
@@ -178,14 +174,14 @@ class Engine:
             return Notice(ask.epoch, "refused", error.to_wire())
         return Notice(ask.epoch, "opened")
 
-    def _unfit(self, frame: Frame) -> np.ndarray:
-        """Which entries [n] hold values that this engine refuses to run."""
-        unfit = np.zeros(len(frame), bool)
-        if self._config.session.nan == "refuse" and not finite(frame.x):
-            ends = np.cumsum(frame.length)
-            for i in np.flatnonzero(frame.length).tolist():
-                unfit[i] = not finite(frame.x[ends[i] - frame.length[i] : ends[i]])
-        return unfit
+    def _receive_odd(self, frame: Frame, rows: np.ndarray, verdict: np.ndarray, mailbox: Mailbox) -> None:
+        """What a frame with resends, refusals or closes asks for beside running its timesteps."""
+        known = rows[rows >= 0]
+        self._outputs.ack(known, self._sessions.acked[known])
+        mailbox.mark(known[self._sessions.sent[known] < self._sessions.progress[known]].tolist())
+        for i in verdict.nonzero()[0].tolist():
+            mailbox.notices.append(self._refuse(int(verdict[i]), frame, i, int(rows[i])))
+        self._end_some(frame, rows, known)
 
     def _room(self, frame: Frame) -> int:
         """Timesteps that may still be accepted: within the bounds on inputs held and on outputs kept."""

@@ -37,7 +37,8 @@ class OutputStore:
         self._last_slab = 0
         # The first run that each row has here: its slab (0: none), its index in that, its timesteps; further ones wait
         # in _later.
-        self._slab, self._index, self._start, self._stop = np.zeros((4, max_rows), np.int64)
+        self._runs = np.zeros((4, max_rows), np.int64)
+        self._slab, self._index, self._start, self._stop = self._runs
         self._later: dict[int, deque[tuple[int, int, int, int]]] = {}
         self.timesteps = 0
 
@@ -48,13 +49,14 @@ class OutputStore:
         slab = self._last_slab
         self._slabs[slab] = _Slab(values)
         self.timesteps += k * len(rows)
+        indices = np.arange(len(rows))
         busy = self._slab[rows] > 0
-        (first,) = (~busy).nonzero()
-        self._slab[rows[first]], self._index[rows[first]] = slab, first
-        self._start[rows[first]], self._stop[rows[first]] = starts[first], starts[first] + k
-        for i in busy.nonzero()[0].tolist():
-            start = int(starts[i])
-            self._later.setdefault(int(rows[i]), deque()).append((slab, i, start, start + k))
+        if busy.any():
+            for i in busy.nonzero()[0].tolist():
+                start = int(starts[i])
+                self._later.setdefault(int(rows[i]), deque()).append((slab, i, start, start + k))
+            rows, starts, indices = rows[~busy], starts[~busy], indices[~busy]
+        self._runs[:, rows] = np.full(len(rows), slab), indices, starts, starts + k
 
     def ack(self, rows: np.ndarray, acked: np.ndarray) -> None:
         """The clients of `rows` (distinct) hold what is below `acked`."""

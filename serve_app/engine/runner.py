@@ -23,16 +23,15 @@ class StepRunner:
         The states change only if everything went well: whatever is raised here has changed nothing.
         """
         with torch.inference_mode():
-            index = self._pool.index(slots)
-            y, state = self._model.forward(torch.from_numpy(x).to(self._device), self._pool.gather(index))
+            y, state = self._model.forward(torch.from_numpy(x).to(self._device), self._pool.gather(slots))
             values = {next(iter(self._outputs)): y} if isinstance(y, torch.Tensor) else y
             outputs = [self._to_host(name, values[name], spec, x.shape[:2]) for name, spec in self._outputs.items()]
-            self._pool.scatter(index, state)
+            self._pool.scatter(slots, state)
         return outputs
 
     def _to_host(self, name: str, value: torch.Tensor, spec: TensorSpec, steps: tuple[int, ...]) -> np.ndarray:
         """[k, B, *shape] on the device -> [B, k, *shape] in host memory, in memory of its own."""
-        array: np.ndarray = value.transpose(0, 1).to("cpu", memory_format=torch.contiguous_format, copy=True).numpy()
+        array = np.array(value.cpu().numpy().swapaxes(0, 1), order="C")
         if array.shape != (steps[1], steps[0], *spec.shape) or array.dtype != spec.dtype:
             raise ValueError(
                 f"the model's output {name!r} is {array.dtype} {list(value.shape)}, it declares {spec.dtype} "

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from serve_app.errors import (
-    InvalidInput,
     LockstepError,
     NotOwner,
     Overloaded,
@@ -43,9 +42,8 @@ class Verdict:
     AHEAD = 4
     CLOSING = 5
     CLOSE_BEHIND = 6
-    UNFIT = 7
-    OVERLOADED = 8
-    WINDOW_FULL = 9
+    OVERLOADED = 7
+    WINDOW_FULL = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +56,16 @@ class Tombstone:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """By entry [n]: its row (-1: unknown), timesteps to skip as a resend, timesteps to run, and the verdict."""
+    """By entry [n]: its row (-1: unknown), where in the frame's data it goes on, timesteps to run, and what is acked.
+
+    `verdict` is None where all is as it nearly always is: what comes next in sessions that are open and not closing.
+    """
 
     rows: np.ndarray
-    skip: np.ndarray
+    offset: np.ndarray
     take: np.ndarray
-    verdict: np.ndarray
+    acked: np.ndarray
+    verdict: np.ndarray | None = None
 
 
 class SessionTable:
@@ -72,11 +74,10 @@ class SessionTable:
     def __init__(self, max_sessions: int, max_window: int) -> None:
         self.max_sessions = max_sessions
         self.max_window = max_window
-        self.epoch, self.next, self.progress, self.sent, self.acked, self.rewind, self.close_at, self.sender = np.zeros(
-            (8, max_sessions), np.int64
-        )
+        self._table = np.zeros((9, max_sessions), np.int64)
+        self.acked, self.sent, self.next, self.progress, *others = self._table
+        self.rewind, self.close_at, self.status, self.epoch, self.sender = others
         self.active_at = np.zeros(max_sessions)
-        self.status = np.zeros(max_sessions, np.int8)
         self.names: dict[int, str] = {}
         self.tombstones: OrderedDict[int, Tombstone] = OrderedDict()
         self._row_of: dict[int, int] = {}
@@ -108,38 +109,36 @@ class SessionTable:
         self.names[row], self._row_of[epoch] = name, row
         return row
 
-    def accept(self, frame: Frame, now: float, room: int, unfit: np.ndarray) -> Accepted:
+    def accept(self, frame: Frame, now: float, room: int) -> Accepted:
         """Judge every entry of a frame and move the numbers of those that are taken.
 
-        room: timesteps of outputs that there is still space for, in all sessions together; unfit [n]: whether an
-        entry's values may not be run.
+        room: timesteps of outputs that there is still space for, in all sessions together.
         """
         rows = np.array([self._row_of.get(epoch, -1) for epoch in frame.epoch.tolist()], np.int64)
+        acked, sent, due, progress, rewind, close_at, status = self._table[:7, rows]
+        acked = np.maximum(acked, np.minimum(frame.acked, progress))
+        after = due + frame.length
+        ends = frame.length.cumsum()
+        odd = (
+            (rows < 0)
+            | (frame.start != due)
+            | (frame.rewind != rewind)
+            | (frame.close != NO_CLOSE)
+            | (close_at != NO_CLOSE)
+            | (status != Status.OPEN)
+            | (after - acked > self.max_window)
+        )
+        if len(rows) and (odd.any() or ends[-1] > room):
+            return self._judge(frame, rows, ends - frame.length, now, room)
+        self._table[:3, rows] = acked, np.maximum(sent, acked), after
+        self.active_at[rows[frame.length > 0]] = now
+        return Accepted(rows, ends - frame.length, frame.length, acked)
+
+    def _judge(self, frame: Frame, rows: np.ndarray, offset: np.ndarray, now: float, room: int) -> Accepted:
         known = rows >= 0
         held = rows[known]
         self.acked[held] = np.maximum(self.acked[held], np.minimum(frame.acked[known], self.progress[held]))
         self.sent[held] = np.maximum(self.sent[held], self.acked[held])
-
-        due = self.next[rows]
-        odd = (
-            (rows < 0)
-            | unfit
-            | (frame.start != due)
-            | (frame.rewind != self.rewind[rows])
-            | (frame.close != NO_CLOSE)
-            | (self.close_at[rows] != NO_CLOSE)
-            | (self.status[rows] != Status.OPEN)
-            | (due + frame.length - self.acked[rows] > self.max_window)
-        )
-        if odd.any() or frame.length.sum() > room:
-            return self._judge(frame, rows, now, room, unfit)
-        # Nearly always: what comes next in sessions that are open, or acknowledgements alone.
-        self.next[rows] += frame.length
-        self.active_at[rows[frame.length > 0]] = now
-        nothing = np.zeros_like(rows)
-        return Accepted(rows, nothing, frame.length, nothing)
-
-    def _judge(self, frame: Frame, rows: np.ndarray, now: float, room: int, unfit: np.ndarray) -> Accepted:
         due = self.next[rows]
         skip = np.minimum(np.maximum(due - frame.start, 0), frame.length)
         take = frame.length - skip
@@ -150,13 +149,12 @@ class SessionTable:
         for reason, applies in (  # the last that applies stands
             (Verdict.WINDOW_FULL, runs & (after - self.acked[rows] > self.max_window)),
             (Verdict.OVERLOADED, runs & (take.cumsum() > room)),
-            (Verdict.UNFIT, runs & unfit),
             (Verdict.CLOSE_BEHIND, closing & (frame.close < after)),
             (Verdict.CLOSING, runs & (close_at >= 0) & (after > close_at)),
             (Verdict.AHEAD, (frame.length > 0) & (frame.start > due)),
             (Verdict.REWOUND, brings & (frame.rewind != self.rewind[rows])),
             (Verdict.ENDED, brings & (self.status[rows] != Status.OPEN)),
-            (Verdict.UNKNOWN, rows < 0),
+            (Verdict.UNKNOWN, ~known),
         ):
             verdict[applies] = reason
         good = verdict == Verdict.OK
@@ -167,7 +165,7 @@ class SessionTable:
         self.active_at[rows[good & brings]] = now
         closes = good & closing
         self.close_at[rows[closes]] = frame.close[closes]
-        return Accepted(rows, skip, take, verdict)
+        return Accepted(rows, offset + skip, take, self.acked[rows], verdict)
 
     def refusal(self, verdict: int, frame: Frame, i: int, row: int) -> LockstepError:
         """The error for entry i of a frame, whose verdict is not OK."""
@@ -194,11 +192,6 @@ class SessionTable:
             case Verdict.CLOSE_BEHIND:
                 at = int(frame.close[i])
                 return StartMismatch(f"close of session {name!r} at timestep {at}, {due} are accepted", **expected)
-            case Verdict.UNFIT:
-                return InvalidInput(
-                    f"a segment of session {name!r} holds NaN or infinity: clean it, or set session.nan=pass",
-                    **expected,
-                )
             case Verdict.OVERLOADED:
                 return Overloaded(
                     "the replica is full (engine.max_pending_bytes, engine.max_retained_bytes): try again later",

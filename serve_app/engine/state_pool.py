@@ -28,10 +28,8 @@ class StatePool:
         #: The state is a tuple of tensors and nothing else.
         self._plain = self._structure == pytree.tree_structure((*self._initial,))
         self._dims = [_batch_dim(a, b) for a, b in zip(one[0], two[0], strict=True)]
-        self._slots = [
-            leaf.expand(_with(leaf.shape, dim, num_slots)).clone()
-            for leaf, dim in zip(self._initial, self._dims, strict=True)
-        ]
+        kind = _HostColumn if device.type == "cpu" else _Column
+        self._columns = [kind(leaf, dim, num_slots) for leaf, dim in zip(self._initial, self._dims, strict=True)]
         self._chunks: list[list[torch.Tensor]] = []
         self._free: list[int] = []
 
@@ -45,48 +43,41 @@ class StatePool:
         """Pages of host memory that hold a state."""
         return len(self._chunks) * PAGES_PER_CHUNK - len(self._free)
 
-    def index(self, slots: np.ndarray) -> torch.Tensor:
-        """The numbers in `slots`, where the states are."""
-        return torch.from_numpy(slots).to(self._device)
-
-    def gather(self, index: torch.Tensor) -> State:
+    def gather(self, slots: np.ndarray) -> State:
         """The states in these slots, batched in that order: a copy."""
-        leaves = [leaf.index_select(dim, index) for leaf, dim in zip(self._slots, self._dims, strict=True)]
+        leaves = [column.select(slots) for column in self._columns]
         return tuple(leaves) if self._plain else pytree.tree_unflatten(leaves, self._structure)
 
-    def scatter(self, index: torch.Tensor, state: State) -> None:
+    def scatter(self, slots: np.ndarray, state: State) -> None:
         """Write a batched state to these slots. ValueError, with nothing written, unless it is shaped as it came."""
         leaves, structure = self._flatten(state)
         found = [(leaf.shape, leaf.dtype) for leaf in leaves]
-        due = [
-            (_with(leaf.shape, dim, len(index)), leaf.dtype) for leaf, dim in zip(self._slots, self._dims, strict=True)
-        ]
+        due = [column.form(len(slots)) for column in self._columns]
         if structure != self._structure or found != due:
             raise ValueError(
                 f"the model returned a state of {found} as {structure}, expected {due} as {self._structure}"
             )
-        for leaf, dim, new in zip(self._slots, self._dims, leaves, strict=True):
-            leaf.index_copy_(dim, index, new)
+        for column, leaf in zip(self._columns, leaves, strict=True):
+            column.put(slots, leaf)
 
     def reset(self, slots: np.ndarray) -> None:
         """Put the model's initial state into `slots`."""
-        index = self.index(slots)
-        for leaf, dim, initial in zip(self._slots, self._dims, self._initial, strict=True):
-            leaf.index_copy_(dim, index, initial.expand(_with(initial.shape, dim, len(slots))))
+        for column, initial in zip(self._columns, self._initial, strict=True):
+            column.put(slots, initial.expand(column.form(len(slots))[0]))
 
     def evict(self, slots: np.ndarray) -> np.ndarray:
         """Copy the states in `slots` to host memory; returns the page of each."""
         pages = self._take_pages(len(slots))
-        leaves = [leaf.cpu() for leaf in pytree.tree_leaves(self.gather(self.index(slots)))]
+        leaves = [leaf.cpu() for leaf in pytree.tree_leaves(self.gather(slots))]
         self._write_pages(pages, leaves)
         return pages
 
     def restore(self, slots: np.ndarray, pages: np.ndarray) -> None:
         """Copy the states in `pages` to `slots`, and free the pages."""
-        for leaf, dim, column in zip(self._slots, self._dims, range(len(self._slots)), strict=True):
-            for chunk, which in _by_chunk(pages):
-                source = self._chunks[chunk][column].index_select(dim, torch.from_numpy(pages[which] % PAGES_PER_CHUNK))
-                leaf.index_copy_(dim, self.index(slots[which]), source.to(self._device))
+        for chunk, which in _by_chunk(pages):
+            index = torch.from_numpy(pages[which] % PAGES_PER_CHUNK)
+            for column, dim, kept in zip(self._columns, self._dims, self._chunks[chunk], strict=True):
+                column.put(slots[which], kept.index_select(dim, index).to(self._device))
         self.free_pages(pages)
 
     def free_pages(self, pages: np.ndarray) -> None:
@@ -118,7 +109,8 @@ class StatePool:
             raise InvalidInput("the initial state holds NaN, infinity or values that are not numbers")
 
     def _flatten(self, state: State) -> tuple[Sequence[torch.Tensor], pytree.TreeSpec]:
-        if self._plain and type(state) is tuple and all(type(leaf) is torch.Tensor for leaf in state):
+        tensors = [torch.Tensor] * len(self._columns)
+        if self._plain and type(state) is tuple and [type(leaf) for leaf in state] == tensors:
             return state, self._structure  # as pytree would, in a fraction of the time
         return pytree.tree_flatten(state)
 
@@ -145,6 +137,46 @@ class StatePool:
             columns = torch.from_numpy(which)
             for target, dim, leaf in zip(self._chunks[chunk], self._dims, leaves, strict=True):
                 target.index_copy_(dim, index, leaf.index_select(dim, columns))
+
+
+class _Column:
+    """One tensor of the state, with a slot for each row of its batch dimension `dim`."""
+
+    def __init__(self, initial: torch.Tensor, dim: int, num_slots: int) -> None:
+        self._shape, self._dim, self._dtype = tuple(initial.shape), dim, initial.dtype
+        self.tensor = initial.expand(_with(initial.shape, dim, num_slots)).clone()
+
+    def form(self, batch: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the tensor for `batch` sessions."""
+        return _with(self._shape, self._dim, batch), self._dtype
+
+    def select(self, slots: np.ndarray) -> torch.Tensor:
+        """A copy of these slots, in that order."""
+        return self.tensor.index_select(self._dim, self._index(slots))
+
+    def put(self, slots: np.ndarray, new: torch.Tensor) -> None:
+        """Overwrite these slots."""
+        self.tensor.index_copy_(self._dim, self._index(slots), new)
+
+    def _index(self, slots: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(slots).to(self.tensor.device)
+
+
+class _HostColumn(_Column):
+    """The same in host memory, through numpy: for as little data as this, a torch operation is mostly overhead."""
+
+    def __init__(self, initial: torch.Tensor, dim: int, num_slots: int) -> None:
+        super().__init__(initial, dim, num_slots)
+        #: numpy has no bfloat16: its bits travel as int16.
+        self._bits = torch.int16 if initial.dtype == torch.bfloat16 else initial.dtype
+        self._array = self.tensor.view(self._bits).numpy()
+        self._before = (slice(None),) * dim
+
+    def select(self, slots: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self._array.take(slots, self._dim)).view(self._dtype)
+
+    def put(self, slots: np.ndarray, new: torch.Tensor) -> None:
+        self._array[(*self._before, slots)] = new.view(self._bits).numpy()
 
 
 def _by_chunk(pages: np.ndarray) -> list[tuple[int, np.ndarray]]:

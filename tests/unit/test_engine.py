@@ -352,8 +352,8 @@ def test_a_slot_holds_nothing_of_its_last_session() -> None:
     assert sender.engine._slots.generation.tolist() == [2]
 
 
-def test_nan_stays_in_its_session_when_passed() -> None:
-    sender = Sender(FloatSumModel(), config(nan="pass"))
+def test_nan_stays_in_its_session() -> None:
+    sender = Sender(FloatSumModel(), config())
     sender.open(1, 2)
     sender.send({"epoch": 1, "x": [[np.nan]]}, {"epoch": 2, "x": [[1.0]]})
     sender.run()
@@ -361,16 +361,6 @@ def test_nan_stays_in_its_session_when_passed() -> None:
     sender.run()
     assert np.isnan(sender.line(1)).all()
     assert sender.line(2).tolist() == [[1.0], [3.0]]
-
-
-def test_nan_is_refused_alone() -> None:
-    sender = Sender(FloatSumModel(), config())
-    sender.open(1, 2, 3)
-    sender.send({"epoch": 1, "x": [[1.0]]}, {"epoch": 2, "x": [[1.0], [np.inf]]}, {"epoch": 3, "x": [[3.0]]})
-    sender.run()
-    sender.poll()
-    assert sender.errors[2][0]["code"] == "invalid_input"
-    assert (sender.line(1).tolist(), sender.line(3).tolist()) == ([[1.0]], [[3.0]])
 
 
 def test_too_many_sessions_are_refused() -> None:

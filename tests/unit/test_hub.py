@@ -23,7 +23,7 @@ from serve_app.errors import (
 )
 from serve_app.frame import Answer, Frame
 from serve_app.session import Session
-from tests.fakes import SumModel
+from tests.fakes import FloatSumModel, SumModel
 from tests.local import REQUEST, local
 
 pytestmark = pytest.mark.asyncio
@@ -157,6 +157,19 @@ async def test_submit_checks_and_names_what_is_wrong() -> None:
         assert session.submit(ones(4), start=0) == 4  # a resend
         assert session.submit(ones(4), start=2) == 6  # half of one
         assert await session.wait() == 6
+
+
+async def test_nan_is_refused_where_it_enters() -> None:
+    async with local(FloatSumModel(), config=CONFIG) as (_, hub):
+        session, other = await hub.open(), await hub.open()
+        for value in (np.nan, np.inf):
+            with pytest.raises(InvalidInput, match=r"holds NaN or infinity: clean it, or set session\.nan=pass"):
+                session.submit(np.array([[1.0], [value]], np.float32))
+        for each in (session, other):
+            await each.wait(each.submit(np.ones((1, 1), np.float32)))
+            outputs = each.read()
+            assert outputs is not None
+            assert outputs.values["total"].tolist() == [[1.0]]
 
 
 async def test_window_is_a_clear_error_until_outputs_are_read() -> None:
