@@ -169,14 +169,15 @@ class _HostColumn(_Column):
         super().__init__(initial, dim, num_slots)
         #: numpy has no bfloat16: its bits travel as int16.
         self._bits = torch.int16 if initial.dtype == torch.bfloat16 else initial.dtype
-        self._array = self.tensor.view(self._bits).numpy()
-        self._before = (slice(None),) * dim
+        self._array: np.ndarray = self.tensor.view(self._bits).numpy()
+        self._by_slot = self._array.swapaxes(0, dim)
 
     def select(self, slots: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(self._array.take(slots, self._dim)).view(self._dtype)
+        taken: np.ndarray = self._array.take(slots, self._dim)
+        return torch.from_numpy(taken).view(self._dtype)
 
     def put(self, slots: np.ndarray, new: torch.Tensor) -> None:
-        self._array[(*self._before, slots)] = new.view(self._bits).numpy()
+        self._by_slot[slots] = new.view(self._bits).numpy().swapaxes(0, self._dim)
 
 
 def _by_chunk(pages: np.ndarray) -> list[tuple[int, np.ndarray]]:
@@ -196,5 +197,5 @@ def _batch_dim(one: torch.Tensor, two: torch.Tensor) -> int:
     return dims[0]
 
 
-def _with(shape: torch.Size, dim: int, size: int) -> tuple[int, ...]:
+def _with(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
     return (*shape[:dim], size, *shape[dim + 1 :])
