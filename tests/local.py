@@ -22,7 +22,8 @@ REQUEST: contextvars.ContextVar[str] = contextvars.ContextVar("request", default
 class LocalCluster:
     """Owners `owner-0`, `owner-1`, …; `kill` makes one unreachable.
 
-    `frames` has every frame sent, `requests` in which request's context, `closed` the owner of each channel closed.
+    `frames` has every frame sent, `requests` in which request's context, `closed` the owner of each channel closed,
+    `num_cancelled` counts the calls that were given up.
     Frames take `delay_s()` to arrive, so they may overtake each other.
     """
 
@@ -32,6 +33,7 @@ class LocalCluster:
         self.frames: list[Frame] = []
         self.requests: list[str] = []
         self.closed: list[str] = []
+        self.num_cancelled = 0
         self.delay_s: Callable[[], float] = lambda: 0.0
         self._running: dict[str, AsyncEngine] = {}
         for i, model in enumerate(models):
@@ -67,6 +69,9 @@ class LocalCluster:
         await asyncio.sleep(self.delay_s())
         try:
             return await self._running[owner].frame(frame)
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
         except (KeyError, Unavailable) as error:
             raise StateLost(f"owner {owner!r} is gone: its sessions are lost") from error
 

@@ -33,9 +33,9 @@ class Mailbox:
         return bool(self.rows or self.notices)
 
     def due(self, now: float) -> bool:
-        """Whether the oldest call is to be answered."""
+        """Whether the oldest call is to be answered. For a sender without sessions there is nothing to wait for."""
         waits = len(self.calls)
-        return waits > 0 and (self.has_mail or waits > MAX_WAITING or self.calls[0][1] <= now)
+        return waits > 0 and (self.has_mail or waits > MAX_WAITING or self.num_sessions == 0 or self.calls[0][1] <= now)
 
     @property
     def idle(self) -> bool:

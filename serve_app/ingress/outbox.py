@@ -107,13 +107,22 @@ class Outbox:
         self._acks[session.epoch] = session
 
     async def stop(self) -> None:
-        """Abort what is open, and give up the calls in flight once the owner knows, or does not say so in time."""
+        """Abort what is open, let go of outputs. The owner then answers all calls; if not in time, they are given up.
+
+        They are not cancelled at once: what gRPC has to say of a cancelled call may come when its event loop is closed.
+        """
         live = [session for session in self._sessions.values() if session.end_reason is None]
-        for session in live:
+        for session in list(self._sessions.values()):
             session.abort()
+            if session.end_reason is not None:
+                session.ack(session.progress)
+        if self._sessions and self._error is None:
+            self._send()
         try:
             async with asyncio.timeout(STOP_WITHIN_S):
                 await asyncio.gather(*(session.closed() for session in live), return_exceptions=True)
+                while self._calls:
+                    await asyncio.wait(self._calls)
         except TimeoutError:
             logger.warning("owner %r has not confirmed the end of %d sessions", self._owner, len(live))
         calls = list(self._calls)
@@ -136,10 +145,13 @@ class Outbox:
     def _pump(self) -> None:
         self._pump_due = False
         while self._error is None and self._has_reason():
-            sent: list[tuple[Session, int]] = []
-            frame = self._next_frame(sent)
-            task = asyncio.get_running_loop().create_task(self._run(frame, sent), context=contextvars.Context())
-            self._calls.add(task)
+            self._send()
+
+    def _send(self) -> None:
+        sent: list[tuple[Session, int]] = []
+        frame = self._next_frame(sent)
+        task = asyncio.get_running_loop().create_task(self._run(frame, sent), context=contextvars.Context())
+        self._calls.add(task)
 
     def _has_reason(self) -> bool:
         may_send = self._pending and len(self._frames) < MAX_FRAMES
@@ -160,6 +172,7 @@ class Outbox:
             entries.append((epoch, entry))
             sent.append((session, session.handed))
             if session.in_flight:
+                self._land(session)  # an abort does not wait for what went before
                 self._frame_of[epoch] = self._last_frame
                 self._frames[self._last_frame] += 1
         taken = {epoch for epoch, _ in entries}

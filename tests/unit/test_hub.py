@@ -33,6 +33,7 @@ CONFIG = AppConfig(
     session=SessionConfig(max_sessions=512, max_segment_timesteps=64, max_window_timesteps=256),
     frame=FrameConfig(answer_within_s=0.2),
 )
+PATIENT = dataclasses.replace(CONFIG, frame=FrameConfig(answer_within_s=60))  # no call comes back for its time
 
 
 def ones(n: int) -> np.ndarray:
@@ -313,6 +314,35 @@ async def test_unacknowledged_outputs_stay_for_a_client_behind_an_ingress() -> N
         with pytest.raises(SessionEnded, match="closed"):
             hub.get("a")
     assert cluster.engines["owner-0"].gauges()["retained_bytes"] == 0
+
+
+async def test_aborting_what_is_in_flight_holds_up_nobody() -> None:
+    async with local(SumModel(), config=PATIENT) as (cluster, hub), asyncio.timeout(20):
+        other = await hub.open()
+        cluster.delay_s = lambda: 0.05
+        for _ in range(3):
+            session = await hub.open()  # in whose frame the abort of the one before travels
+            frames = len(cluster.frames)
+            session.submit(ones(3))
+            while not any(frame.length.any() for frame in cluster.frames[frames:]):
+                await asyncio.sleep(0)
+            session.abort()
+        assert await other.wait(other.submit(ones(2))) == 2
+
+
+async def test_stopping_waits_for_its_calls() -> None:
+    async with local(SumModel(), config=PATIENT) as (cluster, hub):
+        closed, read, unread = [await hub.open() for _ in range(3)]
+        for session in (closed, read, unread):
+            session.submit(ones(3))
+        await asyncio.gather(closed.wait(), read.wait())
+        closed.read(), read.read()
+        closed.close()
+        await closed.closed()
+        await hub.stop()
+        assert len(cluster.frames) > 1
+        assert cluster.num_cancelled == 0
+        assert await unread.closed() == "aborted"
 
 
 async def test_frames_that_overtake_each_other_keep_each_session_in_order() -> None:
