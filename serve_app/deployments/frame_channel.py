@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
-from ray._common.network_utils import build_address
+from ray._common.network_utils import build_address  # type: ignore[attr-defined]
 from ray._common.tls_utils import add_port_to_grpc_server
 from ray._private.grpc_utils import create_grpc_server_with_interceptors, init_grpc_channel
 
@@ -41,7 +41,8 @@ class FrameServer:
         """Take calls from now on, at a free port; returns the address."""
         port = add_port_to_grpc_server(self._server, build_address(host, 0))  # type: ignore[no-untyped-call]
         await self._server.start()
-        return build_address(host, port)
+        address: str = build_address(host, port)
+        return address
 
     async def stop(self) -> None:
         """Cancel the calls that are open, take no more."""
