@@ -120,7 +120,7 @@ def _finish(device: str) -> None:
 
 def measure_scheduler(lengths: np.ndarray, seconds: float) -> float:
     """Microseconds of add, schedule and complete for one segment; row i sends segments of lengths[i] timesteps."""
-    scheduler = Scheduler(max_batch_size=256, max_timesteps=16, max_rows=len(lengths))
+    scheduler = Scheduler(256, range(1, 17), max_rows=len(lengths))
     scheduler.add(np.arange(len(lengths)), lengths, 0.0)
     samples: list[float] = []
     until = time.monotonic() + seconds

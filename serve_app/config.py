@@ -6,6 +6,7 @@ flat keys and strings; both become the same tree. Precedence: what is given, the
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from serve_app.coerce import build_dataclass, unflatten
@@ -25,7 +26,9 @@ class EngineConfig:
     """Where and how steps run.
 
     `slots`: sessions whose state is on the device. `max_batch_size`: sessions of a step, never more than slots.
-    `max_step_timesteps`: timesteps that a step takes of a session at most. `threads`: torch threads of a replica.
+    `max_step_timesteps`: timesteps that a step takes of a session at most; `step_timesteps`: the numbers that it may
+    take, rising from 1 (none: any; on a GPU the powers of two, since each needs graphs of its own). `threads`: torch
+    threads of a replica.
     `max_pending_bytes`, `max_retained_bytes`: bounds on accepted inputs and on outputs kept until acknowledged, of all
     sessions of a replica.
     """
@@ -34,12 +37,16 @@ class EngineConfig:
     slots: int = 512
     max_batch_size: int = 256
     max_step_timesteps: int = 16
+    step_timesteps: tuple[int, ...] = ()
     threads: int = 1
     max_pending_bytes: int = 256 * 2**20
     max_retained_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
         _at_least("engine", self, 1, "slots", "max_batch_size", "max_step_timesteps", "threads")
+        rising = all(a < b for a, b in pairwise(self.step_timesteps))
+        if self.step_timesteps and (self.step_timesteps[0] != 1 or not rising):
+            raise ConfigError(f"engine.step_timesteps is {list(self.step_timesteps)}, it must rise from 1: [1, 10]")
 
 
 @dataclass(frozen=True, slots=True)

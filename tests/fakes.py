@@ -5,6 +5,7 @@ import torch
 
 from serve_app.config import AppConfig
 from serve_app.engine.engine import Engine
+from serve_app.engine.runner import EagerRunner
 from serve_app.frame import NO_CLOSE, Answer, Frame, Open
 from serve_app.models.interface import RecurrentModel
 from serve_app.spec import TensorSpec
@@ -52,11 +53,22 @@ class FloatSumModel:
         return y, y[-1]
 
 
-class Sender:
-    """Talks to an engine directly, one frame at a time, and keeps all that comes back. Time is a counter."""
+class OverlappingRunner(EagerRunner):
+    """Up to three steps are on their way: the engine may ask for outputs late, and must not for more than three."""
 
-    def __init__(self, model: RecurrentModel, config: AppConfig | None = None) -> None:
+    depth = 3
+
+
+class Sender:
+    """Talks to an engine directly, one frame at a time, and keeps all that comes back. Time is a counter.
+
+    overlap: the engine's steps are on their way for a while, as on a GPU.
+    """
+
+    def __init__(self, model: RecurrentModel, config: AppConfig | None = None, *, overlap: bool = False) -> None:
         self.engine = Engine(model, config or AppConfig())
+        if overlap:
+            self.engine._runner = OverlappingRunner(model, self.engine._pool)
         self.now = 0.0
         self.outputs: dict[int, list[tuple[int, np.ndarray]]] = {}
         self.notices: dict[int, list[str]] = {}

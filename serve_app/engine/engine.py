@@ -2,15 +2,19 @@
 
 import logging
 import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from serve_app.config import AppConfig
+from serve_app.config import AppConfig, EngineConfig
+from serve_app.engine.cuda_runner import CudaRunner
 from serve_app.engine.inputs import InputStore
 from serve_app.engine.mailbox import Mailbox, Ticket
 from serve_app.engine.outputs import OutputStore
-from serve_app.engine.runner import StepRunner
+from serve_app.engine.runner import EagerRunner, Step, StepRunner
 from serve_app.engine.scheduler import Batch, Scheduler
 from serve_app.engine.sessions import SessionTable, Status, Verdict
 from serve_app.engine.slots import SlotTable
@@ -19,6 +23,7 @@ from serve_app.engine.stats import Stats, StepRecord
 from serve_app.errors import LockstepError, NotOwner, StepFailed
 from serve_app.frame import ABORT, Answer, Frame, Notice, Open
 from serve_app.models.interface import RecurrentModel
+from serve_app.policy.batching import powers_of_two
 from serve_app.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -44,12 +49,13 @@ class Engine:
         max_sessions = config.session.max_sessions
         self._sessions = SessionTable(max_sessions, config.session.max_window_timesteps)
         max_batch_size = min(config.engine.max_batch_size, config.engine.slots)
-        self._scheduler = Scheduler(max_batch_size, config.engine.max_step_timesteps, max_sessions)
+        self._scheduler = Scheduler(max_batch_size, step_timesteps(config.engine, device), max_sessions)
         self._slots = SlotTable(config.engine.slots, max_sessions)
         self._page_of = np.full(max_sessions, -1, np.int64)  # of evicted states, by row
         self._pool = StatePool(model, config.engine.slots, device)
-        self._runner = StepRunner(model, self._pool, device)
-        self._inputs = InputStore(model.input, max_sessions)
+        self._runner = make_runner(model, self._pool, device)
+        self._flights: deque[_Flight] = deque()  # steps on their way
+        self._inputs = InputStore(max_sessions)
         self._outputs = OutputStore(model.outputs, max_sessions)
         self._mailboxes: dict[str, int] = {}
         self._mail: dict[int, Mailbox] = {}
@@ -69,24 +75,14 @@ class Engine:
         self._max_answered = max(1, config.frame.max_bytes // output_bytes)  # timesteps of one answer
 
     def step(self, now: float) -> bool:
-        """Run one batch of whatever is ready; False when nothing is."""
-        batch = self._scheduler.schedule(now)
-        if batch is None:
-            return False
-        self._bring_in(batch.rows, now)
-        slots = self._slots.slot_of[batch.rows]
-        x = self._inputs.take(batch.rows, batch.k)
-        began = time.monotonic()
-        try:
-            values = self._runner.run(x, slots)
-        except torch.AcceleratorError:
-            raise  # the device is in an unknown state: this process can serve nobody any more
-        except Exception as error:
-            self._fail(batch, error)
-        else:
-            self._complete(batch, values, now)
-            took_s = time.monotonic() - began
-            self.stats.add_step(StepRecord(len(batch.rows), batch.k, float(batch.waited_s[0]), took_s))
+        """Launch a batch of whatever is ready, complete one that has run; False when there was nothing to do.
+
+        Waits for a step only when as many as may be are on their way, or nothing else is to be done.
+        """
+        launched = len(self._flights) < self._runner.depth and self._launch(now)
+        if not self._flights or (launched and len(self._flights) < self._runner.depth):
+            return launched
+        self._complete(self._flights.popleft(), now)
         return True
 
     def receive(self, frame: Frame, ticket: Ticket, now: float) -> None:
@@ -133,7 +129,7 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether `step` has something to do."""
-        return self._scheduler.ready
+        return self._scheduler.ready or bool(self._flights)
 
     def wake_at(self) -> float:
         """When `answers` or `expire` has something to do even if nothing arrives."""
@@ -157,6 +153,8 @@ class Engine:
         self._scheduler.check()
         self._slots.check()
         left = self._sessions.next - self._sessions.progress
+        for flight in self._flights:
+            left[flight.rows[self._still_there(flight)]] -= flight.batch.k
         assert (left == self._scheduler.left).all(), "accepted and ready timesteps differ"
         assert self._pool.num_pages_used == (self._page_of >= 0).sum(), "a page is lost"
         assert not ((self._page_of >= 0) & (self._slots.slot_of >= 0)).any(), "a state is in two places"
@@ -206,12 +204,47 @@ class Engine:
         if not kept.all():
             self._pool.reset(placement.enter_slots[~kept])
 
-    def _complete(self, batch: Batch, values: list[np.ndarray], now: float) -> None:
+    def _launch(self, now: float) -> bool:
+        batch = self._scheduler.schedule(now)
+        if batch is None:
+            return False
         rows = batch.rows
+        self._bring_in(rows, now)
+        x = self._runner.buffer(batch.k, len(rows))
+        self._inputs.take(rows, x)
+        began = time.monotonic()
+        try:
+            step = self._runner.launch(x, self._slots.slot_of[rows])
+        except torch.AcceleratorError:
+            raise  # the device is in an unknown state: this process can serve nobody any more
+        except Exception as error:
+            while self._flights:  # of the same sessions, maybe
+                self._complete(self._flights.popleft(), now)
+            self._fail(batch, error)
+        else:
+            self._scheduler.complete(batch, now)
+            self._flights.append(_Flight(batch, self._sessions.epoch[rows], step, began))
+        return True
+
+    def _still_there(self, flight: "_Flight") -> np.ndarray:
+        """Which sessions [B] of a step have not ended since it was launched; a row may have got another session."""
+        rows = flight.rows
+        there: np.ndarray = (self._sessions.epoch[rows] == flight.epochs) & (self._sessions.status[rows] == Status.OPEN)
+        return there
+
+    def _complete(self, flight: "_Flight", now: float) -> None:
+        batch, rows = flight.batch, flight.rows
+        values = flight.step.outputs()
+        took_s = time.monotonic() - flight.began
+        self.stats.add_step(StepRecord(len(rows), batch.k, float(batch.waited_s[0]), took_s))
+        there = self._still_there(flight)
+        if not there.all():
+            rows, values = rows[there], [value[there] for value in values]
+            if not len(rows):
+                return
         self._outputs.append(rows, self._sessions.progress[rows], values)
         self._sessions.progress[rows] += batch.k
         self._sessions.active_at[rows] = now
-        self._scheduler.complete(batch, now)
         self._mark(rows)
         for row in self._sessions.due_to_close(rows).tolist():
             self._end(row, "closed")
@@ -302,6 +335,33 @@ class Engine:
 
     def _notify(self, row: int, notice: Notice) -> None:
         self._mail[int(self._sessions.sender[row])].notices.append(notice)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was launched, and the epochs [B] of its sessions then."""
+
+    batch: Batch
+    epochs: np.ndarray
+    step: Step
+    began: float
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self.batch.rows
+
+
+def make_runner(model: RecurrentModel, pool: StatePool, device: torch.device) -> StepRunner:
+    """What runs steps on that device."""
+    return EagerRunner(model, pool) if device.type == "cpu" else CudaRunner(model, pool, device)
+
+
+def step_timesteps(config: EngineConfig, device: torch.device) -> Sequence[int]:
+    """How many timesteps a step may take of a session: any number on a CPU; few on a GPU, where each has its graphs."""
+    if config.step_timesteps:
+        return config.step_timesteps
+    limit = config.max_step_timesteps
+    return range(1, limit + 1) if device.type == "cpu" else powers_of_two(limit)
 
 
 def choose_device(name: str) -> torch.device:

@@ -4,14 +4,11 @@ from collections import deque
 
 import numpy as np
 
-from serve_app.spec import TensorSpec
-
 
 class InputStore:
     """Inputs by row, in order. Memory goes back by the block, when the last timestep of a frame has run."""
 
-    def __init__(self, spec: TensorSpec, max_rows: int) -> None:
-        self._spec = spec
+    def __init__(self, max_rows: int) -> None:
         self._blocks: dict[int, np.ndarray] = {}
         self._live: dict[int, int] = {}  # timesteps of a block that have yet to run
         self._last_block = 0
@@ -38,17 +35,17 @@ class InputStore:
         at_once = rows[free]
         self._block[at_once], self._offset[at_once], self._count[at_once] = block, offsets[free], counts[free]
 
-    def take(self, rows: np.ndarray, k: int) -> np.ndarray:
-        """The next k timesteps of each of `rows`, as [k, B, *features]; they are gone from here."""
+    def take(self, rows: np.ndarray, x: np.ndarray) -> None:
+        """Fill x [k, B, *features] with the next k timesteps of each of `rows`; they are gone from here."""
+        k = len(x)
         whole = self._count[rows] >= k
         block_of = self._block[rows]
         at = self._offset[rows] + np.arange(k)[:, None]  # [k, B]
         blocks = set(block_of[whole].tolist())
         if len(blocks) == 1 and whole.all():  # all from one frame: copied once
-            x: np.ndarray = self._blocks[min(blocks)].take(at, axis=0)
+            self._blocks[min(blocks)].take(at, axis=0, out=x, mode="clip")  # which spares a buffer; all are within
             self._release(min(blocks), at.size)
         else:
-            x = np.empty((k, len(rows), *self._spec.shape), self._spec.dtype)
             for block in blocks:
                 columns = np.flatnonzero(whole & (block_of == block))
                 x[:, columns] = self._blocks[block][at[:, columns]]
@@ -61,7 +58,6 @@ class InputStore:
                 self._next_run(row)
         for column in (~whole).nonzero()[0].tolist():
             self._take_across(int(rows[column]), x[:, column])
-        return x
 
     def drop(self, rows: np.ndarray) -> None:
         """Forget everything that `rows` have here."""

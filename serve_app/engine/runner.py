@@ -1,4 +1,7 @@
-"""One step of the model: inputs and states in, outputs out, states written last."""
+"""Steps of a model: inputs in host memory and states in slots, to outputs in host memory and states in slots."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -8,33 +11,88 @@ from serve_app.models.interface import RecurrentModel
 from serve_app.spec import TensorSpec
 
 
-class StepRunner:
-    """Runs a model over sessions in slots of a pool."""
+class Step(Protocol):
+    """A step that was launched."""
 
-    def __init__(self, model: RecurrentModel, pool: StatePool, device: torch.device) -> None:
+    def done(self) -> bool:
+        """Whether `outputs` would not wait."""
+        ...
+
+    def outputs(self) -> list[np.ndarray]:
+        """Each output as [B, k, *shape], in memory of its own, once the step has run."""
+        ...
+
+
+class StepRunner(Protocol):
+    """Launches steps; they run in the order in which they were launched."""
+
+    depth: int
+    """Steps that may be on their way: launched, and their outputs not asked for."""
+
+    def buffer(self, k: int, batch: int) -> np.ndarray:
+        """Host memory [k, batch, *features] for the inputs of the next step."""
+        ...
+
+    def launch(self, x: np.ndarray, slots: np.ndarray) -> Step:
+        """Run x, which is `buffer` filled, from the states in `slots` [B], and write the new states there.
+
+        Whatever is raised here has changed nothing.
+        """
+        ...
+
+    def counters(self) -> Mapping[str, int]:
+        """How often what was done, by name."""
+        ...
+
+
+class EagerRunner:
+    """On the CPU: a step has run when `launch` returns."""
+
+    depth = 1
+
+    def __init__(self, model: RecurrentModel, pool: StatePool) -> None:
         self._model = model
         self._pool = pool
-        self._device = device
-        self._outputs = model.outputs
+        self._dtype = np.dtype(model.input.dtype)
 
-    def run(self, x: np.ndarray, slots: np.ndarray) -> list[np.ndarray]:
-        """x [k, B, *features] of the sessions in `slots` -> each output as [B, k, *shape].
+    def buffer(self, k: int, batch: int) -> np.ndarray:
+        """See StepRunner."""
+        return np.empty((k, batch, *self._model.input.shape), self._dtype)
 
-        The states change only if everything went well: whatever is raised here has changed nothing.
-        """
+    def launch(self, x: np.ndarray, slots: np.ndarray) -> Step:
+        """See StepRunner."""
         with torch.inference_mode():
-            y, state = self._model.forward(torch.from_numpy(x).to(self._device), self._pool.gather(slots))
-            values = {next(iter(self._outputs)): y} if isinstance(y, torch.Tensor) else y
-            outputs = [self._to_host(name, values[name], spec, x.shape[:2]) for name, spec in self._outputs.items()]
-            self._pool.scatter(slots, state)
-        return outputs
+            index = self._pool.index(slots)
+            y, state = self._model.forward(torch.from_numpy(x), self._pool.gather(index))
+            values = check_outputs(y, self._model.outputs, x.shape[:2])
+            outputs = [np.array(value.numpy().swapaxes(0, 1), order="C") for value in values]
+            self._pool.scatter(index, state)
+        return _Finished(outputs)
 
-    def _to_host(self, name: str, value: torch.Tensor, spec: TensorSpec, steps: tuple[int, ...]) -> np.ndarray:
-        """[k, B, *shape] on the device -> [B, k, *shape] in host memory, in memory of its own."""
-        array = np.array(value.cpu().numpy().swapaxes(0, 1), order="C")
-        if array.shape != (steps[1], steps[0], *spec.shape) or array.dtype != spec.dtype:
+    def counters(self) -> Mapping[str, int]:
+        """See StepRunner."""
+        return {}
+
+
+class _Finished:
+    def __init__(self, outputs: list[np.ndarray]) -> None:
+        self._outputs = outputs
+
+    def done(self) -> bool:
+        return True
+
+    def outputs(self) -> list[np.ndarray]:
+        return self._outputs
+
+
+def check_outputs(y: Any, specs: Mapping[str, TensorSpec], steps: Sequence[int]) -> list[torch.Tensor]:
+    """The model's outputs in the order in which it declares them; ValueError unless they are [*steps, *shape]."""
+    values = {next(iter(specs)): y} if isinstance(y, torch.Tensor) else y
+    for name, spec in specs.items():
+        value = values[name]
+        if value.shape != (*steps, *spec.shape) or value.dtype != getattr(torch, spec.dtype):
             raise ValueError(
-                f"the model's output {name!r} is {array.dtype} {list(value.shape)}, it declares {spec.dtype} "
+                f"the model's output {name!r} is {value.dtype} {list(value.shape)}, it declares {spec.dtype} "
                 f"{[*steps, *spec.shape]}"
             )
-        return array
+    return [values[name] for name in specs]

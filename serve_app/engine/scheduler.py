@@ -1,5 +1,6 @@
 """Who runs next: a queue of sessions with timesteps ready. Pure; sessions are row numbers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,15 +18,17 @@ class Batch:
 
 
 class Scheduler:
-    """First come, first served, in steps of up to `max_batch_size` sessions and `max_timesteps` timesteps each.
+    """First come, first served, in steps of up to `max_batch_size` sessions.
+
+    `timesteps`: how many a step may take of each session, rising from 1.
 
     A session waits at most once in the queue, so it is at most once in a batch, and its order needs no care. What a
     step leaves of its timesteps waits again, at the tail.
     """
 
-    def __init__(self, max_batch_size: int, max_timesteps: int, max_rows: int) -> None:
+    def __init__(self, max_batch_size: int, timesteps: Sequence[int], max_rows: int) -> None:
         self.max_batch_size = max_batch_size
-        self.max_timesteps = max_timesteps
+        self._timesteps = np.array(timesteps, np.int64)
         #: Timesteps ready, by row.
         self.left = np.zeros(max_rows, np.int64)
         self._since = np.zeros(max_rows)
@@ -52,7 +55,7 @@ class Scheduler:
         end = self._head + entries.shape[1]
         if num_current < entries.shape[1]:
             entries = entries[:, current]
-        chosen, k = choose_batch(self.left[entries[0]], self.max_batch_size, self.max_timesteps)
+        chosen, k = choose_batch(self.left[entries[0]], self.max_batch_size, self._timesteps)
         rows = entries[0][chosen]
         self._head = end - (num_current - len(rows))
         if self._head < end:

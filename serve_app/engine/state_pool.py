@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ class StatePool:
 
     def __init__(self, model: RecurrentModel, num_slots: int, device: torch.device) -> None:
         self._device = device
+        #: A slot beside those that are lent, for what fills a step up.
+        self.padding_slot = num_slots
         one, two = (pytree.tree_flatten(model.initial_state(batch)) for batch in (1, 2))
         self._initial: list[torch.Tensor] = [leaf.detach().to(device) for leaf in one[0]]
         self._structure = one[1]
@@ -29,7 +32,7 @@ class StatePool:
         self._plain = self._structure == pytree.tree_structure((*self._initial,))
         self._dims = [_batch_dim(a, b) for a, b in zip(one[0], two[0], strict=True)]
         kind = _HostColumn if device.type == "cpu" else _Column
-        self._columns = [kind(leaf, dim, num_slots) for leaf, dim in zip(self._initial, self._dims, strict=True)]
+        self._columns = [kind(leaf, dim, num_slots + 1) for leaf, dim in zip(self._initial, self._dims, strict=True)]
         self._chunks: list[list[torch.Tensor]] = []
         self._free: list[int] = []
 
@@ -43,41 +46,50 @@ class StatePool:
         """Pages of host memory that hold a state."""
         return len(self._chunks) * PAGES_PER_CHUNK - len(self._free)
 
-    def gather(self, slots: np.ndarray) -> State:
-        """The states in these slots, batched in that order: a copy."""
-        leaves = [column.select(slots) for column in self._columns]
+    def index(self, slots: np.ndarray) -> Any:
+        """These slots, as `gather` and `scatter` take them: an array in host memory, else a tensor on the device."""
+        return (
+            slots
+            if self._device.type == "cpu"
+            else torch.from_numpy(slots).pin_memory().to(self._device, non_blocking=True)
+        )
+
+    def gather(self, index: Any) -> State:
+        """The states in the slots of `index`, batched in that order: a copy."""
+        leaves = [column.select(index) for column in self._columns]
         return tuple(leaves) if self._plain else pytree.tree_unflatten(leaves, self._structure)
 
-    def scatter(self, slots: np.ndarray, state: State) -> None:
+    def scatter(self, index: Any, state: State) -> None:
         """Write a batched state to these slots. ValueError, with nothing written, unless it is shaped as it came."""
         leaves, structure = self._flatten(state)
         found = [(leaf.shape, leaf.dtype) for leaf in leaves]
-        due = [column.form(len(slots)) for column in self._columns]
+        due = [column.form(len(index)) for column in self._columns]
         if structure != self._structure or found != due:
             raise ValueError(
                 f"the model returned a state of {found} as {structure}, expected {due} as {self._structure}"
             )
         for column, leaf in zip(self._columns, leaves, strict=True):
-            column.put(slots, leaf)
+            column.put(index, leaf)
 
     def reset(self, slots: np.ndarray) -> None:
         """Put the model's initial state into `slots`."""
+        index = self.index(slots)
         for column, initial in zip(self._columns, self._initial, strict=True):
-            column.put(slots, initial.expand(column.form(len(slots))[0]))
+            column.put(index, initial.expand(column.form(len(slots))[0]))
 
     def evict(self, slots: np.ndarray) -> np.ndarray:
         """Copy the states in `slots` to host memory; returns the page of each."""
         pages = self._take_pages(len(slots))
-        leaves = [leaf.cpu() for leaf in pytree.tree_leaves(self.gather(slots))]
+        leaves = [leaf.cpu() for leaf in pytree.tree_leaves(self.gather(self.index(slots)))]
         self._write_pages(pages, leaves)
         return pages
 
     def restore(self, slots: np.ndarray, pages: np.ndarray) -> None:
         """Copy the states in `pages` to `slots`, and free the pages."""
         for chunk, which in _by_chunk(pages):
-            index = torch.from_numpy(pages[which] % PAGES_PER_CHUNK)
+            index, into = torch.from_numpy(pages[which] % PAGES_PER_CHUNK), self.index(slots[which])
             for column, dim, kept in zip(self._columns, self._dims, self._chunks[chunk], strict=True):
-                column.put(slots[which], kept.index_select(dim, index).to(self._device))
+                column.put(into, kept.index_select(dim, index).to(self._device))
         self.free_pages(pages)
 
     def free_pages(self, pages: np.ndarray) -> None:
@@ -150,16 +162,13 @@ class _Column:
         """Shape and dtype of the tensor for `batch` sessions."""
         return _with(self._shape, self._dim, batch), self._dtype
 
-    def select(self, slots: np.ndarray) -> torch.Tensor:
+    def select(self, index: Any) -> torch.Tensor:
         """A copy of these slots, in that order."""
-        return self.tensor.index_select(self._dim, self._index(slots))
+        return self.tensor.index_select(self._dim, index)
 
-    def put(self, slots: np.ndarray, new: torch.Tensor) -> None:
+    def put(self, index: Any, new: torch.Tensor) -> None:
         """Overwrite these slots."""
-        self.tensor.index_copy_(self._dim, self._index(slots), new)
-
-    def _index(self, slots: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(slots).to(self.tensor.device)
+        self.tensor.index_copy_(self._dim, index, new)
 
 
 class _HostColumn(_Column):
@@ -172,12 +181,12 @@ class _HostColumn(_Column):
         self._array: np.ndarray = self.tensor.view(self._bits).numpy()
         self._by_slot = self._array.swapaxes(0, dim)
 
-    def select(self, slots: np.ndarray) -> torch.Tensor:
-        taken: np.ndarray = self._array.take(slots, self._dim)
+    def select(self, index: Any) -> torch.Tensor:
+        taken: np.ndarray = self._array.take(index, self._dim)
         return torch.from_numpy(taken).view(self._dtype)
 
-    def put(self, slots: np.ndarray, new: torch.Tensor) -> None:
-        self._by_slot[slots] = new.view(self._bits).numpy().swapaxes(0, self._dim)
+    def put(self, index: Any, new: torch.Tensor) -> None:
+        self._by_slot[index] = new.view(self._bits).numpy().swapaxes(0, self._dim)
 
 
 def _by_chunk(pages: np.ndarray) -> list[tuple[int, np.ndarray]]:

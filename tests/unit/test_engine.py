@@ -69,11 +69,11 @@ SIZES = {"slots": st.integers(1, 40), "batch": st.integers(1, 16), "step": st.in
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**32), st.fixed_dictionaries(SIZES))
-def test_any_interleaving_equals_alone(seed: int, sizes: dict[str, int]) -> None:
+@given(st.integers(0, 2**32), st.fixed_dictionaries(SIZES), st.booleans())
+def test_any_interleaving_equals_alone(seed: int, sizes: dict[str, int], overlap: bool) -> None:
     rng = random.Random(seed)
     model = SumModel()
-    sender = Sender(model, config(**sizes))
+    sender = Sender(model, config(**sizes), overlap=overlap)
     x = {epoch: ramp(0, rng.randint(0, 40), epoch) for epoch in range(1, 121)}
     interleave(sender, x, rng)
     for epoch, inputs in x.items():
@@ -120,6 +120,53 @@ def test_a_session_joins_between_the_steps_of_another() -> None:
     sender.send({"epoch": 2, "x": ramp(0, 2, 2)})
     sender.run()
     assert model.batch_sizes == [1, 2, 1]
+
+
+def test_steps_overlap_up_to_the_depth() -> None:
+    sender = Sender(SumModel(), config(step=2), overlap=True)
+    sender.open(1)
+    sender.send({"epoch": 1, "x": ramp(0, 10, 1)})
+    for launched, complete in ((2, 0), (4, 0), (6, 2), (8, 4), (10, 6), (10, 8), (10, 10)):
+        assert sender.step()
+        assert sender.engine._scheduler.left.sum() == 10 - launched
+        assert sender.engine._sessions.progress.sum() == complete
+        sender.engine.check()
+    sender.poll()
+    assert not sender.engine.ready
+    assert sender.line(1).tolist() == totals(10, 1).tolist()
+
+
+def test_a_failed_step_waits_for_those_before_it() -> None:
+    sender = Sender(SumModel(poison=-5), config(step=2), overlap=True)
+    sender.open(1, 2)
+    x = ramp(0, 6, 1)
+    x[5] = -6
+    sender.send({"epoch": 1, "x": x})
+    sender.run()
+    assert sender.line(1).tolist() == totals(4, 1).tolist()
+    sender.poll()
+    assert sender.errors[1][0]["code"] == "step_failed"
+    assert "at timestep 4" in str(sender.errors[1][0]["message"])
+    sender.send({"epoch": 1, "start": 4, "x": ramp(4, 2, 1), "rewind": 1})
+    sender.run()
+    sender.poll()
+    assert sender.line(1).tolist() == totals(6, 1).tolist()
+    sender.engine.check()
+
+
+def test_what_is_on_its_way_at_an_abort_reaches_nobody() -> None:
+    sender = Sender(SumModel(), config(slots=1, max_sessions=1), overlap=True)
+    sender.open(1)
+    sender.send({"epoch": 1, "x": ramp(0, 4, 1)})
+    sender.step()
+    sender.send({"epoch": 1, "close": ABORT})
+    sender.open(2)
+    sender.send({"epoch": 2, "x": ramp(0, 3, 2)})
+    sender.run()
+    sender.poll()
+    assert sender.outputs.keys() == {2}
+    assert sender.line(2).tolist() == totals(3, 2).tolist()
+    sender.engine.check()
 
 
 def test_resend_runs_once_and_is_answered_again() -> None:
