@@ -20,6 +20,7 @@ import click
 import numpy as np
 import torch
 
+from bench import engine_cuda
 from bench.report import json_option, save, show_hardware, table, use_replica_env
 from bench.sender import Sender
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig
@@ -154,7 +155,7 @@ def measure_idle(num_sessions: int) -> dict[str, float]:
 @click.option(
     "--seconds", default=2.0, show_default=True, help="For each setting; four times that for the claimed ones."
 )
-@click.option("--max-batch", default=max(BATCH_SIZES), show_default=True, help="Leave out larger batches.")
+@click.option("--max-batch", default=0, help="Leave out larger batches.")
 @click.option("--idle-sessions", default=10_000, show_default=True)
 @json_option
 def main(device: str, seconds: float, max_batch: int, idle_sessions: int, json_file: Path | None) -> None:
@@ -162,6 +163,10 @@ def main(device: str, seconds: float, max_batch: int, idle_sessions: int, json_f
     use_replica_env()
     torch.set_num_threads(1)
     show_hardware()
+    if device == "cuda":
+        save(engine_cuda.measure(seconds, max_batch or max(engine_cuda.BATCH_SIZES)), json_file)
+        return
+    max_batch = max_batch or max(BATCH_SIZES)
     figures: dict[str, float] = {}
     for name, config in MODELS.items():
         model = registry.load(config)

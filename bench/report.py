@@ -38,7 +38,7 @@ def hardware() -> dict[str, str | int | float]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "ray": metadata.version("ray"),
+        "ray": _version("ray"),
         **{name: os.environ.get(name, "unset") for name in REPLICA_ENV},
     }
 
@@ -75,6 +75,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         )
         for row in cells
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def _cell(value: object) -> str:

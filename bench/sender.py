@@ -16,6 +16,7 @@ class Sender:
 
     def __init__(self, engine: Engine, num_sessions: int, first_epoch: int = 1) -> None:
         self._engine = engine
+        self._name = f"bench-{first_epoch}"
         self._first_epoch = first_epoch
         self.start = np.zeros(num_sessions, np.int64)
         for first in range(0, num_sessions, BURST):
@@ -62,7 +63,7 @@ class Sender:
         start = self.start[sessions]
         return Frame(
             owner=self._engine.owner,
-            sender="bench",
+            sender=self._name,
             epoch=sessions + self._first_epoch,
             start=start,
             length=np.full(n, k, np.int64),

@@ -1,5 +1,7 @@
 """Which sessions a step takes, how many timesteps, and the sizes that it is padded to."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,4 +48,4 @@ def test_there_are_few_padded_sizes() -> None:
 def test_powers_of_two_end_at_the_limit(limit: int) -> None:
     powers = powers_of_two(limit)
     assert (powers[0], powers[-1]) == (1, limit)
-    assert all(a < b <= 2 * a for a, b in zip(powers, powers[1:], strict=False))
+    assert all(a < b <= 2 * a for a, b in pairwise(powers))

@@ -1,0 +1,214 @@
+"""The engine on a GPU against the bare model in a CUDA graph (see bench.engine, which runs this for --device cuda).
+
+The model is that of NVIDIA's talk S9422: LSTM of 7 layers and 1024 cells, input 128, projection 1024, fp16, with the
+8 largest outputs or all of them. "Graph" is a replay on inputs that lie ready on the device, outputs left there;
+"engine" is host to host, with states by slot: frames of numpy arrays in, answers of numpy arrays out, GROUPS times the
+batch of sessions, each with one segment outstanding. They run in turns in one process.
+"""
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import click
+import numpy as np
+import torch
+
+from bench.report import table
+from bench.sender import Sender
+from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig
+from serve_app.engine.engine import Engine
+from serve_app.frame import Frame
+from serve_app.models import registry
+from serve_app.models.interface import RecurrentModel
+
+BATCH_SIZES = (1, 16, 64, 256, 512, 1024, 2048)
+CLAIMED = (256, 512, 1024, 2048)
+TIMESTEPS = (1, 10, 100)
+GROUPS = 4
+LSTM = {"dtype": "fp16", "input": 128, "hidden": 1024, "layers": 7, "output": 1024}
+OUTPUTS = {"top8": {"top_k": 8}, "full": {"top_k": 0}}
+FLOP = 2 * (4 * 1024 * (128 + 1024) + 6 * 4 * 1024 * 2048 + 1024 * 1024)  # of one timestep
+PRODUCT = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Of an engine at saturation: seconds for a step's worth, and seconds from frame to answer, of each frame."""
+
+    step_s: float
+    delays_s: np.ndarray
+
+    def delay_ms(self, percent: float) -> float:
+        """A percentile of the delays."""
+        return float(np.percentile(self.delays_s, percent)) * 1e3
+
+
+@torch.inference_mode()
+def eager_s(model: RecurrentModel, batch: int, k: int) -> float:
+    """Seconds of a forward, its kernels launched one by one."""
+    x, state = _inputs(model, batch, k)
+    return time_s(lambda: model.forward(x, state))
+
+
+@torch.inference_mode()
+def graph_s(model: RecurrentModel, batch: int, k: int) -> float:
+    """Seconds of a forward in a CUDA graph."""
+    x, state = _inputs(model, batch, k)
+    model.forward(x, state)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model.forward(x, state)
+    return time_s(graph.replay)
+
+
+def product_flops() -> float:
+    """Operations a second of a large fp16 product."""
+    a, b = (torch.randn(PRODUCT, PRODUCT, device="cuda", dtype=torch.float16) for _ in range(2))
+    return 2 * PRODUCT**3 / time_s(lambda: a @ b)
+
+
+def time_s(run: Callable[[], object], seconds: float = 0.5) -> float:
+    """Median over spans of at least 10 ms, by the device's clock, without what the host needs in between."""
+    run()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    count = max(1, int(0.01 / (time.perf_counter() - began)))
+    spans: list[float] = []
+    until = time.monotonic() + seconds
+    while len(spans) < 3 or time.monotonic() < until:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        for _ in range(count):
+            run()
+        end.record()
+        end.synchronize()
+        spans.append(start.elapsed_time(end) / count / 1e3)
+    return float(np.median(spans))
+
+
+def make_engine(
+    model: RecurrentModel, batch: int, groups: int = GROUPS, slots: int | None = None, device: str = "cuda"
+) -> Engine:
+    """An engine for steps of `batch` sessions, with `groups` times as many sessions."""
+    sessions = groups * batch
+    return Engine(
+        model,
+        AppConfig(
+            engine=EngineConfig(
+                device=device,
+                slots=slots or sessions,
+                max_batch_size=batch,
+                step_timesteps=TIMESTEPS,
+                max_pending_bytes=2**32,
+                max_retained_bytes=2**34,
+            ),
+            session=SessionConfig(max_sessions=sessions),
+            frame=FrameConfig(max_bytes=2**30),
+        ),
+    )
+
+
+class Group:
+    """Sessions that send together, each with one segment outstanding."""
+
+    def __init__(self, engine: Engine, batch: int, k: int, first_epoch: int) -> None:
+        self._sender = Sender(engine, batch, first_epoch)
+        self._sessions = np.arange(batch)
+        rng = np.random.default_rng(first_epoch)
+        spec = engine.spec.input
+        self._segments = [rng.standard_normal((batch, k, *spec.shape), np.float32).astype(spec.dtype) for _ in range(2)]
+        self._num_outputs = batch * k
+        self._sent = 0
+        self.sent_at = 0.0
+
+    def next_frame(self) -> Frame:
+        """The next segment of each session, which acknowledges the outputs before."""
+        self._sent += 1
+        return self._sender.frame(self._sessions, self._segments[self._sent % len(self._segments)])
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of an answer."""
+        return self._num_outputs
+
+
+def saturate(engine: Engine, batch: int, k: int, seconds: float, groups: int = GROUPS) -> Load:
+    """Load an engine in a closed loop, for at least `seconds` after a warm-up."""
+    senders = [Group(engine, batch, k, 1 + i * batch) for i in range(groups)]
+    for group in senders:
+        group.sent_at = time.perf_counter()
+        engine.receive(group.next_frame(), group, time.monotonic())
+    delays: list[float] = []
+    began: float | None = None
+    warm_up = 3 * groups  # answers
+    while began is None or time.perf_counter() < began + seconds:
+        engine.step(time.monotonic())
+        for ticket, answer in engine.answers(time.monotonic()):
+            assert isinstance(ticket, Group)
+            assert len(next(iter(answer.outputs.values()))) == ticket.num_outputs, "an answer has all of its step"
+            now = time.perf_counter()
+            delays.append(now - ticket.sent_at)
+            if len(delays) == warm_up:
+                began = now
+            frame = ticket.next_frame()
+            ticket.sent_at = time.perf_counter()
+            engine.receive(frame, ticket, time.monotonic())
+    step_s = (time.perf_counter() - began) / (len(delays) - warm_up)
+    while engine.ready:
+        engine.step(time.monotonic())
+    return Load(step_s, np.array(delays[warm_up:]))
+
+
+def measure(seconds: float, max_batch: int) -> dict[str, float]:
+    """All figures, printed as tables."""
+    figures: dict[str, float] = {}
+    figures["product_tflops"] = peak = product_flops() / 1e12
+    click.echo(f"\na product of {PRODUCT} x {PRODUCT} x {PRODUCT} in fp16: {peak:.0f} TFLOP/s")
+    for outputs, option in OUTPUTS.items():
+        model = registry.load(ModelConfig("rnn", {**LSTM, **option}))
+        assert isinstance(model, torch.nn.Module)
+        model.cuda().eval()
+        rows = []
+        for batch, k in itertools.product([size for size in BATCH_SIZES if size <= max_batch], TIMESTEPS):
+            if batch * k > 2048 * 16:
+                continue
+            engine = make_engine(model, batch)
+            before, load, after = (
+                graph_s(model, batch, k),
+                saturate(engine, batch, k, seconds),
+                graph_s(model, batch, k),
+            )
+            raw = min(before, after)
+            eager = eager_s(model, batch, k)
+            setting = f"{outputs}_b{batch}_k{k}"
+            rate = batch * k / load.step_s / 1e3
+            tflops = batch * k * FLOP / load.step_s / 1e12
+            ratio = raw / load.step_s
+            figures |= {
+                f"graph_ms_{setting}": raw * 1e3,
+                f"eager_ms_{setting}": eager * 1e3,
+                f"engine_ms_{setting}": load.step_s * 1e3,
+                f"engine_vs_graph_{setting}": ratio,
+                f"engine_p50_ms_{setting}": load.delay_ms(50),
+                f"engine_p99_ms_{setting}": load.delay_ms(99),
+            }
+            rows.append(
+                (batch, k, batch * k / eager / 1e3, batch * k / raw / 1e3, rate, ratio, tflops, 100 * tflops / peak,
+                 load.delay_ms(50), load.delay_ms(99))
+            )  # fmt: skip
+        head = ("batch", "timesteps", "eager /ms", "graph /ms", "engine /ms", "ratio", "TFLOP/s", "% of product",
+                "p50 ms", "p99 ms")  # fmt: skip
+        click.echo(f"\n{outputs}, timesteps per ms\n{table(head, rows)}")
+        claimed = [figures.get(f"engine_vs_graph_{outputs}_b{batch}_k10", float("inf")) for batch in CLAIMED]
+        figures[f"engine_vs_graph_{outputs}"] = min(claimed)
+    return figures
+
+
+def _inputs(model: RecurrentModel, batch: int, k: int) -> tuple[torch.Tensor, object]:
+    x = torch.randn((k, batch, *model.input.shape), device="cuda").to(getattr(torch, model.input.dtype))
+    state = torch.utils._pytree.tree_map(lambda leaf: torch.randn_like(leaf) / 4, model.initial_state(batch))
+    return x, state
