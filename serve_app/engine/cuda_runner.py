@@ -15,6 +15,9 @@ from serve_app.policy.batching import pad_batch
 
 logger = logging.getLogger(__name__)
 
+WORTH_A_STREAM = 256 * 1024
+"""Bytes of inputs; of less, changing streams takes longer than the copy."""
+
 
 class CudaRunner:
     """See StepRunner. A step is padded to the next batch size that has a graph; the padding runs in a slot of its own.
@@ -48,26 +51,30 @@ class CudaRunner:
         with torch.inference_mode():
             graph = self._graph(k, pad_batch(batch)) if self._capture else None
             padded = _pinned((graph.size if graph else batch,), torch.int64)
-            padded[:batch] = torch.from_numpy(slots)
-            padded[batch:] = self._pool.padding_slot
-            with torch.cuda.stream(self._upload):
-                inputs = torch.from_numpy(x).to(self._device, non_blocking=True)
-                index = padded.to(self._device, non_blocking=True)
+            padded.numpy()[:batch], padded.numpy()[batch:] = slots, self._pool.padding_slot
+            inputs, index = torch.from_numpy(x), padded
+            beside = x.nbytes >= WORTH_A_STREAM
+            if beside or graph is None:
+                with torch.cuda.stream(self._upload if beside else self._compute):
+                    inputs = inputs.to(self._device, non_blocking=True)
+                    index = index.to(self._device, non_blocking=True)
             specs = self._model.outputs.values()
             forms = [((batch, k, *spec.shape), getattr(torch, spec.dtype)) for spec in specs]
             outputs = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in forms]
             hosts = [_pinned(shape, dtype) for shape, dtype in forms]
-            self._compute.wait_stream(self._upload)
+            if beside:
+                self._compute.wait_stream(self._upload)
             # All memory is there: from here on only the model itself can fail, before it writes the states.
             values = graph.replay(inputs, index) if graph else self._step(inputs, index)
             for output, value in zip(outputs, values, strict=True):
                 output.copy_(value.transpose(0, 1))
-            self._download.wait_stream(self._compute)
-            with torch.cuda.stream(self._download):
+            if beside:
+                self._download.wait_stream(self._compute)
+            with torch.cuda.stream(self._download if beside else self._compute):
                 for host, output in zip(hosts, outputs, strict=True):
                     host.copy_(output, non_blocking=True)
                 landed: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                landed.record(self._download)
+                landed.record()
         self._counters["graph_steps" if graph else "eager_steps"] += 1
         return _Launched(hosts, landed, (x, padded, inputs, index, *outputs))
 
@@ -128,8 +135,8 @@ class _Graph:
     def replay(self, x: torch.Tensor, index: torch.Tensor) -> list[torch.Tensor]:
         """The outputs [k, B, *shape] for x [k, B, *features]; the next replay of any graph overwrites them."""
         batch = x.shape[1]
-        self._x[:, :batch].copy_(x)
-        self._index.copy_(index)
+        self._x[:, :batch].copy_(x, non_blocking=True)
+        self._index.copy_(index, non_blocking=True)
         self._graph.replay()
         return [value[:, :batch] for value in self._values]
 

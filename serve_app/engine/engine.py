@@ -11,6 +11,7 @@ import torch
 
 from serve_app.config import AppConfig, EngineConfig
 from serve_app.engine.cuda_runner import CudaRunner
+from serve_app.engine.distinct import distinct
 from serve_app.engine.inputs import InputStore
 from serve_app.engine.mailbox import Mailbox, Ticket
 from serve_app.engine.outputs import OutputStore
@@ -330,7 +331,7 @@ class Engine:
 
     def _mark(self, rows: np.ndarray) -> None:
         senders = self._sessions.sender[rows]
-        for sender in set(senders.tolist()):
+        for sender in distinct(senders):
             self._mail[sender].mark(rows[senders == sender].tolist())
 
     def _notify(self, row: int, notice: Notice) -> None:

@@ -4,6 +4,8 @@ from collections import deque
 
 import numpy as np
 
+from serve_app.engine.distinct import distinct
+
 
 class InputStore:
     """Inputs by row, in order. Memory goes back by the block, when the last timestep of a frame has run."""
@@ -41,10 +43,10 @@ class InputStore:
         whole = self._count[rows] >= k
         block_of = self._block[rows]
         at = self._offset[rows] + np.arange(k)[:, None]  # [k, B]
-        blocks = set(block_of[whole].tolist())
+        blocks = distinct(block_of[whole])
         if len(blocks) == 1 and whole.all():  # all from one frame: copied once
-            self._blocks[min(blocks)].take(at, axis=0, out=x, mode="clip")  # which spares a buffer; all are within
-            self._release(min(blocks), at.size)
+            self._blocks[blocks[0]].take(at, axis=0, out=x, mode="clip")  # which spares a buffer; all are within
+            self._release(blocks[0], at.size)
         else:
             for block in blocks:
                 columns = np.flatnonzero(whole & (block_of == block))

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from serve_app.engine.distinct import distinct
 from serve_app.spec import TensorSpec
 
 
@@ -89,7 +90,7 @@ class OutputStore:
         ends = starts + lengths
         whole = (self._start[rows] == starts) & (self._stop[rows] == ends) & (lengths > 0)
         slab_of = self._slab[rows]
-        slabs = [(self._slabs[slab], whole & (slab_of == slab)) for slab in set(slab_of[whole].tolist())]
+        slabs = [(self._slabs[slab], whole & (slab_of == slab)) for slab in distinct(slab_of[whole])]
         if len(slabs) == 1 and whole.all():
             values, places = slabs[0][0].values, slabs[0][0].place[self._index[rows]]
             if len(places) != len(values[0]) or (places != np.arange(len(places))).any():
@@ -115,7 +116,7 @@ class OutputStore:
     def _drop_first(self, rows: np.ndarray) -> bool:
         """Forget the first run of each of `rows`, which all have one; False when no row has another."""
         slab_of = self._slab[rows]
-        for slab in set(slab_of.tolist()):
+        for slab in distinct(slab_of):
             self._slabs[slab].release(self._index[rows[slab_of == slab]])
             if self._slabs[slab].num_live == 0:
                 del self._slabs[slab]

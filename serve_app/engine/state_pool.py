@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from serve_app.engine.columns import HostColumn, device_column, with_size
 from serve_app.errors import InvalidInput
 from serve_app.models.interface import RecurrentModel, State
 
@@ -31,7 +32,7 @@ class StatePool:
         #: The state is a tuple of tensors and nothing else.
         self._plain = self._structure == pytree.tree_structure((*self._initial,))
         self._dims = [_batch_dim(a, b) for a, b in zip(one[0], two[0], strict=True)]
-        kind = _HostColumn if device.type == "cpu" else _Column
+        kind = HostColumn if device.type == "cpu" else device_column
         self._columns = [kind(leaf, dim, num_slots + 1) for leaf, dim in zip(self._initial, self._dims, strict=True)]
         self._chunks: list[list[torch.Tensor]] = []
         self._free: list[int] = []
@@ -132,7 +133,7 @@ class StatePool:
             self._chunks.append(
                 [
                     torch.empty(
-                        _with(leaf.shape, dim, PAGES_PER_CHUNK),
+                        with_size(leaf.shape, dim, PAGES_PER_CHUNK),
                         dtype=leaf.dtype,
                         pin_memory=self._device.type == "cuda",
                     )
@@ -151,44 +152,6 @@ class StatePool:
                 target.index_copy_(dim, index, leaf.index_select(dim, columns))
 
 
-class _Column:
-    """One tensor of the state, with a slot for each row of its batch dimension `dim`."""
-
-    def __init__(self, initial: torch.Tensor, dim: int, num_slots: int) -> None:
-        self._shape, self._dim, self._dtype = tuple(initial.shape), dim, initial.dtype
-        self.tensor = initial.expand(_with(initial.shape, dim, num_slots)).clone()
-
-    def form(self, batch: int) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of the tensor for `batch` sessions."""
-        return _with(self._shape, self._dim, batch), self._dtype
-
-    def select(self, index: Any) -> torch.Tensor:
-        """A copy of these slots, in that order."""
-        return self.tensor.index_select(self._dim, index)
-
-    def put(self, index: Any, new: torch.Tensor) -> None:
-        """Overwrite these slots."""
-        self.tensor.index_copy_(self._dim, index, new)
-
-
-class _HostColumn(_Column):
-    """The same in host memory, through numpy: for as little data as this, a torch operation is mostly overhead."""
-
-    def __init__(self, initial: torch.Tensor, dim: int, num_slots: int) -> None:
-        super().__init__(initial, dim, num_slots)
-        #: numpy has no bfloat16: its bits travel as int16.
-        self._bits = torch.int16 if initial.dtype == torch.bfloat16 else initial.dtype
-        self._array: np.ndarray = self.tensor.view(self._bits).numpy()
-        self._by_slot = self._array.swapaxes(0, dim)
-
-    def select(self, index: Any) -> torch.Tensor:
-        taken: np.ndarray = self._array.take(index, self._dim)
-        return torch.from_numpy(taken).view(self._dtype)
-
-    def put(self, index: Any, new: torch.Tensor) -> None:
-        self._by_slot[index] = new.view(self._bits).numpy().swapaxes(0, self._dim)
-
-
 def _by_chunk(pages: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """(chunk, positions in `pages` that lie in it), for each chunk."""
     chunks = pages // PAGES_PER_CHUNK
@@ -204,7 +167,3 @@ def _batch_dim(one: torch.Tensor, two: torch.Tensor) -> int:
             "exactly one dimension must be the batch"
         )
     return dims[0]
-
-
-def _with(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
-    return (*shape[:dim], size, *shape[dim + 1 :])
