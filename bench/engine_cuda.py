@@ -144,7 +144,7 @@ def saturate(engine: Engine, batch: int, k: int, seconds: float, groups: int = G
         engine.receive(group.next_frame(), group, time.monotonic())
     delays: list[float] = []
     began: float | None = None
-    warm_up = 3 * groups  # answers
+    warm_up = 10 * groups  # answers; torch gets more pinned memory in the first of them
     while began is None or time.perf_counter() < began + seconds:
         engine.step(time.monotonic())
         for ticket, answer in engine.answers(time.monotonic()):

@@ -42,8 +42,9 @@ class CudaRunner:
         self._counters: Counter[str] = Counter()
 
     def buffer(self, k: int, batch: int) -> np.ndarray:
-        """See StepRunner; in pinned memory."""
-        return _pinned((k, batch, *self._model.input.shape), self._dtype).numpy()
+        """See StepRunner; in pinned memory, a session's timesteps together, as frames have them."""
+        x: np.ndarray = _pinned((batch, k, *self._model.input.shape), self._dtype).numpy().swapaxes(0, 1)
+        return x
 
     def launch(self, x: np.ndarray, slots: np.ndarray) -> "_Launched":
         """See StepRunner."""

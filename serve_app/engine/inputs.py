@@ -45,7 +45,12 @@ class InputStore:
         at = self._offset[rows] + np.arange(k)[:, None]  # [k, B]
         blocks = distinct(block_of[whole])
         if len(blocks) == 1 and whole.all():  # all from one frame: copied once
-            self._blocks[blocks[0]].take(at, axis=0, out=x, mode="clip")  # which spares a buffer; all are within
+            data, first = self._blocks[blocks[0]], at[0, 0]
+            if (at[0, 1:] - at[0, :-1] == k).all():  # and in the frame's order
+                run = data[first : first + at.size].reshape(len(rows), k, *data.shape[1:])
+                np.copyto(x, run.swapaxes(0, 1))
+            else:
+                data.take(at, axis=0, out=x, mode="clip")  # which spares a buffer; all are within
             self._release(blocks[0], at.size)
         else:
             for block in blocks:
