@@ -91,9 +91,9 @@ def time_s(run: Callable[[], object], seconds: float = 0.5) -> float:
 
 
 def make_engine(
-    model: RecurrentModel, batch: int, groups: int = GROUPS, slots: int | None = None, device: str = "cuda"
+    model: RecurrentModel, batch: int, k: int, groups: int = GROUPS, slots: int | None = None, device: str = "cuda"
 ) -> Engine:
-    """An engine for steps of `batch` sessions, with `groups` times as many sessions."""
+    """An engine for steps of `batch` sessions and k timesteps, with `groups` times as many sessions."""
     sessions = groups * batch
     return Engine(
         model,
@@ -102,12 +102,12 @@ def make_engine(
                 device=device,
                 slots=slots or sessions,
                 max_batch_size=batch,
-                step_timesteps=TIMESTEPS,
+                step_timesteps=tuple(sorted({1, k})),
                 max_pending_bytes=2**32,
                 max_retained_bytes=2**34,
             ),
             session=SessionConfig(max_sessions=sessions),
-            frame=FrameConfig(max_bytes=2**30),
+            frame=FrameConfig(max_bytes=2**30, answer_within_s=60),
         ),
     )
 
@@ -176,7 +176,7 @@ def measure(seconds: float, max_batch: int) -> dict[str, float]:
         for batch, k in itertools.product([size for size in BATCH_SIZES if size <= max_batch], TIMESTEPS):
             if batch * k > 2048 * 16:
                 continue
-            engine = make_engine(model, batch)
+            engine = make_engine(model, batch, k)
             before, load, after = (
                 graph_s(model, batch, k),
                 saturate(engine, batch, k, seconds),
