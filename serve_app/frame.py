@@ -68,12 +68,13 @@ class Frame:
             column = getattr(self, name)
             if column.shape != (n,) or column.dtype != np.int64:
                 raise InvalidInput(f"frame column {name!r} is {column.dtype} {column.shape}, expected int64 ({n},)")
-        if n and (self.length.min() < 0 or self.start.min() < 0):
-            raise InvalidInput("a frame with a negative start or length arrived")
+        if n and min(self.epoch.min(), self.length.min(), self.start.min()) < 0:
+            raise InvalidInput("a frame with a negative epoch, start or length arrived")
         total = int(self.length.sum())
         if self.x.shape != (total, *shape) or self.x.dtype != dtype:
             raise InvalidInput(f"frame data is {self.x.dtype} {self.x.shape}, expected {dtype} {(total, *shape)}")
-        if len(set(self.epoch.tolist())) != n:
+        epochs = np.sort(self.epoch)
+        if (epochs[1:] == epochs[:-1]).any():
             raise InvalidInput("a frame names a session twice: send its timesteps as one entry")
 
 

@@ -1,8 +1,9 @@
 """Steps on a GPU: captured as CUDA graphs, with uploads and downloads on streams beside the compute."""
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,143 +13,200 @@ from serve_app.engine.runner import check_outputs
 from serve_app.engine.state_pool import StatePool
 from serve_app.models.interface import RecurrentModel
 from serve_app.policy.batching import pad_batch
+from serve_app.spec import TensorSpec
 
 logger = logging.getLogger(__name__)
 
 WORTH_A_STREAM = 256 * 1024
-"""Bytes of inputs; of less, changing streams takes longer than the copy."""
+"""Bytes of inputs or outputs; of less, changing streams takes longer than the copy."""
+ALIGNMENT = 256
+"""Bytes, of each tensor that is packed with others."""
 
 
 class CudaRunner:
     """See StepRunner. A step is padded to the next batch size that has a graph; the padding runs in a slot of its own.
 
-    A graph reads the states by slot, runs the model and writes them back. Its inputs and outputs lie in memory of the
-    graph's own; they are copied in and out on the device, so that the next step's upload and this one's download run
-    beside the compute. All that touches the states runs on the device's default stream, in order.
+    A graph reads the states by slot, runs the model and writes them back. Its inputs and outputs lie in memory of its
+    own, packed, so that one copy brings them; they are copied in and out on the device, so that the next step's upload
+    and this one's download run beside the compute. All that touches the states runs on the device's default stream, in
+    order.
     """
 
     depth = 3
 
-    def __init__(self, model: RecurrentModel, pool: StatePool, device: torch.device, *, capture: bool = True) -> None:
+    def __init__(self, model: RecurrentModel, pool: StatePool, device: torch.device) -> None:
         self._model = model
         self._pool = pool
         self._device = device
-        self._dtype = getattr(torch, model.input.dtype)
-        self._capture = capture
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._captures = True
+        self._programs: dict[tuple[int, int], _Program] = {}
         self._memory = torch.cuda.graph_pool_handle()
         self._compute = torch.cuda.default_stream(device)
         self._upload, self._download = _stream(device), _stream(device)
+        self._lanes = [_Lane(device) for _ in range(self.depth)]
+        self._turn = 0
         self._counters: Counter[str] = Counter()
 
     def buffer(self, k: int, batch: int) -> np.ndarray:
         """See StepRunner; in pinned memory, a session's timesteps together, as frames have them."""
-        x: np.ndarray = _pinned((batch, k, *self._model.input.shape), self._dtype).numpy().swapaxes(0, 1)
+        self._turn = (self._turn + 1) % self.depth  # whose last step has been asked for its outputs
+        shape = (batch, k, *self._model.input.shape)
+        start = _aligned(self._size(batch) * 8)
+        nbytes = math.prod(shape) * np.dtype(self._model.input.dtype).itemsize
+        packed = self._lanes[self._turn].host(start + nbytes)
+        x: np.ndarray = packed[start : start + nbytes].view(self._model.input.dtype).reshape(shape).swapaxes(0, 1)
         return x
 
     def launch(self, x: np.ndarray, slots: np.ndarray) -> "_Launched":
         """See StepRunner."""
         k, batch = x.shape[:2]
+        lane, size = self._lanes[self._turn], self._size(batch)
+        nbytes = _aligned(size * 8) + x.nbytes
+        index = lane.host(nbytes)[: size * 8].view(np.int64)
+        index[:batch], index[batch:] = slots, self._pool.padding_slot
         with torch.inference_mode():
-            graph = self._graph(k, pad_batch(batch)) if self._capture else None
-            padded = _pinned((graph.size if graph else batch,), torch.int64)
-            padded.numpy()[:batch], padded.numpy()[batch:] = slots, self._pool.padding_slot
-            inputs, index = torch.from_numpy(x), padded
-            beside = x.nbytes >= WORTH_A_STREAM
-            if beside or graph is None:
-                with torch.cuda.stream(self._upload if beside else self._compute):
-                    inputs = inputs.to(self._device, non_blocking=True)
-                    index = index.to(self._device, non_blocking=True)
-            specs = self._model.outputs.values()
-            forms = [((batch, k, *spec.shape), getattr(torch, spec.dtype)) for spec in specs]
-            outputs = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in forms]
-            hosts = [_pinned(shape, dtype) for shape, dtype in forms]
-            if beside:
-                self._compute.wait_stream(self._upload)
+            program = self._program(k, size)
+            outputs = torch.empty(program.outputs.nbytes, dtype=torch.uint8, pin_memory=True)
+            lane.reserve(nbytes, outputs.nbytes)
+            if nbytes < WORTH_A_STREAM:
+                program.inputs[:nbytes].copy_(lane.pinned[:nbytes], non_blocking=True)
+            else:
+                with torch.cuda.stream(self._upload):
+                    lane.inputs[:nbytes].copy_(lane.pinned[:nbytes], non_blocking=True)
+                    lane.uploaded.record()
+                self._compute.wait_event(lane.uploaded)
+                program.inputs[:nbytes].copy_(lane.inputs[:nbytes])
             # All memory is there: from here on only the model itself can fail, before it writes the states.
-            values = graph.replay(inputs, index) if graph else self._step(inputs, index)
-            for output, value in zip(outputs, values, strict=True):
-                output.copy_(value.transpose(0, 1))
-            if beside:
-                self._download.wait_stream(self._compute)
-            with torch.cuda.stream(self._download if beside else self._compute):
-                for host, output in zip(hosts, outputs, strict=True):
-                    host.copy_(output, non_blocking=True)
-                landed: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                landed.record()
-        self._counters["graph_steps" if graph else "eager_steps"] += 1
-        return _Launched(hosts, landed, (x, padded, inputs, index, *outputs))
+            program.run()
+            if outputs.nbytes < WORTH_A_STREAM:
+                outputs.copy_(program.outputs, non_blocking=True)
+                lane.landed.record()
+            else:
+                lane.outputs[: outputs.nbytes].copy_(program.outputs)
+                lane.computed.record()
+                self._download.wait_event(lane.computed)
+                with torch.cuda.stream(self._download):
+                    outputs.copy_(lane.outputs[: outputs.nbytes], non_blocking=True)
+                    lane.landed.record()
+        self._counters["graph_steps" if program.captured else "eager_steps"] += 1
+        return _Launched(lane.landed, outputs, program.forms, batch)
 
     def counters(self) -> Mapping[str, int]:
         """See StepRunner: steps that were replayed, steps that ran without a graph, graphs."""
-        return {**self._counters, "graphs": len(self._graphs)}
+        return {**self._counters, "graphs": len(self._programs)}
 
-    def _step(self, x: torch.Tensor, index: torch.Tensor) -> list[torch.Tensor]:
-        y, state = self._model.forward(x, self._pool.gather(index))
-        values = check_outputs(y, self._model.outputs, x.shape[:2])
-        self._pool.scatter(index, state)
-        return values
+    def _size(self, batch: int) -> int:
+        return pad_batch(batch) if self._captures else batch
 
-    def _graph(self, k: int, size: int) -> "_Graph | None":
-        """The graph for k timesteps of `size` sessions; None when the model's step cannot be captured."""
-        graph = self._graphs.get((k, size))
-        if graph is None:
-            x = torch.zeros((k, size, *self._model.input.shape), dtype=self._dtype, device=self._device)
-            index = torch.full((size,), self._pool.padding_slot, device=self._device)
-            try:
-                graph = self._graphs[k, size] = _Graph(lambda: self._step(x, index), x, index, self._memory)
-            except torch.AcceleratorError as error:
-                if "captur" not in str(error):
-                    raise
-                self._give_up(error)
-            except Exception as error:
-                self._give_up(error)
-        return graph
-
-    def _give_up(self, error: Exception) -> None:
-        self._capture = False
-        logger.warning(
-            "a step of %s cannot be captured as a CUDA graph, its steps run one kernel after another: %s: %s",
-            type(self._model).__name__,
-            type(error).__name__,
-            error,
-        )
+    def _program(self, k: int, size: int) -> "_Program":
+        program = self._programs.get((k, size))
+        if program is None:
+            program = _Program(self._model, self._pool, k, size, self._device)
+            if self._captures:
+                try:
+                    program.capture(self._memory)
+                    self._programs[k, size] = program
+                except Exception as error:
+                    if isinstance(error, torch.AcceleratorError) and "captur" not in str(error):
+                        raise
+                    self._captures = False
+                    logger.warning(
+                        "a step of %s cannot be captured as a CUDA graph, its kernels are launched one by one: %s: %s",
+                        type(self._model).__name__,
+                        type(error).__name__,
+                        error,
+                    )
+        return program
 
 
-class _Graph:
-    """A captured step, with the memory that it reads and writes."""
+class _Program:
+    """A step of k timesteps of `size` sessions: from packed inputs to packed outputs, on the device."""
 
-    def __init__(
-        self, step: Callable[[], list[torch.Tensor]], x: torch.Tensor, index: torch.Tensor, memory: Any
-    ) -> None:
-        self.size = len(index)
-        self._x, self._index = x, index
-        self._graph = torch.cuda.CUDAGraph()
-        aside = _stream(x.device)
+    def __init__(self, model: RecurrentModel, pool: StatePool, k: int, size: int, device: torch.device) -> None:
+        self._model = model
+        self._pool = pool
+        spec = model.input
+        start = _aligned(size * 8)
+        self.inputs = torch.zeros(start + size * k * spec.nbytes, dtype=torch.uint8, device=device)
+        self._index = self.inputs[: size * 8].view(torch.int64)
+        self._index.fill_(pool.padding_slot)
+        self._x = self.inputs[start:].view(getattr(torch, spec.dtype)).view(size, k, *spec.shape)
+        #: Of each output: its first byte, its shape, its dtype.
+        self.forms: list[tuple[int, tuple[int, ...], TensorSpec]] = []
+        end = 0
+        for output in model.outputs.values():
+            self.forms.append((end, (size, k, *output.shape), output))
+            end = _aligned(end + size * k * output.nbytes)
+        self.outputs = torch.empty(end, dtype=torch.uint8, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
+
+    def run(self) -> None:
+        """Launch the step, on the current stream."""
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
+
+    def capture(self, memory: Any) -> None:
+        """Make a graph of it, with `memory` for what lies between inputs and outputs."""
+        aside, graph = _stream(self.inputs.device), torch.cuda.CUDAGraph()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(2):  # libraries set themselves up at first use, which cannot be captured
-                step()
+                self._step()
         torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(self._graph, pool=memory, stream=aside, capture_error_mode="thread_local"):
-            self._values: list[torch.Tensor] = step()
+        with torch.cuda.graph(graph, pool=memory, stream=aside, capture_error_mode="thread_local"):
+            self._step()
+        self._graph = graph
 
-    def replay(self, x: torch.Tensor, index: torch.Tensor) -> list[torch.Tensor]:
-        """The outputs [k, B, *shape] for x [k, B, *features]; the next replay of any graph overwrites them."""
-        batch = x.shape[1]
-        self._x[:, :batch].copy_(x, non_blocking=True)
-        self._index.copy_(index, non_blocking=True)
-        self._graph.replay()
-        return [value[:, :batch] for value in self._values]
+    def _step(self) -> None:
+        x = self._x.transpose(0, 1).contiguous()
+        y, state = self._model.forward(x, self._pool.gather(self._index))
+        values = check_outputs(y, self._model.outputs, x.shape[:2])
+        for value, (start, shape, spec) in zip(values, self.forms, strict=True):
+            packed = self.outputs[start : start + math.prod(shape) * value.element_size()]
+            packed.view(getattr(torch, spec.dtype)).view(shape).copy_(value.transpose(0, 1))
+        self._pool.scatter(self._index, state)
+
+
+class _Lane:
+    """What one step on its way needs of its own. Memory only grows."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.pinned = torch.empty(0, dtype=torch.uint8)
+        self.inputs = self.outputs = torch.empty(0, dtype=torch.uint8, device=device)
+        self.uploaded, self.computed, self.landed = _event(), _event(), _event()
+
+    def host(self, nbytes: int) -> np.ndarray:
+        """The pinned memory, of at least that size; what is in it stays unless it had to grow."""
+        if self.pinned.nbytes < nbytes:
+            self.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        array: np.ndarray = self.pinned.numpy()
+        return array
+
+    def reserve(self, inputs: int, outputs: int) -> None:
+        """Have that many bytes on the device."""
+        if self.inputs.nbytes < inputs:
+            self.inputs = torch.empty(inputs, dtype=torch.uint8, device=self._device)
+        if self.outputs.nbytes < outputs:
+            self.outputs = torch.empty(outputs, dtype=torch.uint8, device=self._device)
 
 
 class _Launched:
-    """See Step. Keeps the memory that the device still reads."""
+    """See Step."""
 
-    def __init__(self, hosts: list[torch.Tensor], landed: Any, keep: tuple[object, ...]) -> None:
-        self._hosts = hosts
+    def __init__(
+        self, landed: Any, outputs: torch.Tensor, forms: list[tuple[int, tuple[int, ...], TensorSpec]], batch: int
+    ) -> None:
         self._landed = landed
-        self._keep = keep
+        self._outputs = outputs
+        self._forms = forms
+        self._batch = batch
 
     def done(self) -> bool:
         """See Step."""
@@ -158,8 +216,15 @@ class _Launched:
     def outputs(self) -> list[np.ndarray]:
         """See Step."""
         self._landed.synchronize()
-        self._keep = ()
-        return [host.numpy() for host in self._hosts]
+        packed, outputs = self._outputs.numpy(), []
+        for start, (_, *shape), spec in self._forms:
+            end = start + self._batch * shape[0] * spec.nbytes
+            outputs.append(packed[start:end].view(spec.dtype).reshape(self._batch, *shape))
+        return outputs
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
@@ -167,6 +232,5 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return stream
 
 
-def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Host memory that the device can reach by itself; torch keeps what is given back."""
-    return torch.empty(shape, dtype=dtype, pin_memory=True)
+def _event() -> Any:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -81,6 +81,9 @@ class SessionTable:
         self.names: dict[int, str] = {}
         self.tombstones: OrderedDict[int, Tombstone] = OrderedDict()
         self._row_of: dict[int, int] = {}
+        #: The same for most sessions, by the low bits of the epoch: rows of many at once.
+        self._row_near = np.zeros(1 << (4 * max_sessions - 1).bit_length(), np.int64)
+        self.epoch[:] = -1
         self._free: list[int] = []
         self._num_rows = 0  # rows ever used
 
@@ -107,6 +110,7 @@ class SessionTable:
         self.epoch[row], self.close_at[row], self.sender[row] = epoch, NO_CLOSE, sender
         self.active_at[row], self.status[row] = now, Status.OPEN
         self.names[row], self._row_of[epoch] = name, row
+        self._row_near[epoch % len(self._row_near)] = row
         return row
 
     def accept(self, frame: Frame, now: float, room: int) -> Accepted:
@@ -114,7 +118,7 @@ class SessionTable:
 
         room: timesteps of outputs that there is still space for, in all sessions together.
         """
-        rows = np.array([self._row_of.get(epoch, -1) for epoch in frame.epoch.tolist()], np.int64)
+        rows = self._rows_of(frame.epoch)
         acked, sent, due, progress, rewind, close_at, status = self._table[:7, rows]
         acked = np.maximum(acked, np.minimum(frame.acked, progress))
         after = due + frame.length
@@ -133,6 +137,13 @@ class SessionTable:
         self._table[:3, rows] = acked, np.maximum(sent, acked), after
         self.active_at[rows[frame.length > 0]] = now
         return Accepted(rows, ends - frame.length, frame.length, acked)
+
+    def _rows_of(self, epochs: np.ndarray) -> np.ndarray:
+        """The row of each epoch, -1 where there is none."""
+        rows: np.ndarray = self._row_near[epochs % len(self._row_near)]
+        for i in (self.epoch[rows] != epochs).nonzero()[0].tolist():
+            rows[i] = self._row_of.get(int(epochs[i]), -1)
+        return rows
 
     def _judge(self, frame: Frame, rows: np.ndarray, offset: np.ndarray, now: float, room: int) -> Accepted:
         known = rows >= 0
@@ -233,7 +244,7 @@ class SessionTable:
     def free(self, row: int) -> None:
         """Give the row of an ended session to the next."""
         del self._row_of[int(self.epoch[row])], self.names[row]
-        self.status[row] = Status.FREE
+        self.status[row], self.epoch[row] = Status.FREE, -1
         self.next[row] = self.progress[row] = self.sent[row] = self.acked[row] = 0
         self._free.append(row)
 

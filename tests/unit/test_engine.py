@@ -436,6 +436,24 @@ def test_frames_for_another_owner_or_out_of_shape_change_nothing() -> None:
     assert sender.run() == 0
 
 
+def test_epochs_that_nobody_has_are_refused() -> None:
+    sender = Sender(SumModel(), config())
+    sender.open(1, 2)
+    sender.send({"epoch": 2, "close": ABORT})
+    far = 1 + len(sender.engine._sessions._row_near)  # like 1 in its low bits
+    sender.send(*({"epoch": epoch, "x": ramp(0, 1)} for epoch in (3, far, 1)))
+    sender.run()
+    assert {epoch: errors[0]["code"] for epoch, errors in sender.errors.items()} == {3: "not_owner", far: "not_owner"}
+    assert len(sender.line(1)) == 1
+    with pytest.raises(InvalidInput, match="negative epoch"):
+        sender.send({"epoch": -1, "x": ramp(0, 1)})
+    sender.open(far)
+    sender.send({"epoch": 1, "start": 1, "x": ramp(1, 1)}, {"epoch": far, "x": ramp(0, 2, 7)})
+    sender.run()
+    sender.poll()
+    assert (len(sender.line(1)), len(sender.line(far))) == (2, 2)
+
+
 def test_answers_are_cut_by_bytes() -> None:
     small = dataclasses.replace(config(slots=8, batch=8), frame=FrameConfig(max_bytes=65536, answer_within_s=10))
     wide = SumModel()
