@@ -130,6 +130,10 @@ class Group:
         self._sent += 1
         return self._sender.frame(self._sessions, self._segments[self._sent % len(self._segments)])
 
+    def ask(self) -> Frame:
+        """Nothing but the wish for more of an answer."""
+        return self._sender.frame(self._sessions[:0], self._segments[0][:0])
+
     @property
     def num_outputs(self) -> int:
         """Outputs of an answer."""

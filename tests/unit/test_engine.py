@@ -443,6 +443,7 @@ def test_epochs_that_nobody_has_are_refused() -> None:
     far = 1 + len(sender.engine._sessions._row_near)  # like 1 in its low bits
     sender.send(*({"epoch": epoch, "x": ramp(0, 1)} for epoch in (3, far, 1)))
     sender.run()
+    sender.poll()
     assert {epoch: errors[0]["code"] for epoch, errors in sender.errors.items()} == {3: "not_owner", far: "not_owner"}
     assert len(sender.line(1)) == 1
     with pytest.raises(InvalidInput, match="negative epoch"):
