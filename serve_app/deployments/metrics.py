@@ -32,6 +32,7 @@ class EngineMetrics:
                 "segments": "Segments accepted.",
                 "timesteps": "Timesteps run, summed over sessions.",
                 "steps": "Batched forwards.",
+                "graph_steps": "Batched forwards that were replays of a CUDA graph.",
                 "failed_steps": "Batched forwards that raised.",
                 "evictions": "States moved to host memory.",
                 "restores": "States moved back into a slot.",

@@ -2,8 +2,6 @@
 
 import logging
 import math
-from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,7 +43,6 @@ class CudaRunner:
         self._upload, self._download = _stream(device), _stream(device)
         self._lanes = [_Lane(device) for _ in range(self.depth)]
         self._turn = 0
-        self._counters: Counter[str] = Counter()
 
     def buffer(self, k: int, batch: int) -> np.ndarray:
         """See StepRunner; in pinned memory, a session's timesteps together, as frames have them."""
@@ -88,12 +85,7 @@ class CudaRunner:
                 with torch.cuda.stream(self._download):
                     outputs.copy_(lane.outputs[: outputs.nbytes], non_blocking=True)
                     lane.landed.record()
-        self._counters["graph_steps" if program.captured else "eager_steps"] += 1
-        return _Launched(lane.landed, outputs, program.forms, batch)
-
-    def counters(self) -> Mapping[str, int]:
-        """See StepRunner: steps that were replayed, steps that ran without a graph, graphs."""
-        return {**self._counters, "graphs": len(self._programs)}
+        return _Launched(lane.landed, outputs, program, batch)
 
     def _size(self, batch: int) -> int:
         return pad_batch(batch) if self._captures else batch
@@ -200,12 +192,11 @@ class _Lane:
 class _Launched:
     """See Step."""
 
-    def __init__(
-        self, landed: Any, outputs: torch.Tensor, forms: list[tuple[int, tuple[int, ...], TensorSpec]], batch: int
-    ) -> None:
+    def __init__(self, landed: Any, outputs: torch.Tensor, program: _Program, batch: int) -> None:
+        self.captured = program.captured
         self._landed = landed
         self._outputs = outputs
-        self._forms = forms
+        self._forms = program.forms
         self._batch = batch
 
     def done(self) -> bool:

@@ -237,6 +237,7 @@ class Engine:
         batch, rows = flight.batch, flight.rows
         values = flight.step.outputs()
         took_s = time.monotonic() - flight.began
+        self.stats.graph_steps += flight.step.captured
         self.stats.add_step(StepRecord(len(rows), batch.k, float(batch.waited_s[0]), took_s))
         there = self._still_there(flight)
         if not there.all():

@@ -12,7 +12,9 @@ from serve_app.spec import TensorSpec
 
 
 class Step(Protocol):
-    """A step that was launched."""
+    """A step that was launched; `captured`: as a graph, not one kernel after another."""
+
+    captured: bool
 
     def done(self) -> bool:
         """Whether `outputs` would not wait."""
@@ -40,10 +42,6 @@ class StepRunner(Protocol):
         """
         ...
 
-    def counters(self) -> Mapping[str, int]:
-        """How often what was done, by name."""
-        ...
-
 
 class EagerRunner:
     """On the CPU: a step has run when `launch` returns."""
@@ -69,12 +67,10 @@ class EagerRunner:
             self._pool.scatter(index, state)
         return _Finished(outputs)
 
-    def counters(self) -> Mapping[str, int]:
-        """See StepRunner."""
-        return {}
-
 
 class _Finished:
+    captured = False
+
     def __init__(self, outputs: list[np.ndarray]) -> None:
         self._outputs = outputs
 

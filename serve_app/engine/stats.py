@@ -19,11 +19,15 @@ class StepRecord:
 
 @dataclass(slots=True)
 class Stats:
-    """Counters since the start; `session_steps` is the sum of all batch sizes. `recent` is for whoever reports."""
+    """Counters since the start. `recent` is for whoever reports.
+
+    `session_steps` is the sum of all batch sizes; `graph_steps` counts the steps that were replays of a CUDA graph.
+    """
 
     segments: int = 0
     timesteps: int = 0
     steps: int = 0
+    graph_steps: int = 0
     session_steps: int = 0
     failed_steps: int = 0
     evictions: int = 0
