@@ -6,13 +6,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from serve_app.engine.distinct import distinct
+
+PAGES_PER_CHUNK = 256
+
 
 class Column:
-    """One tensor of the state, with a slot for each row of its batch dimension `dim`."""
+    """One tensor of the state, with a slot for each row of its batch dimension `dim`.
+
+    Evicted rows lie in pages in host memory, which grows by chunks of PAGES_PER_CHUNK.
+    """
 
     def __init__(self, initial: torch.Tensor, dim: int, num_slots: int) -> None:
         self._shape, self.dim, self._dtype = tuple(initial.shape), dim, initial.dtype
         self.tensor = initial.expand(with_size(initial.shape, dim, num_slots)).clone()
+        self.chunks: list[torch.Tensor] = []
 
     def form(self, batch: int) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of the tensor for `batch` sessions."""
@@ -25,6 +33,24 @@ class Column:
     def put(self, index: Any, new: torch.Tensor) -> None:
         """Overwrite these slots."""
         self.tensor.index_copy_(self.dim, index, new)
+
+    def grow(self) -> None:
+        """Add a chunk of pages."""
+        shape, dtype = self.form(PAGES_PER_CHUNK)
+        self.chunks.append(torch.empty(shape, dtype=dtype, pin_memory=self.tensor.is_cuda))
+
+    def evict(self, index: Any, pages: np.ndarray) -> None:
+        """Copy these slots to `pages`."""
+        rows = self.select(index).cpu()
+        for chunk, which in _by_chunk(pages):
+            at = torch.from_numpy(pages[which] % PAGES_PER_CHUNK)
+            self.chunks[chunk].index_copy_(self.dim, at, rows.index_select(self.dim, torch.from_numpy(which)))
+
+    def restore(self, index: Any, pages: np.ndarray) -> None:
+        """Copy `pages` to these slots."""
+        for chunk, which in _by_chunk(pages):
+            at = torch.from_numpy(pages[which] % PAGES_PER_CHUNK)
+            self.put(index[which], self.chunks[chunk].index_select(self.dim, at).to(self.tensor.device))
 
 
 class HostColumn(Column):
@@ -52,6 +78,12 @@ def device_column(initial: torch.Tensor, dim: int, num_slots: int) -> Column:
     from serve_app.engine.state_moves import MovedColumn
 
     return MovedColumn(initial, dim, num_slots)
+
+
+def _by_chunk(pages: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """(chunk, positions in `pages` that lie in it), for each chunk."""
+    chunks = pages // PAGES_PER_CHUNK
+    return [(chunk, np.flatnonzero(chunks == chunk)) for chunk in distinct(chunks)]
 
 
 def with_size(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:

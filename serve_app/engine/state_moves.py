@@ -1,10 +1,17 @@
-"""States between slots and a batch, on a GPU: whole rows by index, in one kernel, where torch's go value by value."""
+"""States on a GPU: whole rows by index in one kernel, where torch's go value by value.
 
+The kernels reach pinned host memory as well, so that evicting and restoring is one launch, in the order of the stream:
+the host waits for nothing and copies nothing.
+"""
+
+from typing import Any
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from serve_app.engine.columns import Column
+from serve_app.engine.columns import PAGES_PER_CHUNK, Column
 
 BLOCK = 1024  # words
 
@@ -12,35 +19,72 @@ BLOCK = 1024  # words
 class MovedColumn(Column):
     """See Column."""
 
+    def __init__(self, initial: torch.Tensor, dim: int, num_slots: int) -> None:
+        super().__init__(initial, dim, num_slots)
+        row = self.tensor.shape[dim + 1 :].numel() * self.tensor.element_size()
+        word = next(kind for kind in (torch.int32, torch.int16, torch.int8) if row % kind.itemsize == 0)
+        self._words = row // word.itemsize
+        self._word = word
+        self._pool = self.tensor.view(-1).view(word)
+        self._outer = self.tensor.shape[:dim].numel()
+        self._num_slots = num_slots
+        self._block = min(BLOCK, triton.next_power_of_2(self._words))
+        #: Where each chunk of pages lies.
+        self._table = torch.empty(0, dtype=torch.int64, device=initial.device)
+
     def select(self, index: torch.Tensor) -> torch.Tensor:
         batch = self.tensor.new_empty(self.form(len(index))[0])
-        _launch(self.tensor, batch, self.dim, index, to_pool=False)
+        self._launch(_move_rows, index, batch.view(-1).view(self._word), len(index), to_pool=False)
         return batch
 
     def put(self, index: torch.Tensor, new: torch.Tensor) -> None:
-        _launch(self.tensor, new.contiguous(), self.dim, index, to_pool=True)
+        batch = new.contiguous().view(-1).view(self._word)
+        self._launch(_move_rows, index, batch, len(index), to_pool=True)
 
+    def grow(self) -> None:
+        super().grow()
+        self._table = torch.tensor([chunk.data_ptr() for chunk in self.chunks], device=self.tensor.device)
 
-def _launch(pool: torch.Tensor, batch: torch.Tensor, dim: int, index: torch.Tensor, *, to_pool: bool) -> None:
-    outer, row = pool.shape[:dim].numel(), pool.shape[dim + 1 :].numel() * pool.element_size()
-    word = next(kind for kind in (torch.int32, torch.int16, torch.int8) if row % kind.itemsize == 0)
-    words = row // word.itemsize
-    if batch.numel():
-        _move[len(index), outer](
-            pool.view(-1).view(word), batch.view(-1).view(word), index, pool.shape[dim], len(index), words, to_pool,
-            min(BLOCK, triton.next_power_of_2(words)),
-        )  # fmt: skip
+    def evict(self, index: torch.Tensor, pages: np.ndarray) -> None:
+        self._move_pages(index, pages, to_pool=False)
+
+    def restore(self, index: torch.Tensor, pages: np.ndarray) -> None:
+        self._move_pages(index, pages, to_pool=True)
+
+    def _move_pages(self, index: torch.Tensor, pages: np.ndarray, *, to_pool: bool) -> None:
+        at = torch.from_numpy(pages).pin_memory().to(index.device, non_blocking=True)
+        self._launch(_move_pages, index, self._table, at, PAGES_PER_CHUNK, to_pool=to_pool)
+
+    def _launch(self, kernel: Any, index: torch.Tensor, *where: Any, to_pool: bool) -> None:
+        if len(index) and self._words:
+            kernel[len(index), self._outer](
+                self._pool, index, self._num_slots, self._words, *where, to_pool, self._block
+            )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _move(pool, batch, index, num_slots, num_rows, words, TO_POOL: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _move_rows(pool, index, num_slots, words, batch, num_rows, TO_POOL: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program a row: pool [outer, num_slots, words], batch [outer, num_rows, words]."""
     row, outer = tl.program_id(0), tl.program_id(1).to(tl.int64)
     in_pool = pool + (outer * num_slots + tl.load(index + row)) * words
-    in_batch = batch + (outer * num_rows + row) * words
+    _move(in_pool, batch + (outer * num_rows + row) * words, words, TO_POOL, BLOCK)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _move_pages(pool, index, num_slots, words, table, pages, num_pages, TO_POOL: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The same, with pages of chunks [outer, num_pages, words], whose addresses are in `table`."""
+    row, outer = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    in_pool = pool + (outer * num_slots + tl.load(index + row)) * words
+    page = tl.load(pages + row)
+    chunk = tl.load(table + page // num_pages).to(pool.dtype)
+    _move(in_pool, chunk + (outer * num_pages + page % num_pages) * words, words, TO_POOL, BLOCK)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _move(in_pool, other, words, TO_POOL: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     for start in range(0, words, BLOCK):
         at = start + tl.arange(0, BLOCK)
         if TO_POOL:
-            tl.store(in_pool + at, tl.load(in_batch + at, mask=at < words), mask=at < words)
+            tl.store(in_pool + at, tl.load(other + at, mask=at < words), mask=at < words)
         else:
-            tl.store(in_batch + at, tl.load(in_pool + at, mask=at < words), mask=at < words)
+            tl.store(other + at, tl.load(in_pool + at, mask=at < words), mask=at < words)

@@ -8,11 +8,9 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from serve_app.engine.columns import HostColumn, device_column, with_size
+from serve_app.engine.columns import PAGES_PER_CHUNK, HostColumn, device_column
 from serve_app.errors import InvalidInput
 from serve_app.models.interface import RecurrentModel, State
-
-PAGES_PER_CHUNK = 256
 
 
 class StatePool:
@@ -34,7 +32,7 @@ class StatePool:
         self._dims = [_batch_dim(a, b) for a, b in zip(one[0], two[0], strict=True)]
         kind = HostColumn if device.type == "cpu" else device_column
         self._columns = [kind(leaf, dim, num_slots + 1) for leaf, dim in zip(self._initial, self._dims, strict=True)]
-        self._chunks: list[list[torch.Tensor]] = []
+        self._num_pages = 0
         self._free: list[int] = []
 
     @property
@@ -45,7 +43,7 @@ class StatePool:
     @property
     def num_pages_used(self) -> int:
         """Pages of host memory that hold a state."""
-        return len(self._chunks) * PAGES_PER_CHUNK - len(self._free)
+        return self._num_pages - len(self._free)
 
     def index(self, slots: np.ndarray) -> Any:
         """These slots, as `gather` and `scatter` take them: an array in host memory, else a tensor on the device."""
@@ -81,16 +79,16 @@ class StatePool:
     def evict(self, slots: np.ndarray) -> np.ndarray:
         """Copy the states in `slots` to host memory; returns the page of each."""
         pages = self._take_pages(len(slots))
-        leaves = [leaf.cpu() for leaf in pytree.tree_leaves(self.gather(self.index(slots)))]
-        self._write_pages(pages, leaves)
+        index = self.index(slots)
+        for column in self._columns:
+            column.evict(index, pages)
         return pages
 
     def restore(self, slots: np.ndarray, pages: np.ndarray) -> None:
         """Copy the states in `pages` to `slots`, and free the pages."""
-        for chunk, which in _by_chunk(pages):
-            index, into = torch.from_numpy(pages[which] % PAGES_PER_CHUNK), self.index(slots[which])
-            for column, dim, kept in zip(self._columns, self._dims, self._chunks[chunk], strict=True):
-                column.put(into, kept.index_select(dim, index).to(self._device))
+        index = self.index(slots)
+        for column in self._columns:
+            column.restore(index, pages)
         self.free_pages(pages)
 
     def free_pages(self, pages: np.ndarray) -> None:
@@ -104,12 +102,11 @@ class StatePool:
         Raises InvalidInput when the tensors do not fit the model's.
         """
         self.check_initial(state)
-        pages = self._take_pages(1)
-        self._write_pages(
-            pages,
-            [torch.from_numpy(np.array(a)).to(leaf.dtype) for a, leaf in zip(state, self._initial, strict=True)],
-        )
-        return int(pages[0])
+        slots = np.array([self.padding_slot])
+        index = self.index(slots)
+        for column, array, leaf in zip(self._columns, state, self._initial, strict=True):
+            column.put(index, torch.from_numpy(np.array(array)).to(leaf.device, leaf.dtype))
+        return int(self.evict(slots)[0])
 
     def check_initial(self, state: Sequence[np.ndarray]) -> None:
         """Raise InvalidInput unless `state` is one session's state."""
@@ -129,33 +126,12 @@ class StatePool:
 
     def _take_pages(self, count: int) -> np.ndarray:
         while len(self._free) < count:
-            first = len(self._chunks) * PAGES_PER_CHUNK
-            self._chunks.append(
-                [
-                    torch.empty(
-                        with_size(leaf.shape, dim, PAGES_PER_CHUNK),
-                        dtype=leaf.dtype,
-                        pin_memory=self._device.type == "cuda",
-                    )
-                    for leaf, dim in zip(self._initial, self._dims, strict=True)
-                ]
-            )
-            for page in range(first, first + PAGES_PER_CHUNK):
+            for page in range(self._num_pages, self._num_pages + PAGES_PER_CHUNK):
                 heapq.heappush(self._free, page)
+            self._num_pages += PAGES_PER_CHUNK
+            for column in self._columns:
+                column.grow()
         return np.array([heapq.heappop(self._free) for _ in range(count)], np.int64)
-
-    def _write_pages(self, pages: np.ndarray, leaves: list[torch.Tensor]) -> None:
-        for chunk, which in _by_chunk(pages):
-            index = torch.from_numpy(pages[which] % PAGES_PER_CHUNK)
-            columns = torch.from_numpy(which)
-            for target, dim, leaf in zip(self._chunks[chunk], self._dims, leaves, strict=True):
-                target.index_copy_(dim, index, leaf.index_select(dim, columns))
-
-
-def _by_chunk(pages: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """(chunk, positions in `pages` that lie in it), for each chunk."""
-    chunks = pages // PAGES_PER_CHUNK
-    return [(int(chunk), np.flatnonzero(chunks == chunk)) for chunk in np.unique(chunks)]
 
 
 def _batch_dim(one: torch.Tensor, two: torch.Tensor) -> int:
