@@ -1,6 +1,8 @@
 """A sender as the engine sees one, in columns: what it has received is acknowledged with its next frame."""
 
 import time
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -27,10 +29,12 @@ class Sender:
             if refused or len(answer.notices) != len(sessions):
                 raise RuntimeError(f"{len(answer.notices)} notices for {len(sessions)} sessions, refused: {refused}")
 
-    def frame(self, sessions: np.ndarray, x: np.ndarray) -> Frame:
-        """x [n, k, *features]: k timesteps of each of `sessions` [n]."""
+    def frame(self, sessions: np.ndarray, x: np.ndarray, acks: np.ndarray | None = None) -> Frame:
+        """x [n, k, *features]: k timesteps of each of `sessions` [n]; acks: others whose outputs have arrived."""
         n, k = x.shape[:2]
         frame = self._frame(sessions, k, x.reshape(n * k, *x.shape[2:]))
+        if acks is not None:
+            frame = frame_of_both(frame, self._frame(acks))
         self.start[sessions] += k
         return frame
 
@@ -73,3 +77,10 @@ class Sender:
             x=np.empty((0, *spec.shape), spec.dtype) if x is None else x,
             opens=opens,
         )
+
+
+def frame_of_both(one: Frame, other: Frame) -> Frame:
+    """The entries of one frame, then those of another that brings no timesteps."""
+    names = ("epoch", "start", "length", "acked", "rewind", "close")
+    columns: dict[str, Any] = {name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in names}
+    return replace(one, **columns)

@@ -68,24 +68,29 @@ class CudaRunner:
             if nbytes < WORTH_A_STREAM:
                 program.inputs[:nbytes].copy_(lane.pinned[:nbytes], non_blocking=True)
             else:
-                with torch.cuda.stream(self._upload):
-                    lane.inputs[:nbytes].copy_(lane.pinned[:nbytes], non_blocking=True)
-                    lane.uploaded.record()
+                self._copy(self._upload, lane.inputs[:nbytes], lane.pinned[:nbytes], lane.uploaded)
                 self._compute.wait_event(lane.uploaded)
                 program.inputs[:nbytes].copy_(lane.inputs[:nbytes])
             # All memory is there: from here on only the model itself can fail, before it writes the states.
             program.run()
             if outputs.nbytes < WORTH_A_STREAM:
                 outputs.copy_(program.outputs, non_blocking=True)
-                lane.landed.record()
+                lane.landed.record(self._compute)
             else:
                 lane.outputs[: outputs.nbytes].copy_(program.outputs)
-                lane.computed.record()
+                lane.computed.record(self._compute)
                 self._download.wait_event(lane.computed)
-                with torch.cuda.stream(self._download):
-                    outputs.copy_(lane.outputs[: outputs.nbytes], non_blocking=True)
-                    lane.landed.record()
+                self._copy(self._download, outputs, lane.outputs[: outputs.nbytes], lane.landed)
         return _Launched(lane.landed, outputs, program, batch)
+
+    def _copy(self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor, done: Any) -> None:
+        """Copy on that stream. (torch.cuda.stream() would ask for the current device several times, each as slow.)"""
+        torch.cuda.set_stream(stream)
+        try:
+            target.copy_(source, non_blocking=True)
+        finally:
+            torch.cuda.set_stream(self._compute)
+        done.record(stream)
 
     def _size(self, batch: int) -> int:
         return pad_batch(batch) if self._captures else batch

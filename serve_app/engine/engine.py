@@ -168,7 +168,8 @@ class Engine:
                 row = self._sessions.open(ask.epoch, ask.session, sender, now)
                 self._mail[sender].num_sessions += 1
                 if ask.initial_state is not None:
-                    self._page_of[row] = self._pool.admit(ask.initial_state)
+                    with self._pool.moving(after_steps=False):
+                        self._page_of[row] = self._pool.admit(ask.initial_state)
         except LockstepError as error:
             return Notice(ask.epoch, "refused", error.to_wire())
         return Notice(ask.epoch, "opened")
@@ -193,17 +194,19 @@ class Engine:
         placement = self._slots.place(rows, self._scheduler.left, now)
         if not len(placement.enter_rows):
             return
-        if len(placement.evict_rows):
-            self._page_of[placement.evict_rows] = self._pool.evict(placement.evict_slots)
-            self.stats.evictions += len(placement.evict_rows)
-        pages = self._page_of[placement.enter_rows]
-        kept = pages >= 0
-        if kept.any():
-            self._pool.restore(placement.enter_slots[kept], pages[kept])
-            self._page_of[placement.enter_rows] = -1
-            self.stats.restores += int(kept.sum())
-        if not kept.all():
-            self._pool.reset(placement.enter_slots[~kept])
+        in_flight = bool(self._flights) and placement.used_at >= self._flights[0].launched_at
+        with self._pool.moving(after_steps=in_flight):
+            if len(placement.evict_rows):
+                self._page_of[placement.evict_rows] = self._pool.evict(placement.evict_slots)
+                self.stats.evictions += len(placement.evict_rows)
+            pages = self._page_of[placement.enter_rows]
+            kept = pages >= 0
+            if kept.any():
+                self._pool.restore(placement.enter_slots[kept], pages[kept])
+                self._page_of[placement.enter_rows] = -1
+                self.stats.restores += int(kept.sum())
+            if not kept.all():
+                self._pool.reset(placement.enter_slots[~kept])
 
     def _launch(self, now: float) -> bool:
         batch = self._scheduler.schedule(now)
@@ -224,7 +227,7 @@ class Engine:
             self._fail(batch, error)
         else:
             self._scheduler.complete(batch, now)
-            self._flights.append(_Flight(batch, self._sessions.epoch[rows], step, began))
+            self._flights.append(_Flight(batch, self._sessions.epoch[rows], step, began, now))
         return True
 
     def _still_there(self, flight: "_Flight") -> np.ndarray:
@@ -347,6 +350,7 @@ class _Flight:
     epochs: np.ndarray
     step: Step
     began: float
+    launched_at: float
 
     @property
     def rows(self) -> np.ndarray:

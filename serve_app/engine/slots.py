@@ -9,12 +9,16 @@ from serve_app.policy.eviction import choose_victims
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What must happen to the state pool before a step: `evict_*` leave their slots, then `enter_*` get theirs."""
+    """What must happen to the state pool before a step: `evict_*` leave their slots, then `enter_*` get theirs.
+
+    `used_at`: when a step last used one of the slots that are entered.
+    """
 
     evict_rows: np.ndarray
     evict_slots: np.ndarray
     enter_rows: np.ndarray
     enter_slots: np.ndarray
+    used_at: float = -np.inf
 
 
 class SlotTable:
@@ -26,7 +30,7 @@ class SlotTable:
         self.row_of = np.full(num_slots, -1, np.int64)
         #: How often each slot has been lent.
         self.generation = np.zeros(num_slots, np.int64)
-        self._used_at = np.zeros(num_slots)
+        self._used_at = np.full(num_slots, -np.inf)
 
     def place(self, rows: np.ndarray, waiting: np.ndarray, now: float) -> Placement:
         """Give each of `rows` a slot, the lowest free ones first, then those of sessions that can wait best.
@@ -47,7 +51,9 @@ class SlotTable:
                 self._used_at[candidates], waiting[self.row_of[candidates]] > 0, len(enter) - len(free)
             )
             evict_slots = candidates[victims]
-        placement = Placement(self.row_of[evict_slots], evict_slots, enter, np.concatenate([free, evict_slots]))
+        enter_slots = np.concatenate([free, evict_slots])
+        used_at = float(self._used_at[enter_slots].max())
+        placement = Placement(self.row_of[evict_slots], evict_slots, enter, enter_slots, used_at)
         self.release(placement.evict_rows)
         self.slot_of[enter] = placement.enter_slots
         self.row_of[placement.enter_slots] = enter

@@ -4,8 +4,6 @@ The kernels reach pinned host memory as well, so that evicting and restoring is 
 the host waits for nothing and copies nothing.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 import triton
@@ -14,6 +12,8 @@ import triton.language as tl
 from serve_app.engine.columns import PAGES_PER_CHUNK, Column
 
 BLOCK = 1024  # words
+MOVERS = 64
+"""Programs that move pages: enough for the bus, few enough that a step beside them has its multiprocessors."""
 
 
 class MovedColumn(Column):
@@ -34,12 +34,12 @@ class MovedColumn(Column):
 
     def select(self, index: torch.Tensor) -> torch.Tensor:
         batch = self.tensor.new_empty(self.form(len(index))[0])
-        self._launch(_move_rows, index, batch.view(-1).view(self._word), len(index), to_pool=False)
+        self._move_rows(index, batch.view(-1).view(self._word), to_pool=False)
         return batch
 
     def put(self, index: torch.Tensor, new: torch.Tensor) -> None:
         batch = new.contiguous().view(-1).view(self._word)
-        self._launch(_move_rows, index, batch, len(index), to_pool=True)
+        self._move_rows(index, batch, to_pool=True)
 
     def grow(self) -> None:
         super().grow()
@@ -51,15 +51,19 @@ class MovedColumn(Column):
     def restore(self, index: torch.Tensor, pages: np.ndarray) -> None:
         self._move_pages(index, pages, to_pool=True)
 
+    def _move_rows(self, index: torch.Tensor, batch: torch.Tensor, *, to_pool: bool) -> None:
+        if len(index) and self._words:
+            _move_rows[len(index), self._outer](
+                self._pool, index, self._num_slots, self._words, batch, len(index), to_pool, self._block
+            )
+
     def _move_pages(self, index: torch.Tensor, pages: np.ndarray, *, to_pool: bool) -> None:
         at = torch.from_numpy(pages).pin_memory().to(index.device, non_blocking=True)
-        self._launch(_move_pages, index, self._table, at, PAGES_PER_CHUNK, to_pool=to_pool)
-
-    def _launch(self, kernel: Any, index: torch.Tensor, *where: Any, to_pool: bool) -> None:
         if len(index) and self._words:
-            kernel[len(index), self._outer](
-                self._pool, index, self._num_slots, self._words, *where, to_pool, self._block
-            )
+            _move_pages[(MOVERS,)](
+                self._pool, index, self._num_slots, self._words, self._table, at, PAGES_PER_CHUNK, len(index),
+                self._outer, MOVERS, to_pool, self._block,
+            )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -71,13 +75,17 @@ def _move_rows(pool, index, num_slots, words, batch, num_rows, TO_POOL: tl.const
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _move_pages(pool, index, num_slots, words, table, pages, num_pages, TO_POOL: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The same, with pages of chunks [outer, num_pages, words], whose addresses are in `table`."""
-    row, outer = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    in_pool = pool + (outer * num_slots + tl.load(index + row)) * words
-    page = tl.load(pages + row)
-    chunk = tl.load(table + page // num_pages).to(pool.dtype)
-    _move(in_pool, chunk + (outer * num_pages + page % num_pages) * words, words, TO_POOL, BLOCK)
+def _move_pages(  # type: ignore[no-untyped-def]
+    pool, index, num_slots, words, table, pages, num_pages, num_rows, num_outer, num_programs, TO_POOL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same with pages, of chunks [outer, num_pages, words] whose addresses are in `table`; a program takes many."""
+    for i in range(tl.program_id(0), num_rows * num_outer, num_programs):
+        row, outer = i % num_rows, (i // num_rows).to(tl.int64)
+        in_pool = pool + (outer * num_slots + tl.load(index + row)) * words
+        page = tl.load(pages + row)
+        chunk = tl.load(table + page // num_pages).to(pool.dtype)
+        _move(in_pool, chunk + (outer * num_pages + page % num_pages) * words, words, TO_POOL, BLOCK)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

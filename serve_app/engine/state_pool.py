@@ -1,7 +1,8 @@
 """The states of all sessions: on the device by slot, in host memory by page for those that are evicted."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ class StatePool:
 
     def __init__(self, model: RecurrentModel, num_slots: int, device: torch.device) -> None:
         self._device = device
-        #: A slot beside those that are lent, for what fills a step up.
-        self.padding_slot = num_slots
+        #: Slots beside those that are lent: for what fills a step up, and for a state on its way to a page.
+        self.padding_slot, self._passing_slot = num_slots, num_slots + 1
+        self._aside: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         one, two = (pytree.tree_flatten(model.initial_state(batch)) for batch in (1, 2))
         self._initial: list[torch.Tensor] = [leaf.detach().to(device) for leaf in one[0]]
         self._structure = one[1]
@@ -31,7 +33,7 @@ class StatePool:
         self._plain = self._structure == pytree.tree_structure((*self._initial,))
         self._dims = [_batch_dim(a, b) for a, b in zip(one[0], two[0], strict=True)]
         kind = HostColumn if device.type == "cpu" else device_column
-        self._columns = [kind(leaf, dim, num_slots + 1) for leaf, dim in zip(self._initial, self._dims, strict=True)]
+        self._columns = [kind(leaf, dim, num_slots + 2) for leaf, dim in zip(self._initial, self._dims, strict=True)]
         self._num_pages = 0
         self._free: list[int] = []
 
@@ -70,6 +72,22 @@ class StatePool:
         for column, leaf in zip(self._columns, leaves, strict=True):
             column.put(index, leaf)
 
+    @contextmanager
+    def moving(self, *, after_steps: bool) -> Iterator[None]:
+        """Within, states move: on a GPU beside the steps launched before, and in time for those launched later.
+
+        after_steps: a step launched before uses these slots, so they come first.
+        """
+        if self._aside is None:
+            yield
+            return
+        steps = torch.cuda.current_stream()
+        if after_steps:
+            self._aside.wait_stream(steps)
+        with torch.cuda.stream(self._aside):
+            yield
+        steps.wait_stream(self._aside)
+
     def reset(self, slots: np.ndarray) -> None:
         """Put the model's initial state into `slots`."""
         index = self.index(slots)
@@ -102,7 +120,7 @@ class StatePool:
         Raises InvalidInput when the tensors do not fit the model's.
         """
         self.check_initial(state)
-        slots = np.array([self.padding_slot])
+        slots = np.array([self._passing_slot])
         index = self.index(slots)
         for column, array, leaf in zip(self._columns, state, self._initial, strict=True):
             column.put(index, torch.from_numpy(np.array(array)).to(leaf.device, leaf.dtype))

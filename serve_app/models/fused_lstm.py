@@ -1,0 +1,566 @@
+"""LSTM layers as one kernel of our own, for NVIDIA GPUs of compute capability 9.0.
+
+A cell (layer, t) needs the cells (layer - 1, t) and (layer, t - 1), so those on a diagonal layer + t = d do not need
+each other. The kernel walks the diagonals. A cell is a grid of tiles, and a tile is the product
+
+    [input of the layer, h of t - 1] @ [weight_ih, weight_hh]^T    rows: sessions; columns: gates of hidden units
+
+whose columns are ordered such that one thread ends up with all four gates of a unit and can go on to c and h.
+
+The grid has one block for each multiprocessor; block p takes the tiles p, p + blocks, ... of the list of all tiles,
+which is in the order of the diagonals. A tile waits until those it needs are done: `ready` counts them, for each cell
+and block of rows. They come earlier in the list and every block runs (a cooperative launch), so no tile waits for ever;
+and where a diagonal has more than two cells, they were done long ago. In a block one warp loads with the tensor memory
+accelerator, one or two warpgroups multiply, 64 rows each, and one warp counts what they have stored.
+"""
+
+# mypy: ignore-missing-imports, allow-untyped-decorators
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from serve_app.models.interface import State
+from serve_app.models.options import RnnOptions
+from serve_app.models.rnn import Rnn
+
+ROWS = 64  # of sessions, that one warpgroup multiplies
+DEPTH = 64  # columns of both operands that one load brings: 128 bytes, as wide as the swizzle
+UNITS = 32  # whose gates lie together in the packed weights, as 128 rows
+MAX_OUTPUTS = 4096  # of which our top-k finds the largest: one warp holds them all in registers
+MAX_TOP_K = 32  # it takes so many turns
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How the work is cut: `warpgroups` of 64 rows, `columns` (gates of columns / 4 units), `stages` of loads ahead."""
+
+    warpgroups: int
+    columns: int
+    stages: int
+    cost: float
+    """Time that a tile takes, measured, in that of the first of TILES."""
+
+    def count(self, hidden: int, batch: int) -> int:
+        """Tiles of a cell."""
+        return -(-batch // (ROWS * self.warpgroups)) * 4 * hidden // self.columns
+
+
+TILES = (Tiles(2, 256, 4, 1.0), Tiles(2, 128, 6, 0.56), Tiles(1, 128, 8, 0.4))
+
+
+@lru_cache(maxsize=1024)
+def tiles_for(layers: int, hidden: int, timesteps: int, batch: int, blocks: int) -> Tiles:
+    """The fastest for so many blocks: large tiles load less for each product, small ones keep more blocks busy."""
+    diagonals = range(layers + timesteps - 1)
+    cells = [min(d, layers - 1) - max(d - timesteps + 1, 0) + 1 for d in diagonals]
+    return min(
+        TILES, key=lambda tiles: tiles.cost * sum(max(1, n * tiles.count(hidden, batch) / blocks) for n in cells)
+    )
+
+
+class FusedLstm:
+    """The forward of an `Rnn` of LSTM layers; head and top-k as there.
+
+    It holds weights of its own: packed, so those of `model` may change without effect. Kernels compile at their first
+    use, so call it once, with the same shapes, before a capture into a CUDA graph. c is rounded to the dtype of the
+    state at every timestep.
+    """
+
+    def __init__(self, model: Rnn) -> None:
+        """`model` lies on the device where this will run, and `supports` has said yes."""
+        options = model.options
+        self.model = model
+        device = next(model.parameters()).device
+        layers, hidden, input_depth = options.layers, options.hidden, _up(options.input, DEPTH)
+        # [layers, gates, units, input of the layer | h]; sigmoid(v) is (1 + tanh(v / 2)) / 2: the half goes in here
+        weights = torch.zeros(layers, 4, hidden, max(input_depth, hidden) + hidden, dtype=model.dtype, device=device)
+        bias = torch.zeros(layers, 4, hidden, device=device)
+        for layer, (w_ih, w_hh, b_ih, b_hh) in enumerate(model.rnn.all_weights):
+            weights[layer, :, :, : w_ih.shape[1]] = w_ih.view(4, hidden, -1)
+            weights[layer, :, :, -hidden:] = w_hh.view(4, hidden, hidden)
+            bias[layer] = (b_ih.float() + b_hh.float()).view(4, hidden)
+        half = torch.tensor([0.5, 0.5, 1.0, 0.5], device=device).view(4, 1)  # gates in torch's order: i, f, g, o
+        weights *= half[..., None].to(model.dtype)
+        bias *= half
+        # A thread of the accumulator's layout has 2 of every 8 columns, those at 2 * lane: columns are ordered
+        # unit % 8, gate // 2, lane, gate % 2 so that these are the gates of the 8 units at 8 * lane.
+        parts = weights.view(layers, 2, 2, hidden // UNITS, 4, 8, -1)  # gate // 2, gate % 2, unit // 32, lane, unit % 8
+        self._weights = parts.permute(0, 3, 5, 1, 4, 2, 6).reshape(layers * 4 * hidden, -1).contiguous()
+        self._bias = bias
+        self._input_steps = input_depth // DEPTH
+        self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    @staticmethod
+    def supports(options: RnnOptions, device: torch.device) -> bool:
+        """Whether a model of these options can run so on that device."""
+        return (
+            device.type == "cuda"
+            and torch.cuda.get_device_capability(device) == (9, 0)
+            and options.cell == "lstm"
+            and options.dtype in ("fp16", "bf16")
+            and not options.projection
+            and options.hidden % 64 == 0
+            and options.input % 8 == 0  # rows of x start at multiples of 16 bytes
+        )
+
+    def forward(self, x: torch.Tensor, state: State) -> tuple[torch.Tensor | Mapping[str, torch.Tensor], State]:
+        """x [T, B, input], (h, c) [layers, B, hidden] -> as `Rnn.forward`."""
+        with torch.cuda.device(x.device):
+            y, state = self.layers(x.to(self.model.dtype), state)
+            y = self.model.head(y)
+            k = self.model.options.top_k
+            if not k:
+                return y.to(x.dtype), state
+            values, indices = top_k(y, k)
+            return {"values": values.to(x.dtype), "indices": indices}, state
+
+    def layers(self, x: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+        """x [T, B, input] -> h of the last layer [T, B, hidden], state after T."""
+        (h_0, c_0), x = (_aligned(leaf) for leaf in state), _aligned(x)
+        (num_timesteps, batch, _), (layers, _, hidden) = x.shape, h_0.shape
+        h = x.new_empty(layers, num_timesteps, batch, hidden)
+        h_n, c_n = torch.empty_like(h_0), torch.empty_like(c_0)
+        tiles = tiles_for(layers, hidden, num_timesteps, batch, self._multiprocessors)
+        row_blocks = -(-batch // (ROWS * tiles.warpgroups))
+        ready = torch.zeros(layers, num_timesteps, row_blocks, dtype=torch.int32, device=x.device)
+        blocks = min(self._multiprocessors, layers * num_timesteps * tiles.count(hidden, batch))
+        _lstm[(blocks,)](
+            _matrix(x, ROWS),
+            _matrix(h_0, ROWS),
+            _matrix(h, ROWS),
+            _matrix(self._weights, tiles.columns),
+            self._bias,
+            c_0,
+            c_n,
+            h,
+            h_n,
+            ready,
+            num_timesteps,
+            batch,
+            row_blocks,
+            LAYERS=layers,
+            HIDDEN=hidden,
+            INPUT_STEPS=self._input_steps,
+            WARPGROUPS=tiles.warpgroups,
+            STAGES=tiles.stages,
+            num_warps=4,
+            launch_cooperative_grid=True,
+        )
+        return h[-1], (h_n, c_n)
+
+
+def top_k(y: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [..., outputs] of 16 bits -> its k largest, largest first, and their indices (int32); of equals, the first."""
+    *shape, outputs = y.shape
+    if k > MAX_TOP_K or outputs > MAX_OUTPUTS:
+        values, indices = y.topk(k)
+        return values, indices.to(torch.int32)
+    y = y.contiguous()
+    values, indices = y.new_empty(*shape, k), y.new_empty(*shape, k, dtype=torch.int32)
+    padded = max(triton.next_power_of_2(outputs), 32)
+    _top_k[(y.numel() // outputs,)](y, values, indices, outputs, k, OUTPUTS=padded, num_warps=1)
+    return values, indices
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy that a descriptor can be made of."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _matrix(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+    """A contiguous tensor as a matrix of which one load brings `rows` x DEPTH."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor.from_tensor(tensor.view(-1, tensor.shape[-1]), [rows, DEPTH], layout)
+
+
+@gluon.constexpr_function
+def _units_layout(units: int) -> Any:
+    """[ROWS, units] as threads have it after the product: rows r and r + 8, units 8 * lane + 0..7 of every UNITS."""
+    registers = [[0, 1], [0, 2], [0, 4], *([[0, UNITS]] if units > UNITS else []), [8, 0]]
+    lanes, warps = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [ROWS, units])
+
+
+@gluon.jit(do_not_specialize=["timesteps", "batch", "row_blocks"])
+def _lstm(
+    x: tma.tensor_descriptor,
+    h_0: tma.tensor_descriptor,
+    h: tma.tensor_descriptor,
+    weights: tma.tensor_descriptor,
+    bias: gl.tensor,
+    c_0: gl.tensor,
+    c_n: gl.tensor,
+    h_out: gl.tensor,
+    h_n: gl.tensor,
+    ready: gl.tensor,
+    timesteps: gl.tensor,
+    batch: gl.tensor,
+    row_blocks: gl.tensor,
+    LAYERS: gl.constexpr,
+    HIDDEN: gl.constexpr,
+    INPUT_STEPS: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
+    STAGES: gl.constexpr,
+) -> None:
+    """x [T * B, input], h_0 [layers * B, hidden], h [layers * T * B, hidden], which is also h_out; `ready` all zero.
+
+    c_n holds c of the latest timestep while the kernel runs. `full` and `empty` hand the stages of a and b to the
+    warpgroups and back; `stored` and `counted` do so with what they have stored.
+    """
+    a = gl.allocate_shared_memory(h.dtype, [STAGES * WARPGROUPS, h.block_shape[0], h.block_shape[1]], h.layout)
+    b = gl.allocate_shared_memory(
+        weights.dtype, [STAGES, weights.block_shape[0], weights.block_shape[1]], weights.layout
+    )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    stored = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    counted = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=WARPGROUPS)
+    mbarrier.init(stored, count=WARPGROUPS)
+    mbarrier.init(counted, count=1)
+    ring, signals, sizes = (a, b, full, empty), (stored, counted), (timesteps, batch, row_blocks)
+    results = (c_n, h_out, h_n)
+    if WARPGROUPS == 1:
+        gl.warp_specialize(
+            [
+                (_multiply, (0, bias, c_0, results, ring, signals, sizes, LAYERS, HIDDEN, INPUT_STEPS)),
+                (_load, (x, h_0, h, weights, ready, ring, sizes, LAYERS, HIDDEN, INPUT_STEPS)),
+                (_count, (ready, weights, signals, sizes, LAYERS, HIDDEN)),
+            ],
+            [1, 1],  # warps; the first has four
+            [24, 24],  # registers of a thread; the first has the rest
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (0, bias, c_0, results, ring, signals, sizes, LAYERS, HIDDEN, INPUT_STEPS)),
+                (_multiply, (1, bias, c_0, results, ring, signals, sizes, LAYERS, HIDDEN, INPUT_STEPS)),
+                (_load, (x, h_0, h, weights, ready, ring, sizes, LAYERS, HIDDEN, INPUT_STEPS)),
+                (_count, (ready, weights, signals, sizes, LAYERS, HIDDEN)),
+            ],
+            [4, 1, 1],
+            [232, 24, 24],
+        )
+
+
+@gluon.jit
+def _locate(
+    tile: gl.tensor, diagonal: gl.tensor, before: gl.tensor, sizes: gl.tuple, LAYERS: gl.constexpr, BLOCKS: gl.constexpr
+) -> Any:
+    """Cell and block of a tile; `diagonal` and the cells `before` it as they were at a tile before, at first 0, 0.
+
+    The row block counts fastest, so that tiles that run together share weights. BLOCKS: of columns.
+    """
+    timesteps, _, row_blocks = sizes
+    cell = tile // (row_blocks * BLOCKS)
+    lowest = gl.maximum(diagonal - timesteps + 1, 0)  # layer
+    cells = gl.minimum(diagonal, LAYERS - 1) - lowest + 1
+    while cell >= before + cells:
+        before += cells
+        diagonal += 1
+        lowest = gl.maximum(diagonal - timesteps + 1, 0)
+        cells = gl.minimum(diagonal, LAYERS - 1) - lowest + 1
+    layer = lowest + cell - before
+    block = tile % (row_blocks * BLOCKS)
+    return diagonal, before, layer, diagonal - layer, block % row_blocks, block // row_blocks
+
+
+@gluon.jit
+def _load(
+    x: tma.tensor_descriptor,
+    h_0: tma.tensor_descriptor,
+    h: tma.tensor_descriptor,
+    weights: tma.tensor_descriptor,
+    ready: gl.tensor,
+    ring: gl.tuple,
+    sizes: gl.tuple,
+    LAYERS: gl.constexpr,
+    HIDDEN: gl.constexpr,
+    INPUT_STEPS: gl.constexpr,
+) -> None:
+    """Bring the operands of this block's tiles, as fast as stages become empty.
+
+    The last block of rows reads into the next cell, or zeros behind the end: what comes of that is stored nowhere.
+    """
+    timesteps, batch, row_blocks = sizes
+    COLUMNS: gl.constexpr = weights.block_shape[0]
+    BLOCKS: gl.constexpr = 4 * HIDDEN // COLUMNS
+    WARPGROUPS: gl.constexpr = ring[0].shape[0] // ring[1].shape[0]
+    STEPS: gl.constexpr = HIDDEN // h.block_shape[1]
+    H_STEP: gl.constexpr = max(INPUT_STEPS, STEPS)  # where h begins in the weights
+    loads, diagonal, before = 0, 0, 0
+    for tile in range(gl.program_id(0), LAYERS * timesteps * row_blocks * BLOCKS, gl.num_programs(0)):
+        diagonal, before, layer, t, row_block, column_block = _locate(tile, diagonal, before, sizes, LAYERS, BLOCKS)
+        row = row_block * (WARPGROUPS * h.block_shape[0])
+        w_row = (layer * BLOCKS + column_block) * COLUMNS
+        # what is ready first goes first: at t = 0 h of the state, else the input, which the diagonal before began with
+        if t == 0:
+            loads = _load_steps(loads, h_0, layer * batch + row, STEPS, weights, w_row, H_STEP, ready, 0, ring)
+        if layer == 0:
+            loads = _load_steps(loads, x, t * batch + row, INPUT_STEPS, weights, w_row, 0, ready, 0, ring)
+        else:
+            cell = (layer - 1) * timesteps + t
+            counter = ready + cell * row_blocks + row_block
+            loads = _load_steps(loads, h, cell * batch + row, STEPS, weights, w_row, 0, counter, BLOCKS, ring)
+        if t > 0:
+            cell = layer * timesteps + t - 1
+            counter = ready + cell * row_blocks + row_block
+            loads = _load_steps(loads, h, cell * batch + row, STEPS, weights, w_row, H_STEP, counter, BLOCKS, ring)
+
+
+@gluon.jit
+def _load_steps(
+    loads: gl.tensor,
+    matrix: tma.tensor_descriptor,
+    row: gl.tensor,
+    STEPS: gl.constexpr,
+    weights: tma.tensor_descriptor,
+    w_row: gl.tensor,
+    W_STEP: gl.constexpr,
+    counter: gl.tensor,
+    TARGET: gl.constexpr,
+    ring: gl.tuple,
+) -> gl.tensor:
+    """Bring STEPS steps of weights, and of rows once `counter` has come to TARGET; the number of loads so far."""
+    STAGES: gl.constexpr = ring[1].shape[0]
+    AHEAD: gl.constexpr = min(STAGES - 1, STEPS)
+    if TARGET > 0:
+        ahead = 0
+        if _acquire(counter) < TARGET:
+            # Wait with weights in all stages but one: that of the load before becomes empty only when the next product
+            # runs, and that needs the rows.
+            ahead = AHEAD
+            for step in range(AHEAD):
+                _load_weights(loads + step, weights, w_row, W_STEP + step, ring)
+            while _acquire(counter) < TARGET:
+                pass
+        # they stored by ordinary stores, these are loads of another kind
+        gl.inline_asm_elementwise(
+            "fence.proxy.async.global; mov.b32 $0, $1;", "=r,r", [ahead], dtype=gl.int32, is_pure=False, pack=1
+        )
+        for step in range(ahead):
+            _load_rows(loads + step, matrix, row, step, ring)
+        for step in range(ahead, STEPS):
+            _load_weights(loads + step, weights, w_row, W_STEP + step, ring)
+            _load_rows(loads + step, matrix, row, step, ring)
+    else:
+        for step in range(STEPS):
+            _load_weights(loads + step, weights, w_row, W_STEP + step, ring)
+            _load_rows(loads + step, matrix, row, step, ring)
+    return loads + STEPS
+
+
+@gluon.jit
+def _load_weights(
+    load: gl.tensor,
+    weights: tma.tensor_descriptor,
+    row: gl.tensor,
+    step: gl.tensor,
+    ring: gl.tuple,
+) -> None:
+    """The first half of a load, when its stage is empty: full means that the rows have arrived too."""
+    a, b, full, empty = ring
+    STAGES: gl.constexpr = b.shape[0]
+    stage = load % STAGES
+    mbarrier.wait(empty.index(stage), (load // STAGES & 1) ^ 1)
+    mbarrier.expect(full.index(stage), (a.numel + b.numel) // STAGES * 2)  # bytes
+    at = [row, step * weights.block_shape[1]]
+    tma.async_copy_global_to_shared(weights, at, full.index(stage), b.index(stage))
+
+
+@gluon.jit
+def _load_rows(
+    load: gl.tensor,
+    matrix: tma.tensor_descriptor,
+    row: gl.tensor,
+    step: gl.tensor,
+    ring: gl.tuple,
+) -> None:
+    """The other half of a load."""
+    a, _, full, _ = ring
+    STAGES: gl.constexpr = full.shape[0]
+    WARPGROUPS: gl.constexpr = a.shape[0] // STAGES
+    stage = load % STAGES
+    for i in gl.static_range(WARPGROUPS):
+        at = [row + i * matrix.block_shape[0], step * matrix.block_shape[1]]
+        tma.async_copy_global_to_shared(matrix, at, full.index(stage), a.index(stage * WARPGROUPS + i))
+
+
+@gluon.jit
+def _acquire(counter: gl.tensor) -> gl.tensor:
+    return gl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [counter], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _multiply(
+    WHICH: gl.constexpr,
+    bias: gl.tensor,
+    c_0: gl.tensor,
+    results: gl.tuple,
+    ring: gl.tuple,
+    signals: gl.tuple,
+    sizes: gl.tuple,
+    LAYERS: gl.constexpr,
+    HIDDEN: gl.constexpr,
+    INPUT_STEPS: gl.constexpr,
+) -> None:
+    """Rows WHICH * 64 and the next 63 of this block's tiles: the product, then c and h of it."""
+    c_n, h, h_n = results
+    a, b, full, empty = ring
+    stored, counted = signals
+    timesteps, batch, row_blocks = sizes
+    STAGES: gl.constexpr = b.shape[0]
+    WARPGROUPS: gl.constexpr = a.shape[0] // STAGES
+    COLUMNS: gl.constexpr = b.shape[1]
+    BLOCKS: gl.constexpr = 4 * HIDDEN // COLUMNS
+    ROWS: gl.constexpr = a.shape[1]
+    STEPS: gl.constexpr = HIDDEN // a.shape[2]
+    UNITS: gl.constexpr = COLUMNS // 4
+    LAYOUT: gl.constexpr = _units_layout(UNITS)
+    ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    loads, diagonal, before = 0, 0, 0
+    for tile in range(gl.program_id(0), LAYERS * timesteps * row_blocks * BLOCKS, gl.num_programs(0)):
+        diagonal, before, layer, t, row_block, column_block = _locate(tile, diagonal, before, sizes, LAYERS, BLOCKS)
+        rows = (row_block * WARPGROUPS + WHICH) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+        units = column_block * UNITS + gl.arange(0, UNITS, gl.SliceLayout(0, LAYOUT))
+        at = gl.expand_dims(rows, 1) * HIDDEN + gl.expand_dims(units, 0)  # [rows, units], within a cell
+        valid = gl.expand_dims(rows < batch, 1)
+        state = (layer * batch).to(gl.int64) * HIDDEN
+
+        # acc: gates of [input of the layer, h of t - 1], each half of them scaled as tanh needs them
+        acc = gl.zeros([ROWS, COLUMNS], gl.float32, ACCUMULATOR)
+        input_steps = gl.where(layer == 0, INPUT_STEPS, STEPS)
+        steps = gl.where(t == 0, STEPS, input_steps)  # those that `_load` brings first
+        acc = _multiply_steps(loads, 0, steps, acc, WHICH, ring)
+        loads += steps
+        # h of t - 1 has arrived, so c of t - 1 was stored, if it is not that of the state
+        mbarrier.wait(full.index(loads % STAGES), loads // STAGES & 1)
+        if t == 0:
+            c = gl.load(c_0 + state + at, valid, other=0.0, cache_modifier=".cg")
+        else:
+            c = gl.load(c_n + state + at, valid, other=0.0, cache_modifier=".cg")
+        rest = STEPS + input_steps - steps
+        acc = _multiply_steps(loads, steps, rest, acc, WHICH, ring)
+        loads += rest
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index((loads - 1) % STAGES), count=1)
+
+        gates = gl.reshape(acc, [ROWS, COLUMNS // 128, 8, 2, 4, 2])  # units // 32, unit % 8, gate // 2, lane, gate % 2
+        gates = gl.reshape(gl.permute(gates, [0, 1, 4, 2, 3, 5]), [ROWS, UNITS, 2, 2])
+        i_and_g, f_and_o = gl.split(gates)
+        i, g = gl.split(i_and_g)
+        f, o = gl.split(f_and_o)
+        at_bias = bias + layer * 4 * HIDDEN + units
+        i = _tanh(_with_bias(i, at_bias, LAYOUT)) * 0.5 + 0.5
+        f = _tanh(_with_bias(f, at_bias + HIDDEN, LAYOUT)) * 0.5 + 0.5
+        g = _tanh(_with_bias(g, at_bias + 2 * HIDDEN, LAYOUT))
+        o = _tanh(_with_bias(o, at_bias + 3 * HIDDEN, LAYOUT)) * 0.5 + 0.5
+        new_c = f * c.to(gl.float32) + i * g
+        new_h = (o * _tanh(new_c)).to(h.dtype.element_ty)
+
+        gl.store(c_n + state + at, new_c.to(c_n.dtype.element_ty), valid)
+        gl.store(h + ((layer * timesteps + t) * batch).to(gl.int64) * HIDDEN + at, new_h, valid)
+        if t == timesteps - 1:
+            gl.store(h_n + state + at, new_h, valid)
+        mbarrier.wait(counted, (tile // gl.num_programs(0) & 1) ^ 1)  # the tile before
+        mbarrier.arrive(stored, count=1)
+
+
+@gluon.jit
+def _multiply_steps(
+    loads: gl.tensor,
+    done: gl.tensor,
+    steps: gl.tensor,
+    acc: gl.tensor,
+    WHICH: gl.constexpr,
+    ring: gl.tuple,
+) -> gl.tensor:
+    """acc [rows, columns] += a @ b^T of the next `steps` loads, after the `done` ones of this tile.
+
+    A product runs while the next is issued: the last one still does at the end, and its stage is still full.
+    """
+    a, b, full, empty = ring
+    STAGES: gl.constexpr = b.shape[0]
+    WARPGROUPS: gl.constexpr = a.shape[0] // STAGES
+    for step in range(steps):
+        stage = loads % STAGES
+        mbarrier.wait(full.index(stage), loads // STAGES & 1)
+        acc = warpgroup_mma(a.index(stage * WARPGROUPS + WHICH), b.index(stage).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(empty.index((loads + STAGES - 1) % STAGES), count=1, pred=done + step > 0)
+        loads += 1
+    return acc
+
+
+@gluon.jit
+def _with_bias(gate: gl.tensor, at: gl.tensor, LAYOUT: gl.constexpr) -> gl.tensor:
+    """gate [rows, units] + bias of its units."""
+    return gl.convert_layout(gate, LAYOUT, assert_trivial=True) + gl.expand_dims(gl.load(at), 0)
+
+
+@gluon.jit
+def _tanh(values: gl.tensor) -> gl.tensor:
+    """To 11 bits, as exact as fp16, in one instruction; an exponential and a division would take several."""
+    return gl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [values], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _count(
+    ready: gl.tensor,
+    weights: tma.tensor_descriptor,
+    signals: gl.tuple,
+    sizes: gl.tuple,
+    LAYERS: gl.constexpr,
+    HIDDEN: gl.constexpr,
+) -> None:
+    """Count each tile when all warpgroups have stored theirs: in a warp of its own, for a release takes its time."""
+    stored, counted = signals
+    timesteps, _, row_blocks = sizes
+    BLOCKS: gl.constexpr = 4 * HIDDEN // weights.block_shape[0]
+    diagonal, before = 0, 0
+    for tile in range(gl.program_id(0), LAYERS * timesteps * row_blocks * BLOCKS, gl.num_programs(0)):
+        diagonal, before, layer, t, row_block, _ = _locate(tile, diagonal, before, sizes, LAYERS, BLOCKS)
+        mbarrier.wait(stored, tile // gl.num_programs(0) & 1)
+        gl.atomic_add(ready + (layer * timesteps + t) * row_blocks + row_block, 1, sem="release", scope="gpu")
+        mbarrier.arrive(counted, count=1)
+
+
+@triton.jit
+def _top_k(
+    y: tl.tensor, values: tl.tensor, indices: tl.tensor, outputs: tl.tensor, k: tl.tensor, OUTPUTS: tl.constexpr
+) -> None:
+    """One row: takes k times the largest of numbers whose upper half orders the values; the lower is -index."""
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, OUTPUTS)
+    value = tl.load(y + row * outputs + index, index < outputs, other=0.0)
+    bits = value.to(tl.int16, bitcast=True).to(tl.int32)
+    order = tl.where(value != value, 32767, tl.where(bits < 0, bits ^ 0x7FFF, bits))  # NaN is the largest
+    left = tl.where(index < outputs, order * 65536 + (65535 - index), -(2**31))
+    for place in range(k):
+        best = tl.max(left, 0)
+        left = tl.where(left == best, -(2**31), left)
+        best_order = best >> 16
+        best_bits = tl.where(best_order < 0, best_order ^ 0x7FFF, best_order)
+        tl.store(values + row * k + place, best_bits.to(tl.int16).to(values.dtype.element_ty, bitcast=True))
+        tl.store(indices + row * k + place, 65535 - (best & 0xFFFF))
