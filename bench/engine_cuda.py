@@ -197,6 +197,7 @@ def measure(seconds: float, max_batch: int) -> dict[str, float]:
                 f"eager_ms_{setting}": eager * 1e3,
                 f"engine_ms_{setting}": load.step_s * 1e3,
                 f"engine_vs_graph_{setting}": ratio,
+                f"engine_tflops_{setting}": tflops,
                 f"engine_p50_ms_{setting}": load.delay_ms(50),
                 f"engine_p99_ms_{setting}": load.delay_ms(99),
             }

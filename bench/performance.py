@@ -1,0 +1,169 @@
+"""`python -m bench.performance`: writes docs/performance.md and its pictures from the files in bench/results."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench.s9422 import DTYPES, INSTANCES, T4
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+DOCUMENT = ROOT / "docs" / "performance.md"
+PICTURE = ROOT / "docs" / "s9422.png"
+
+INTRODUCTION = """# Performance on a GPU
+
+Written by `python -m bench.performance` from files in `bench/results`, each with the hardware that it is from; the
+commands that write those are named. The model is that of NVIDIA's talk S9422: LSTM of 7 layers and 1024 cells, input
+128, projection 1024, in fp16 unless said. A timestep of it is 112 MFLOP.
+"""
+ENGINE = """## The engine against the bare model
+
+`python -m bench.engine --device cuda --json bench/results/engine_cuda.json`. "Graph" is the model alone, in a CUDA
+graph, on inputs that lie on the device, outputs left there. "Engine" is host to host, with states by slot. Timesteps
+per ms; ratio is engine to graph; delay is from a frame to its answer, with four times the batch of sessions in a closed
+loop.
+"""
+EVICT = """## More sessions than slots
+
+`python -m bench.evict --json bench/results/evict_cuda.json`. 65,536 sessions over 8,192 slots, 1024 sessions a step.
+"""
+S9422 = """## Instances, as in the talk
+
+`python -m bench.s9422 --json bench/results/s9422_cuda.json`. N instances run a sequence of 1,000 timesteps each, in
+segments of 10, the next when the last is answered. Beside it the talk's T4, by batch size, read off its chart.
+
+![Throughput and request time against instances](s9422.png)
+"""
+REST = """## Where the rest goes
+
+- Within the model: cuDNN's kernels reach the share of a large product's rate that the first tables show. The products
+  of one step of a layer are small, and a pointwise kernel between them reads and writes all gates in device memory.
+- Between model and engine, on the device: states are read by slot and written back (two kernels a tensor), inputs are
+  transposed, outputs packed. These are what the ratios of large batches are below 1 for.
+- On the host: receiving, scheduling, launching and answering run while the device computes. A step cannot be shorter
+  than they take, which is what limits steps of one timestep, and small batches.
+"""
+
+
+def rendered() -> str:
+    """The document with the figures of now."""
+    engine, evict, s9422 = (_load(f"{name}_cuda.json") for name in ("engine", "evict", "s9422"))
+    parts = [
+        INTRODUCTION,
+        ENGINE,
+        _source(engine),
+        _engine_table(engine["figures"], "top8", "With the 8 largest outputs"),
+    ]
+    parts += [_engine_table(engine["figures"], "full", "With all 1024 outputs")]
+    parts += [EVICT, _source(evict), _evict_table(evict["figures"])]
+    parts += [S9422, _source(s9422), _instances_table(s9422["figures"]), REST]
+    return "\n".join(parts)
+
+
+def draw() -> None:
+    """The picture of throughput and request time against the number of instances."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figures = _load("s9422_cuda.json")["figures"]
+    picture, (rate, delay) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for dtype in DTYPES:
+        instances = [n for n in INSTANCES if f"p50_ms_{dtype}_n{n}" in figures]
+        rates, p50, p99 = (
+            [figures[f"{name}_{dtype}_n{n}"] for n in instances] for name in ("timesteps_per_ms", "p50_ms", "p99_ms")
+        )
+        rate.plot(instances, rates, "o-", label=f"H100 {dtype}")
+        rate.plot(list(T4[dtype]), list(T4[dtype].values()), "s--", label=f"T4 {dtype}, of the talk")
+        delay.plot(instances, p50, "o-", label=f"H100 {dtype}, p50")
+        delay.plot(instances, p99, ":", label=f"H100 {dtype}, p99")
+    for axes, label in ((rate, "timesteps per ms"), (delay, "time of a request of 10 timesteps, ms")):
+        axes.set(xscale="log", yscale="log", xlabel="instances", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    picture.savefig(PICTURE, dpi=110, metadata={"Software": None})
+
+
+def _engine_table(figures: dict[str, float], outputs: str, title: str) -> str:
+    rows = []
+    prefix = f"graph_ms_{outputs}_b"
+    for name in figures:
+        if name.startswith(prefix):
+            batch, k = (int(part) for part in name.removeprefix(prefix).split("_k"))
+            eager, graph, engine, p50, p99 = (
+                figures[f"{what}_ms_{outputs}_b{batch}_k{k}"]
+                for what in ("eager", "graph", "engine", "engine_p50", "engine_p99")
+            )
+            share = figures[f"engine_tflops_{outputs}_b{batch}_k{k}"] / figures["product_tflops"]
+            rates = (_rate(batch * k / ms) for ms in (eager, graph, engine))
+            rows.append((batch, k, *rates, f"{graph / engine:.3f}", f"{share:.0%}", f"{p50:.2f}", f"{p99:.2f}"))
+    head = ("batch", "timesteps", "eager", "graph", "engine", "ratio", "of the product's rate", "p50 ms", "p99 ms")
+    least = f"The least ratio at 10 timesteps and batch 256 or more: {figures[f'engine_vs_graph_{outputs}']:.3f}"
+    return f"{title}:\n\n{_table(head, rows)}\n{least} `[engine_vs_graph_{outputs}]`.\n"
+
+
+def _evict_table(figures: dict[str, float]) -> str:
+    rows = [
+        (
+            law,
+            f"{figures[f'evict_{name}']:.3f} `[evict_{name}]`",
+            f"{figures[f'evict_{name}_restored']:.0f}",
+            f"{figures[f'evict_{name}_copy_ms']:.2f}",
+        )
+        for name, law in (("zipf", "Zipf's law"), ("uniform", "evenly"))
+    ]
+    head = ("who sends", "rate, to that without eviction", "restored a step", "ms for the bus to bring those")
+    return _table(head, rows)
+
+
+def _instances_table(figures: dict[str, float]) -> str:
+    rows = []
+    for n in INSTANCES:
+        cells: list[str] = []
+        for dtype in DTYPES:
+            rate = figures[f"timesteps_per_ms_{dtype}_n{n}"]
+            cells += [_rate(rate), f"{figures[f'p50_ms_{dtype}_n{n}']:.2f}"]
+            cells += [f"{T4[dtype][n]}" if n in T4[dtype] else ""]
+        rows.append((f"{n:,}", *cells))
+    head = ["instances"]
+    for dtype in DTYPES:
+        head += [f"{dtype}, timesteps/ms", "p50 ms", f"T4, {dtype}"]
+    return _table(head, rows)
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _load(file: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((RESULTS / file).read_text())
+    return report
+
+
+def _source(report: dict[str, Any]) -> str:
+    hardware = report["hardware"]
+    return (
+        f"On {hardware['gpu']}, {hardware['cpu']}, {hardware['cores']} cores; torch {hardware['torch']}; "
+        f"commit {report['commit']}.\n"
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+@click.command()
+def main() -> None:
+    """Write docs/performance.md and its pictures from the files in bench/results."""
+    DOCUMENT.write_text(rendered())
+    draw()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""One step of the model on a GPU: our kernel against cuDNN, each in a CUDA graph, and cuDNN as torch launches it.
+
+    python -m bench.step [--json FILE]
+
+A step is `forward` with state in and state out, on tensors that lie ready. Its time is the median of replays, by CUDA
+events; inputs and states take turns between sets, so that none is in the cache from the replay before. "% of product"
+is the rate of all products of a step in that of one large product, measured in the same run.
+"""
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import click
+import torch
+
+from bench.report import json_option, save, show_hardware, table
+from serve_app.models.fused_lstm import FusedLstm
+from serve_app.models.options import RnnOptions
+from serve_app.models.rnn import Rnn
+
+OPTIONS = RnnOptions(input=128, hidden=1024, layers=7, output=1024, top_k=8, dtype="fp16")
+BATCH_SIZES = (64, 128, 256, 512, 1024, 2048)
+TIMESTEPS = (10, 1)
+CLAIMED_TIMESTEPS = 10
+NUM_SETS = 4
+PRODUCT = 8192  # rows, columns and depth of the large product
+TOLERANCE = 4e-3  # of values against the module's own, which are off by half of that themselves
+
+Arguments: TypeAlias = tuple[Any, ...]
+Function: TypeAlias = Callable[..., object]
+
+
+def flop(timesteps: int, batch: int) -> int:
+    """Operations of the products of a step."""
+    o = OPTIONS
+    weights = 4 * o.hidden * (o.input + o.hidden + (o.layers - 1) * 2 * o.hidden) + o.hidden * o.output
+    return 2 * weights * timesteps * batch
+
+
+def draw(timesteps: int, batch: int) -> Arguments:
+    """Random x and state."""
+    x = torch.randn(timesteps, batch, OPTIONS.input, device="cuda")
+    h, c = (torch.randn(OPTIONS.layers, batch, OPTIONS.hidden, device="cuda") / 2 for _ in range(2))
+    return x.half(), (h.half(), c.half())
+
+
+def capture(function: Function, sets: Sequence[Arguments]) -> list[Callable[[], None]]:
+    """A graph of the function for each set of arguments; what it gave is kept, so that no two share memory."""
+    for arguments in sets:
+        function(*arguments)
+    torch.cuda.synchronize()
+    replays = []
+    for arguments in sets:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function(*arguments)
+        replays.append(graph.replay)
+    return replays
+
+
+def measure(launches: Sequence[Callable[[], object]], rounds: int) -> float:
+    """Milliseconds of one launch, median over so many rounds of all of them."""
+    times: list[float] = []
+    for _ in range(rounds + 1):
+        for launch in launches:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            begin.record()
+            launch()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+    return statistics.median(times[len(launches) :])  # the first round warmed up
+
+
+def check(model: Rnn, fused: FusedLstm, arguments: Arguments) -> None:
+    """AssertionError unless values and states are those of the module."""
+    found, expected = (torch.utils._pytree.tree_leaves(run(*arguments)) for run in (fused.forward, model))
+    for leaf, expected_leaf in zip(found, expected, strict=True):
+        if leaf.dtype == torch.int32:  # indices: those of values that are nearly equal may change places
+            continue
+        error = (leaf.double() - expected_leaf.double()).norm() / expected_leaf.double().norm()
+        assert error < TOLERANCE, f"‖fused - module‖ / ‖module‖ is {error:.2g}"
+
+
+@click.command()
+@click.option("--rounds", default=10, show_default=True, help=f"Of {NUM_SETS} replays each, for every setting.")
+@json_option
+@torch.inference_mode()
+def main(rounds: int, json_file: Path | None) -> None:
+    """Measure the step of a 7-layer LSTM of 1024 cells, fp16."""
+    show_hardware()
+    if not FusedLstm.supports(OPTIONS, torch.device("cuda")):
+        raise click.ClickException("the kernel needs a GPU of compute capability 9.0")
+    model = Rnn(OPTIONS).cuda()
+    model.rnn.flatten_parameters()
+    fused = FusedLstm(model)
+    factors = [torch.randn(PRODUCT, PRODUCT, device="cuda").half() for _ in range(3)]
+    products = capture(torch.matmul, list(itertools.permutations(factors, 2)))
+    product_tflops = 2 * PRODUCT**3 / measure(products, rounds) / 1e9
+    del products, factors
+
+    rows = []
+    figures = {"large_product_tflops": product_tflops}
+    for timesteps, batch in itertools.product(TIMESTEPS, BATCH_SIZES):
+        sets = [draw(timesteps, batch) for _ in range(NUM_SETS)]
+        check(model, fused, sets[0])
+        eager_ms = measure([lambda arguments=arguments: model(*arguments) for arguments in sets], rounds)  # type: ignore[misc]
+        cudnn_ms = measure(capture(model, sets), rounds)
+        fused_ms = measure(capture(fused.forward, sets), rounds)
+        tflops = flop(timesteps, batch) / fused_ms / 1e9
+        of_product = 100 * tflops / product_tflops
+        rate = timesteps * batch / fused_ms
+        rows.append((batch, timesteps, eager_ms, cudnn_ms, fused_ms, cudnn_ms / fused_ms, rate, tflops, of_product))
+        setting = f"{batch}" if timesteps == CLAIMED_TIMESTEPS else f"{batch}_k{timesteps}"
+        figures[f"step_vs_cudnn_{setting}"] = cudnn_ms / fused_ms
+        figures[f"step_ms_{setting}"] = fused_ms
+        figures[f"step_cudnn_ms_{setting}"] = cudnn_ms
+        figures[f"step_cudnn_eager_ms_{setting}"] = eager_ms
+        figures[f"step_tflops_{setting}"] = tflops
+    head = (
+        "batch",
+        "timesteps",
+        "cuDNN eager ms",
+        "cuDNN ms",
+        "ours ms",
+        "ratio",
+        "ours /ms",
+        "TFLOP/s",
+        "% of product",
+    )
+    click.echo(f"\n{table(head, rows)}\n\nlarge fp16 product: {product_tflops:.0f} TFLOP/s")
+    save(figures, json_file)
+
+
+if __name__ == "__main__":
+    main()
