@@ -45,6 +45,7 @@ def run_sequences(model: RecurrentModel, instances: int, device: str) -> tuple[f
                 slots=instances,
                 max_batch_size=MAX_BATCH,
                 step_timesteps=(1, SEGMENT),
+                calibration_file="",
                 max_pending_bytes=2**32,
                 max_retained_bytes=2**34,
             ),
@@ -93,8 +94,9 @@ def exchange(engine: Engine, senders: list[Group], segments: int) -> np.ndarray:
 @click.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True)
 @click.option("--max-instances", default=max(INSTANCES), show_default=True)
+@click.option("--max-fp32", default=max(INSTANCES), show_default=True, help="Instances in fp32, which takes long.")
 @json_option
-def main(device: str, max_instances: int, json_file: Path | None) -> None:
+def main(device: str, max_instances: int, max_fp32: int, json_file: Path | None) -> None:
     """Measure throughput and request time against the number of instances."""
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -103,7 +105,8 @@ def main(device: str, max_instances: int, json_file: Path | None) -> None:
     for dtype in DTYPES:
         model = registry.load(ModelConfig("rnn", {**LSTM, "top_k": 8, "dtype": dtype}))
         rows = []
-        for instances in (n for n in INSTANCES if n <= max_instances):
+        limit = min(max_instances, max_fp32) if dtype == "fp32" else max_instances
+        for instances in (n for n in INSTANCES if n <= limit):
             seconds, delays = run_sequences(model, instances, device)
             rate = instances * SEQUENCE / seconds / 1e3
             p50, p99 = (float(np.percentile(delays, percent)) * 1e3 for percent in (50, 99))

@@ -29,6 +29,7 @@ class EngineConfig:
     `max_step_timesteps`: timesteps that a step takes of a session at most; `step_timesteps`: the numbers that it may
     take, rising from 1 (none: any; on a GPU the powers of two, since each needs graphs of its own). `threads`: torch
     threads of a replica.
+    `calibration_file`: where a GPU's fastest ways to run steps are remembered (empty: nowhere).
     `max_pending_bytes`, `max_retained_bytes`: bounds on accepted inputs and on outputs kept until acknowledged, of all
     sessions of a replica.
     """
@@ -39,6 +40,7 @@ class EngineConfig:
     max_step_timesteps: int = 16
     step_timesteps: tuple[int, ...] = ()
     threads: int = 1
+    calibration_file: str = "~/.cache/lockstep/calibration.json"
     max_pending_bytes: int = 256 * 2**20
     max_retained_bytes: int = 256 * 2**20
 

@@ -2,11 +2,13 @@
 
 import logging
 import math
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
+from serve_app.engine.calibration import Calibration, Forward
 from serve_app.engine.runner import check_outputs
 from serve_app.engine.state_pool import StatePool
 from serve_app.models.interface import RecurrentModel
@@ -17,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 WORTH_A_STREAM = 256 * 1024
 """Bytes of inputs or outputs; of less, changing streams takes longer than the copy."""
+TIMED = 9
+"""Steps, to tell which is the fastest."""
 ALIGNMENT = 256
 """Bytes, of each tensor that is packed with others."""
 
@@ -32,10 +36,11 @@ class CudaRunner:
 
     depth = 3
 
-    def __init__(self, model: RecurrentModel, pool: StatePool, device: torch.device) -> None:
+    def __init__(self, model: RecurrentModel, pool: StatePool, device: torch.device, calibration: Calibration) -> None:
         self._model = model
         self._pool = pool
         self._device = device
+        self._calibration = calibration
         self._captures = True
         self._programs: dict[tuple[int, int], _Program] = {}
         self._memory = torch.cuda.graph_pool_handle()
@@ -97,30 +102,36 @@ class CudaRunner:
 
     def _program(self, k: int, size: int) -> "_Program":
         program = self._programs.get((k, size))
-        if program is None:
-            program = _Program(self._model, self._pool, k, size, self._device)
-            if self._captures:
-                try:
-                    program.capture(self._memory)
-                    self._programs[k, size] = program
-                except Exception as error:
-                    if isinstance(error, torch.AcceleratorError) and "captur" not in str(error):
-                        raise
-                    self._captures = False
-                    logger.warning(
-                        "a step of %s cannot be captured as a CUDA graph, its kernels are launched one by one: %s: %s",
-                        type(self._model).__name__,
-                        type(error).__name__,
-                        error,
-                    )
+        if program is None and self._captures:
+            try:
+                forward = self._calibration.choose(k, size, lambda forward: self._capture(k, size, forward).time_s())
+                program = self._programs[k, size] = self._capture(k, size, forward)
+            except Exception as error:
+                if isinstance(error, torch.AcceleratorError) and "captur" not in str(error):
+                    raise
+                self._captures = False
+                logger.warning(
+                    "a step of %s cannot be captured as a CUDA graph, its kernels are launched one by one: %s: %s",
+                    type(self._model).__name__,
+                    type(error).__name__,
+                    error,
+                )
+        return program or _Program(self._model, self._model.forward, self._pool, k, size, self._device)
+
+    def _capture(self, k: int, size: int, forward: Forward) -> "_Program":
+        program = _Program(self._model, forward, self._pool, k, size, self._device)
+        program.capture(self._memory)
         return program
 
 
 class _Program:
     """A step of k timesteps of `size` sessions: from packed inputs to packed outputs, on the device."""
 
-    def __init__(self, model: RecurrentModel, pool: StatePool, k: int, size: int, device: torch.device) -> None:
+    def __init__(
+        self, model: RecurrentModel, forward: Forward, pool: StatePool, k: int, size: int, device: torch.device
+    ) -> None:
         self._model = model
+        self._forward = forward
         self._pool = pool
         spec = model.input
         start = _aligned(size * 8)
@@ -160,9 +171,21 @@ class _Program:
             self._step()
         self._graph = graph
 
+    def time_s(self) -> float:
+        """Seconds of a step, the median of a few."""
+        times: list[float] = []
+        for _ in range(TIMED):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            began.record()
+            self.run()
+            ended.record()
+            ended.synchronize()
+            times.append(began.elapsed_time(ended) / 1e3)
+        return median(times)
+
     def _step(self) -> None:
         x = self._x.transpose(0, 1).contiguous()
-        y, state = self._model.forward(x, self._pool.gather(self._index))
+        y, state = self._forward(x, self._pool.gather(self._index))
         values = check_outputs(y, self._model.outputs, x.shape[:2])
         for value, (start, shape, spec) in zip(values, self.forms, strict=True):
             packed = self.outputs[start : start + math.prod(shape) * value.element_size()]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from serve_app.config import AppConfig, EngineConfig
+from serve_app.engine.calibration import Calibration
 from serve_app.engine.cuda_runner import CudaRunner
 from serve_app.engine.distinct import distinct
 from serve_app.engine.inputs import InputStore
@@ -54,7 +55,7 @@ class Engine:
         self._slots = SlotTable(config.engine.slots, max_sessions)
         self._page_of = np.full(max_sessions, -1, np.int64)  # of evicted states, by row
         self._pool = StatePool(model, config.engine.slots, device)
-        self._runner = make_runner(model, self._pool, device)
+        self._runner = make_runner(model, self._pool, config.engine, device)
         self._flights: deque[_Flight] = deque()  # steps on their way
         self._inputs = InputStore(max_sessions)
         self._outputs = OutputStore(model.outputs, max_sessions)
@@ -357,9 +358,11 @@ class _Flight:
         return self.batch.rows
 
 
-def make_runner(model: RecurrentModel, pool: StatePool, device: torch.device) -> StepRunner:
+def make_runner(model: RecurrentModel, pool: StatePool, config: EngineConfig, device: torch.device) -> StepRunner:
     """What runs steps on that device."""
-    return EagerRunner(model, pool) if device.type == "cpu" else CudaRunner(model, pool, device)
+    if device.type == "cpu":
+        return EagerRunner(model, pool)
+    return CudaRunner(model, pool, device, Calibration(model, device, config.calibration_file))
 
 
 def step_timesteps(config: EngineConfig, device: torch.device) -> Sequence[int]:

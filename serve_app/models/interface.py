@@ -16,8 +16,10 @@ class RecurrentModel(Protocol):
     """A model whose state is data, never an attribute: who else is in the batch does not change a session's output.
 
     A `torch.nn.Module` is moved to the device and put into eval mode by the engine; `forward` runs in inference mode.
-    Optional: `sample_rate: int` where a timestep is a run of audio samples, and
-    `session_ended(session: str, reason: str)`, called when a session ends (closed, idle, aborted).
+    Optional: `sample_rate: int` where a timestep is a run of audio samples;
+    `session_ended(session: str, reason: str)`, called when a session ends (closed, idle, aborted); and
+    `alternatives() -> Mapping[str, forward]`, other ways to compute `forward` on the device where the model lies, of
+    which the engine takes the fastest that gives the same.
     """
 
     @property

@@ -1,7 +1,8 @@
 """Recurrent layers as torch has them: RNN (relu or tanh), LSTM (also with projections) and GRU."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,6 +55,17 @@ class Rnn(torch.nn.Module):
             return y.to(x.dtype), state
         values, indices = y.topk(self.options.top_k)
         return {"values": values.to(x.dtype), "indices": indices.to(torch.int32)}, state
+
+    def alternatives(self) -> Mapping[str, Callable[[torch.Tensor, State], tuple[Any, State]]]:
+        """Other ways to compute `forward` where the weights lie now, by name; they keep weights of their own."""
+        device = next(self.parameters()).device
+        if device.type != "cuda":
+            return {}
+        try:
+            from serve_app.models.fused_lstm import FusedLstm
+        except ImportError:  # without Triton, or with one that is too old
+            return {}
+        return {"fused_lstm": FusedLstm(self).forward} if FusedLstm.supports(self.options, device) else {}
 
 
 def _layers(options: RnnOptions) -> torch.nn.RNNBase:

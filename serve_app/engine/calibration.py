@@ -1,0 +1,87 @@
+"""Which way of computing a step is the fastest that is right: measured where it runs, remembered on disk."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from serve_app.models.interface import RecurrentModel
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[[torch.Tensor, Any], tuple[Any, Any]]
+REFERENCE = "torch"
+"""The model's own forward."""
+TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 5e-2}
+"""Of an alternative against the reference, by norm, which is off by about half of that itself; else 1e-4."""
+
+
+class Calibration:
+    """Chooses among the forwards of a model, for each size of a step.
+
+    Choices are remembered in `file` (none: only here), by device, versions, model and size; a file that cannot be read
+    or written is reported, and does without.
+    """
+
+    def __init__(self, model: RecurrentModel, device: torch.device, file: str) -> None:
+        self._model = model
+        self._device = device
+        self._file = Path(file).expanduser() if file else None
+        alternatives: Callable[[], Mapping[str, Forward]] = getattr(model, "alternatives", dict)
+        self.forwards: dict[str, Forward] = {REFERENCE: model.forward, **alternatives()}
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        kind = f"{type(model).__module__}.{type(model).__qualname__}"
+        self._where = f"{name}, torch {torch.__version__}, {kind}, {getattr(model, 'options', '')}"
+        self._chosen = self._read()
+
+    def choose(self, k: int, size: int, time_s: Callable[[Forward], float]) -> Forward:
+        """The forward for k timesteps of `size` sessions. `time_s` says how long a step with one takes."""
+        key = f"{self._where}, {k} x {size}"
+        if len(self.forwards) > 1 and self._chosen.get(key) not in self.forwards:
+            times = {name: time_s(forward) for name, forward in self.forwards.items() if self._right(name, k, size)}
+            self._chosen[key] = min(times, key=lambda name: times[name])
+            logger.info("steps of %d x %d: %s", k, size, {name: f"{t * 1e6:.0f} us" for name, t in times.items()})
+            self._write()
+        return self.forwards[self._chosen.get(key, REFERENCE)]
+
+    def _right(self, name: str, k: int, size: int) -> bool:
+        """Whether a forward gives what the reference gives, for random inputs from random states."""
+        if name == REFERENCE:
+            return True
+        spec = self._model.input
+        x = torch.randn((k, size, *spec.shape), device=self._device).to(getattr(torch, spec.dtype))
+        like = self._model.initial_state(size)
+        state = pytree.tree_map(lambda leaf: torch.randn(leaf.shape, device=self._device).to(leaf.dtype) / 2, like)
+        expected, found = (pytree.tree_leaves(run(x, state)) for run in (self._model.forward, self.forwards[name]))
+        for a, b in zip(found, expected, strict=True):
+            if not b.is_floating_point():
+                continue  # indices of nearly equal values may change places
+            error = float((a.double() - b.double()).norm() / b.double().norm())
+            if not error <= TOLERANCE.get(next(leaf.dtype for leaf in pytree.tree_leaves(like)), 1e-4):
+                logger.warning("%s is not used for steps of %d x %d: it is off by %.2g", name, k, size, error)
+                return False
+        return True
+
+    def _read(self) -> dict[str, str]:
+        try:
+            return dict(json.loads(self._file.read_text())) if self._file and self._file.exists() else {}
+        except (OSError, ValueError) as error:
+            logger.warning("%s cannot be read, steps are measured anew: %s", self._file, error)
+            return {}
+
+    def _write(self) -> None:
+        if self._file is None:
+            return
+        chosen = {**self._read(), **self._chosen}  # another replica may have written
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            new = self._file.with_suffix(f".{os.getpid()}")
+            new.write_text(json.dumps(chosen, indent=1) + "\n")
+            new.replace(self._file)
+        except OSError as error:
+            logger.warning("%s cannot be written, steps are measured anew next time: %s", self._file, error)
