@@ -10,7 +10,7 @@ FIND_PYTHON = for python in "$(PYTHON)" python3.13 python3.12 python3.11; do \
 	test -n "$$python" || { echo "Python 3.11 or newer with its venv module is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 		"On Debian and Ubuntu: apt install python3.12-venv. Another interpreter: make venv PYTHON=/path/to/python3" >&2; exit 1; }
 
-.PHONY: venv fmt check test demo bench lock clean
+.PHONY: venv fmt check test demo bench bench-gpu lock clean
 
 venv: .venv/.installed
 
@@ -45,6 +45,14 @@ bench: venv
 	$(BIN)/python -m bench.compare --json bench/results/compare_cpu.json
 	$(BIN)/python -m examples.demo --json bench/results/demo_cpu.json
 	$(BIN)/python -m bench.readme
+
+# On a machine with an NVIDIA GPU; the pictures and docs/performance.md anywhere.
+bench-gpu: venv
+	$(BIN)/python -m bench.step --json bench/results/step_cuda.json
+	$(BIN)/python -m bench.engine --device cuda --json bench/results/engine_cuda.json
+	$(BIN)/python -m bench.evict --json bench/results/evict_cuda.json
+	$(BIN)/python -m bench.s9422 --json bench/results/s9422_cuda.json
+	$(BIN)/python -m bench.performance
 
 # What pyproject.toml resolves to today, without local suffixes (+cpu) and without the CUDA parts, which torch pins itself.
 lock:

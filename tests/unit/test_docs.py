@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from bench import performance
 from bench.readme import rendered
 
 ROOT = Path(__file__).parents[2]
@@ -49,3 +50,7 @@ def test_readme_has_the_figures_of_the_files() -> None:
     text = (ROOT / "README.md").read_text()
     assert "[vs_naive]" in text
     assert rendered(text) == text, "make bench, or python -m bench.readme, writes it anew"
+
+
+def test_performance_has_the_figures_of_the_files() -> None:
+    assert performance.rendered() == performance.DOCUMENT.read_text(), "python -m bench.performance writes it anew"
