@@ -8,13 +8,11 @@ import torch
 
 from serve_app.engine.distinct import distinct
 
-PAGES_PER_CHUNK = 256
-
 
 class Column:
     """One tensor of the state, with a slot for each row of its batch dimension `dim`.
 
-    Evicted rows lie in pages in host memory, which grows by chunks of PAGES_PER_CHUNK.
+    Evicted rows lie in pages in host memory, which grows by chunks of equal size.
     """
 
     def __init__(self, initial: torch.Tensor, dim: int, num_slots: int) -> None:
@@ -34,23 +32,23 @@ class Column:
         """Overwrite these slots."""
         self.tensor.index_copy_(self.dim, index, new)
 
-    def grow(self) -> None:
+    def grow(self, num_pages: int) -> None:
         """Add a chunk of pages."""
-        shape, dtype = self.form(PAGES_PER_CHUNK)
+        shape, dtype = self.form(num_pages)
         self.chunks.append(torch.empty(shape, dtype=dtype, pin_memory=self.tensor.is_cuda))
 
-    def evict(self, index: Any, pages: np.ndarray) -> None:
-        """Copy these slots to `pages`."""
-        rows = self.select(index).cpu()
-        for chunk, which in _by_chunk(pages):
-            at = torch.from_numpy(pages[which] % PAGES_PER_CHUNK)
-            self.chunks[chunk].index_copy_(self.dim, at, rows.index_select(self.dim, torch.from_numpy(which)))
+    def evict(self, index: Any, pages: Any) -> None:
+        """Copy these slots to `pages`; both as StatePool.index has them."""
+        rows, size = self.select(index).cpu(), self.chunks[0].shape[self.dim]
+        for chunk, which, at in _by_chunk(pages, size):
+            self.chunks[chunk].index_copy_(self.dim, at, rows.index_select(self.dim, which))
 
-    def restore(self, index: Any, pages: np.ndarray) -> None:
+    def restore(self, index: Any, pages: Any) -> None:
         """Copy `pages` to these slots."""
-        for chunk, which in _by_chunk(pages):
-            at = torch.from_numpy(pages[which] % PAGES_PER_CHUNK)
-            self.put(index[which], self.chunks[chunk].index_select(self.dim, at).to(self.tensor.device))
+        size = self.chunks[0].shape[self.dim]
+        for chunk, which, at in _by_chunk(pages, size):
+            into = index[which.numpy() if isinstance(index, np.ndarray) else which.to(index.device)]
+            self.put(into, self.chunks[chunk].index_select(self.dim, at).to(self.tensor.device))
 
 
 class HostColumn(Column):
@@ -80,10 +78,12 @@ def device_column(initial: torch.Tensor, dim: int, num_slots: int) -> Column:
     return MovedColumn(initial, dim, num_slots)
 
 
-def _by_chunk(pages: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """(chunk, positions in `pages` that lie in it), for each chunk."""
-    chunks = pages // PAGES_PER_CHUNK
-    return [(chunk, np.flatnonzero(chunks == chunk)) for chunk in distinct(chunks)]
+def _by_chunk(pages: Any, size: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(chunk, positions in `pages` that lie in it, where those lie in it), for each chunk."""
+    numbers = pages if isinstance(pages, np.ndarray) else pages.cpu().numpy()
+    chunks = numbers // size
+    positions = [(chunk, np.flatnonzero(chunks == chunk)) for chunk in distinct(chunks)]
+    return [(chunk, torch.from_numpy(at), torch.from_numpy(numbers[at] % size)) for chunk, at in positions]
 
 
 def with_size(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from serve_app.engine.calibration import Calibration, Forward
-from serve_app.engine.runner import check_outputs
+from serve_app.engine.runner import check_outputs, inference_mode
 from serve_app.engine.state_pool import StatePool
 from serve_app.models.interface import RecurrentModel
 from serve_app.policy.batching import pad_batch
@@ -66,7 +66,7 @@ class CudaRunner:
         nbytes = _aligned(size * 8) + x.nbytes
         index = lane.host(nbytes)[: size * 8].view(np.int64)
         index[:batch], index[batch:] = slots, self._pool.padding_slot
-        with torch.inference_mode():
+        with inference_mode():
             program = self._program(k, size)
             outputs = torch.empty(program.outputs.nbytes, dtype=torch.uint8, pin_memory=True)
             lane.reserve(nbytes, outputs.nbytes)

@@ -188,7 +188,8 @@ class Engine:
         """Timesteps that may still be accepted: within the bounds on inputs held and on outputs kept."""
         if self._inputs.nbytes + frame.x.nbytes > self._config.engine.max_pending_bytes:
             return 0
-        return self._max_retained - self._sessions.outstanding
+        in_flight = sum(flight.batch.k * len(flight.rows) for flight in self._flights)
+        return self._max_retained - self._outputs.timesteps - self._scheduler.total - in_flight
 
     def _bring_in(self, rows: np.ndarray, now: float) -> None:
         """Give every row a slot with its state in it."""

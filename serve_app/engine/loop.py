@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from serve_app.engine.engine import Engine
 from serve_app.engine.mailbox import Ticket
+from serve_app.engine.runner import inference_mode
 from serve_app.errors import LockstepError, Unavailable
 from serve_app.frame import Answer, Frame
 
@@ -53,8 +54,9 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
-            while not self._stopping:
-                self._turn()
+            with inference_mode():
+                while not self._stopping:
+                    self._turn()
         except BaseException as error:
             logger.exception("the engine has died")
             self._die(error)

@@ -1,6 +1,7 @@
 """Steps of a model: inputs in host memory and states in slots, to outputs in host memory and states in slots."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,7 +60,7 @@ class EagerRunner:
 
     def launch(self, x: np.ndarray, slots: np.ndarray) -> Step:
         """See StepRunner."""
-        with torch.inference_mode():
+        with inference_mode():
             index = self._pool.index(slots)
             y, state = self._model.forward(torch.from_numpy(x), self._pool.gather(index))
             values = check_outputs(y, self._model.outputs, x.shape[:2])
@@ -79,6 +80,11 @@ class _Finished:
 
     def outputs(self) -> list[np.ndarray]:
         return self._outputs
+
+
+def inference_mode() -> AbstractContextManager[object]:
+    """torch.inference_mode(), where it is not on already: to enter it takes as long as to gather the states."""
+    return nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
 
 
 def check_outputs(y: Any, specs: Mapping[str, TensorSpec], steps: Sequence[int]) -> list[torch.Tensor]:

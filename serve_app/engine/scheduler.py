@@ -31,6 +31,8 @@ class Scheduler:
         self._timesteps = np.array(timesteps, np.int64)
         #: Timesteps ready, by row.
         self.left = np.zeros(max_rows, np.int64)
+        #: The same of all rows together.
+        self.total = 0
         self._since = np.zeros(max_rows)
         #: The number of the queue entry that counts for a row; 0 when it does not wait. Others are stale.
         self._ticket = np.zeros(max_rows, np.int64)
@@ -41,6 +43,7 @@ class Scheduler:
     def add(self, rows: np.ndarray, counts: np.ndarray, now: float) -> None:
         """Let each of `rows` (distinct) have `counts` further timesteps ready."""
         self.left[rows] += counts
+        self.total += int(counts.sum())
         self._push(rows[self._ticket[rows] == 0], now)
 
     def schedule(self, now: float) -> Batch | None:
@@ -68,10 +71,12 @@ class Scheduler:
     def complete(self, batch: Batch, now: float) -> None:
         """The step is done: its timesteps are no longer ready; what is left of them waits again."""
         self.left[batch.rows] -= batch.k
+        self.total -= batch.k * len(batch.rows)
         self._push(batch.rows[self.left[batch.rows] > 0], now)
 
     def drop(self, rows: np.ndarray) -> None:
         """Forget everything that `rows` have ready."""
+        self.total -= int(self.left[rows].sum())
         self.left[rows] = 0
         self._ticket[rows] = 0
 
@@ -111,3 +116,4 @@ class Scheduler:
         assert len(rows) == len(set(rows)), "a session waits twice"
         assert set(rows) == set(np.flatnonzero(self.left > 0).tolist()), "a session with timesteps does not wait"
         assert (self.left >= 0).all()
+        assert self.left.sum() == self.total

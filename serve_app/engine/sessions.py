@@ -262,12 +262,6 @@ class SessionTable:
         """Sessions that are open."""
         return int((self.status[: self._num_rows] == Status.OPEN).sum())
 
-    @property
-    def outstanding(self) -> int:
-        """Timesteps accepted and not acknowledged, of all sessions: outputs that exist or will."""
-        live = slice(0, self._num_rows)
-        return int((self.next[live] - self.acked[live]).sum())
-
     def check(self) -> None:
         """Assert what must always hold."""
         held = np.array(list(self._row_of.values()), np.int64)

@@ -4,12 +4,11 @@ The kernels reach pinned host memory as well, so that evicting and restoring is 
 the host waits for nothing and copies nothing.
 """
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from serve_app.engine.columns import PAGES_PER_CHUNK, Column
+from serve_app.engine.columns import Column
 
 BLOCK = 1024  # words
 MOVERS = 64
@@ -41,14 +40,14 @@ class MovedColumn(Column):
         batch = new.contiguous().view(-1).view(self._word)
         self._move_rows(index, batch, to_pool=True)
 
-    def grow(self) -> None:
-        super().grow()
+    def grow(self, num_pages: int) -> None:
+        super().grow(num_pages)
         self._table = torch.tensor([chunk.data_ptr() for chunk in self.chunks], device=self.tensor.device)
 
-    def evict(self, index: torch.Tensor, pages: np.ndarray) -> None:
+    def evict(self, index: torch.Tensor, pages: torch.Tensor) -> None:
         self._move_pages(index, pages, to_pool=False)
 
-    def restore(self, index: torch.Tensor, pages: np.ndarray) -> None:
+    def restore(self, index: torch.Tensor, pages: torch.Tensor) -> None:
         self._move_pages(index, pages, to_pool=True)
 
     def _move_rows(self, index: torch.Tensor, batch: torch.Tensor, *, to_pool: bool) -> None:
@@ -57,12 +56,11 @@ class MovedColumn(Column):
                 self._pool, index, self._num_slots, self._words, batch, len(index), to_pool, self._block
             )
 
-    def _move_pages(self, index: torch.Tensor, pages: np.ndarray, *, to_pool: bool) -> None:
-        at = torch.from_numpy(pages).pin_memory().to(index.device, non_blocking=True)
+    def _move_pages(self, index: torch.Tensor, pages: torch.Tensor, *, to_pool: bool) -> None:
         if len(index) and self._words:
             _move_pages[(MOVERS,)](
-                self._pool, index, self._num_slots, self._words, self._table, at, PAGES_PER_CHUNK, len(index),
-                self._outer, MOVERS, to_pool, self._block,
+                self._pool, index, self._num_slots, self._words, self._table, pages, self.chunks[0].shape[self.dim],
+                len(index), self._outer, MOVERS, to_pool, self._block,
             )  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """The states of all sessions: on the device by slot, in host memory by page for those that are evicted."""
 
-import heapq
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,9 +8,13 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from serve_app.engine.columns import PAGES_PER_CHUNK, HostColumn, device_column
+from serve_app.engine.columns import HostColumn, device_column
 from serve_app.errors import InvalidInput
 from serve_app.models.interface import RecurrentModel, State
+
+CHUNK_BYTES = 64 * 2**20
+"""Of host memory, that is taken at a time for states that are evicted."""
+MIN_CHUNK_PAGES, MAX_CHUNK_PAGES = 64, 8192
 
 
 class StatePool:
@@ -34,8 +37,10 @@ class StatePool:
         self._dims = [_batch_dim(a, b) for a, b in zip(one[0], two[0], strict=True)]
         kind = HostColumn if device.type == "cpu" else device_column
         self._columns = [kind(leaf, dim, num_slots + 2) for leaf, dim in zip(self._initial, self._dims, strict=True)]
-        self._num_pages = 0
-        self._free: list[int] = []
+        self._chunk_pages = min(max(CHUNK_BYTES // max(1, self.state_bytes), MIN_CHUNK_PAGES), MAX_CHUNK_PAGES)
+        #: Pages that are free, at its start; as long as there are pages.
+        self._free = np.empty(0, np.int64)
+        self._num_free = 0
 
     @property
     def state_bytes(self) -> int:
@@ -45,7 +50,7 @@ class StatePool:
     @property
     def num_pages_used(self) -> int:
         """Pages of host memory that hold a state."""
-        return self._num_pages - len(self._free)
+        return len(self._free) - self._num_free
 
     def index(self, slots: np.ndarray) -> Any:
         """These slots, as `gather` and `scatter` take them: an array in host memory, else a tensor on the device."""
@@ -97,22 +102,22 @@ class StatePool:
     def evict(self, slots: np.ndarray) -> np.ndarray:
         """Copy the states in `slots` to host memory; returns the page of each."""
         pages = self._take_pages(len(slots))
-        index = self.index(slots)
+        index, at = self.index(np.stack([slots, pages]))
         for column in self._columns:
-            column.evict(index, pages)
+            column.evict(index, at)
         return pages
 
     def restore(self, slots: np.ndarray, pages: np.ndarray) -> None:
         """Copy the states in `pages` to `slots`, and free the pages."""
-        index = self.index(slots)
+        index, at = self.index(np.stack([slots, pages]))
         for column in self._columns:
-            column.restore(index, pages)
+            column.restore(index, at)
         self.free_pages(pages)
 
     def free_pages(self, pages: np.ndarray) -> None:
         """The states in `pages` are not needed any more."""
-        for page in pages.tolist():
-            heapq.heappush(self._free, page)
+        self._free[self._num_free : self._num_free + len(pages)] = pages
+        self._num_free += len(pages)
 
     def admit(self, state: Sequence[np.ndarray]) -> int:
         """Keep a client's initial state, its tensors in the model's order and shaped as for a batch of 1, in a page.
@@ -143,13 +148,14 @@ class StatePool:
         return pytree.tree_flatten(state)
 
     def _take_pages(self, count: int) -> np.ndarray:
-        while len(self._free) < count:
-            for page in range(self._num_pages, self._num_pages + PAGES_PER_CHUNK):
-                heapq.heappush(self._free, page)
-            self._num_pages += PAGES_PER_CHUNK
+        while self._num_free < count:
+            first = len(self._free)
+            self._free = np.concatenate([self._free, np.zeros(self._chunk_pages, np.int64)])
+            self.free_pages(np.arange(first, first + self._chunk_pages)[::-1])
             for column in self._columns:
-                column.grow()
-        return np.array([heapq.heappop(self._free) for _ in range(count)], np.int64)
+                column.grow(self._chunk_pages)
+        self._num_free -= count
+        return self._free[self._num_free : self._num_free + count].copy()
 
 
 def _batch_dim(one: torch.Tensor, two: torch.Tensor) -> int:

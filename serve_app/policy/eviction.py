@@ -4,8 +4,17 @@ import numpy as np
 
 
 def choose_victims(used_at: np.ndarray, waiting: np.ndarray, count: int) -> np.ndarray:
-    """The `count` of n sessions to evict: those without work before those with, longest unused first.
+    """The `count` of n sessions to evict: those without work before those with, the longest unused of them.
 
-    used_at [n]: when each was last in a step; waiting [n]: whether it has timesteps ready. Returns indices.
+    used_at [n]: when each was last in a step; waiting [n]: whether it has timesteps ready. Returns indices, unordered.
     """
-    return np.lexsort((used_at, waiting))[:count]
+    idle: np.ndarray = np.flatnonzero(~waiting)
+    if len(idle) >= count:
+        return np.take(idle, _lowest(used_at[idle], count))
+    busy = np.flatnonzero(waiting)
+    return np.concatenate([idle, busy[_lowest(used_at[busy], count - len(idle))]])
+
+
+def _lowest(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` lowest."""
+    return np.argpartition(values, count - 1)[:count] if 0 < count < len(values) else np.arange(count)
