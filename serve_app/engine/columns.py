@@ -57,16 +57,20 @@ class HostColumn(Column):
     def __init__(self, initial: torch.Tensor, dim: int, num_slots: int) -> None:
         super().__init__(initial, dim, num_slots)
         #: numpy has no bfloat16: its bits travel as int16.
-        self._bits = torch.int16 if initial.dtype == torch.bfloat16 else initial.dtype
-        self._array: np.ndarray = self.tensor.view(self._bits).numpy()
+        self._bits = torch.int16 if initial.dtype == torch.bfloat16 else None
+        self._array: np.ndarray = self._numbers(self.tensor)
         self._by_slot = self._array.swapaxes(0, dim)
 
     def select(self, index: Any) -> torch.Tensor:
         taken: np.ndarray = self._array.take(index, self.dim)
-        return torch.from_numpy(taken).view(self._dtype)
+        return torch.from_numpy(taken) if self._bits is None else torch.from_numpy(taken).view(self._dtype)
 
     def put(self, index: Any, new: torch.Tensor) -> None:
-        self._by_slot[index] = new.view(self._bits).numpy().swapaxes(0, self.dim)
+        self._by_slot[index] = self._numbers(new).swapaxes(0, self.dim)
+
+    def _numbers(self, tensor: torch.Tensor) -> np.ndarray:
+        array: np.ndarray = (tensor if self._bits is None else tensor.view(self._bits)).numpy()
+        return array
 
 
 def device_column(initial: torch.Tensor, dim: int, num_slots: int) -> Column:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -244,8 +244,7 @@ class Engine:
         took_s = time.monotonic() - flight.began
         self.stats.graph_steps += flight.step.captured
         self.stats.add_step(StepRecord(len(rows), batch.k, float(batch.waited_s[0]), took_s))
-        there = self._still_there(flight)
-        if not there.all():
+        if self._runner.depth > 1 and not (there := self._still_there(flight)).all():
             rows, values = rows[there], [value[there] for value in values]
             if not len(rows):
                 return
@@ -344,8 +343,7 @@ class Engine:
         self._mail[int(self._sessions.sender[row])].notices.append(notice)
 
 
-@dataclass(frozen=True, slots=True)
-class _Flight:
+class _Flight(NamedTuple):
     """A step that was launched, and the epochs [B] of its sessions then."""
 
     batch: Batch

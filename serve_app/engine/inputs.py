@@ -16,7 +16,8 @@ class InputStore:
         self._last_block = 0
         self._nbytes = 0
         # The run that each row is in: its block, where it goes on, and timesteps left; further runs wait in _later.
-        self._block, self._offset, self._count = np.zeros((3, max_rows), np.int64)
+        self._runs = np.zeros((3, max_rows), np.int64)
+        self._block, self._offset, self._count = self._runs
         self._later: dict[int, deque[tuple[int, int, int]]] = {}
 
     @property
@@ -40,22 +41,22 @@ class InputStore:
     def take(self, rows: np.ndarray, x: np.ndarray) -> None:
         """Fill x [k, B, *features] with the next k timesteps of each of `rows`; they are gone from here."""
         k = len(x)
-        whole = self._count[rows] >= k
-        block_of = self._block[rows]
-        at = self._offset[rows] + np.arange(k)[:, None]  # [k, B]
+        block_of, offset, count = self._runs[:, rows]
+        whole = count >= k
         blocks = distinct(block_of[whole])
         if len(blocks) == 1 and whole.all():  # all from one frame: copied once
-            data, first = self._blocks[blocks[0]], at[0, 0]
-            if (at[0, 1:] - at[0, :-1] == k).all():  # and in the frame's order
-                run = data[first : first + at.size].reshape(len(rows), k, *data.shape[1:])
+            data, size = self._blocks[blocks[0]], k * len(rows)
+            if (offset[1:] - offset[:-1] == k).all():  # and in the frame's order
+                run = data[offset[0] : offset[0] + size].reshape(len(rows), k, *data.shape[1:])
                 np.copyto(x, run.swapaxes(0, 1))
             else:
+                at = offset + np.arange(k)[:, None]  # [k, B]
                 data.take(at, axis=0, out=x, mode="clip")  # which spares a buffer; all are within
-            self._release(blocks[0], at.size)
+            self._release(blocks[0], size)
         else:
             for block in blocks:
                 columns = np.flatnonzero(whole & (block_of == block))
-                x[:, columns] = self._blocks[block][at[:, columns]]
+                x[:, columns] = self._blocks[block][offset[columns] + np.arange(k)[:, None]]
                 self._release(block, k * len(columns))
         done = rows[whole]
         self._offset[done] += k

@@ -64,7 +64,7 @@ class EagerRunner:
             index = self._pool.index(slots)
             y, state = self._model.forward(torch.from_numpy(x), self._pool.gather(index))
             values = check_outputs(y, self._model.outputs, x.shape[:2])
-            outputs = [np.array(value.numpy().swapaxes(0, 1), order="C") for value in values]
+            outputs = [value.numpy().swapaxes(0, 1).copy() for value in values]
             self._pool.scatter(index, state)
         return _Finished(outputs)
 

@@ -1,15 +1,14 @@
 """Who runs next: a queue of sessions with timesteps ready. Pure; sessions are row numbers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from serve_app.policy.batching import choose_batch
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """One step: `k` timesteps of each session in `rows` [B]. `waited_s` [B]: how long each waited for it, falling."""
 
     rows: np.ndarray

@@ -6,6 +6,7 @@ A session's timesteps lie on one line: acked <= sent <= progress <= next. `acked
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,8 +55,7 @@ class Tombstone:
     progress: int
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(NamedTuple):
     """By entry [n]: its row (-1: unknown), where in the frame's data it goes on, timesteps to run, and what is acked.
 
     `verdict` is None where all is as it nearly always is: what comes next in sessions that are open and not closing.

@@ -1,14 +1,13 @@
 """Which session's state is in which slot. Pure; sessions are row numbers."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from serve_app.policy.eviction import choose_victims
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """What must happen to the state pool before a step: `evict_*` leave their slots, then `enter_*` get theirs.
 
     `used_at`: when a step last used one of the slots that are entered.

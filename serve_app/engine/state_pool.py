@@ -37,6 +37,7 @@ class StatePool:
         self._dims = [_batch_dim(a, b) for a, b in zip(one[0], two[0], strict=True)]
         kind = HostColumn if device.type == "cpu" else device_column
         self._columns = [kind(leaf, dim, num_slots + 2) for leaf, dim in zip(self._initial, self._dims, strict=True)]
+        self._last_due: tuple[int, list[Any]] = 0, []  # the form of a batched state, by its batch
         self._chunk_pages = min(max(CHUNK_BYTES // max(1, self.state_bytes), MIN_CHUNK_PAGES), MAX_CHUNK_PAGES)
         #: Pages that are free, at its start; as long as there are pages.
         self._free = np.empty(0, np.int64)
@@ -69,7 +70,9 @@ class StatePool:
         """Write a batched state to these slots. ValueError, with nothing written, unless it is shaped as it came."""
         leaves, structure = self._flatten(state)
         found = [(leaf.shape, leaf.dtype) for leaf in leaves]
-        due = [column.form(len(index)) for column in self._columns]
+        if len(index) != self._last_due[0]:
+            self._last_due = len(index), [column.form(len(index)) for column in self._columns]
+        due = self._last_due[1]
         if structure != self._structure or found != due:
             raise ValueError(
                 f"the model returned a state of {found} as {structure}, expected {due} as {self._structure}"

@@ -2,13 +2,13 @@
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 MAX_STEPS_KEPT = 4096
 MAX_ENDED_KEPT = 65536
 
 
-@dataclass(frozen=True, slots=True)
-class StepRecord:
+class StepRecord(NamedTuple):
     """One step: its sessions, timesteps of each, the longest wait among them, and how long it took."""
 
     batch_size: int
