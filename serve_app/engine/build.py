@@ -21,6 +21,7 @@ def build_engine(config: AppConfig, owner: str = "local") -> Engine:
     """
     torch.set_num_threads(config.engine.threads)
     engine = Engine(registry.load(config.model), config, owner)
+    engine.prepare()
     _run_once(engine)
     return engine
 

@@ -49,6 +49,11 @@ class CudaRunner:
         self._lanes = [_Lane(device) for _ in range(self.depth)]
         self._turn = 0
 
+    def prepare(self, k: int, batch: int) -> None:
+        """See StepRunner: kernels compiled and measured, a graph captured."""
+        with inference_mode():
+            self._program(k, self._size(batch))
+
     def buffer(self, k: int, batch: int) -> np.ndarray:
         """See StepRunner; in pinned memory, a session's timesteps together, as frames have them."""
         self._turn = (self._turn + 1) % self.depth  # whose last step has been asked for its outputs

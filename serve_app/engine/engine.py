@@ -76,6 +76,12 @@ class Engine:
         self._max_retained = config.engine.max_retained_bytes // output_bytes  # timesteps
         self._max_answered = max(1, config.frame.max_bytes // output_bytes)  # timesteps of one answer
 
+    def prepare(self) -> None:
+        """Set up what the smallest and the largest steps need, so that the first sessions need not wait for it."""
+        for k in {self._scheduler.timesteps[0], self._scheduler.timesteps[-1]}:
+            for batch in {1, self._scheduler.max_batch_size}:
+                self._runner.prepare(int(k), batch)
+
     def step(self, now: float) -> bool:
         """Launch a batch of whatever is ready, complete one that has run; False when there was nothing to do.
 

@@ -32,6 +32,10 @@ class StepRunner(Protocol):
     depth: int
     """Steps that may be on their way: launched, and their outputs not asked for."""
 
+    def prepare(self, k: int, batch: int) -> None:
+        """Set up what a step of that size needs at its first use."""
+        ...
+
     def buffer(self, k: int, batch: int) -> np.ndarray:
         """Host memory [k, batch, *features] for the inputs of the next step."""
         ...
@@ -53,6 +57,9 @@ class EagerRunner:
         self._model = model
         self._pool = pool
         self._dtype = np.dtype(model.input.dtype)
+
+    def prepare(self, k: int, batch: int) -> None:
+        """See StepRunner: nothing."""
 
     def buffer(self, k: int, batch: int) -> np.ndarray:
         """See StepRunner."""

@@ -27,7 +27,7 @@ class Scheduler:
 
     def __init__(self, max_batch_size: int, timesteps: Sequence[int], max_rows: int) -> None:
         self.max_batch_size = max_batch_size
-        self._timesteps = np.array(timesteps, np.int64)
+        self.timesteps = np.array(timesteps, np.int64)
         #: Timesteps ready, by row.
         self.left = np.zeros(max_rows, np.int64)
         #: The same of all rows together.
@@ -57,7 +57,7 @@ class Scheduler:
         end = self._head + entries.shape[1]
         if num_current < entries.shape[1]:
             entries = entries[:, current]
-        chosen, k = choose_batch(self.left[entries[0]], self.max_batch_size, self._timesteps)
+        chosen, k = choose_batch(self.left[entries[0]], self.max_batch_size, self.timesteps)
         rows = entries[0][chosen]
         self._head = end - (num_current - len(rows))
         if self._head < end:
