@@ -1,11 +1,16 @@
 """Small real objects to test with."""
 
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
 from serve_app.config import AppConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.runner import EagerRunner
+from serve_app.engine.state_pool import StatePool
 from serve_app.frame import NO_CLOSE, Answer, Frame, Open
 from serve_app.models.interface import RecurrentModel
 from serve_app.spec import TensorSpec
@@ -54,9 +59,53 @@ class FloatSumModel:
 
 
 class OverlappingRunner(EagerRunner):
-    """Up to three steps are on their way: the engine may ask for outputs late, and must not for more than three."""
+    """Steps run late, in order: when outputs are asked for, or a move of states has to come after them.
+
+    So a move that wrongly goes first, or a step beyond three, shows.
+    """
 
     depth = 3
+
+    def __init__(self, model: RecurrentModel, pool: StatePool) -> None:
+        super().__init__(model, pool)
+        self.model, self.num_launched, self.late = model, 0, deque[LateStep]()
+        pool.moving = self.moving  # type: ignore[method-assign]
+
+    def launch(self, x: np.ndarray, slots: np.ndarray) -> "LateStep":
+        assert self.num_launched < self.depth, "more steps on their way than may be"
+        with torch.inference_mode():
+            self.model.forward(torch.from_numpy(x), self.model.initial_state(x.shape[1]))  # a bad one raises here
+        step = LateStep(self, x, slots)
+        self.late.append(step)
+        self.num_launched += 1
+        return step
+
+    def run(self) -> None:
+        """The oldest step."""
+        step = self.late.popleft()
+        step.found = super().launch(step.x, step.slots).outputs()
+
+    @contextmanager
+    def moving(self, *, after_steps: bool) -> Iterator[None]:
+        while after_steps and self.late:
+            self.run()
+        yield
+
+
+class LateStep:
+    """See OverlappingRunner."""
+
+    captured = False
+
+    def __init__(self, runner: OverlappingRunner, x: np.ndarray, slots: np.ndarray) -> None:
+        self.runner, self.x, self.slots = runner, x, slots.copy()
+        self.found: list[np.ndarray] | None = None
+
+    def outputs(self) -> list[np.ndarray]:
+        while self.found is None:
+            self.runner.run()
+        self.runner.num_launched -= 1
+        return self.found
 
 
 class Sender:

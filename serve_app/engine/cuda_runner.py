@@ -43,6 +43,7 @@ class CudaRunner:
         self._calibration = calibration
         self._captures = True
         self._programs: dict[tuple[int, int], _Program] = {}
+        self._too_large: set[tuple[int, int]] = set()  # to be captured
         self._memory = torch.cuda.graph_pool_handle()
         self._compute = torch.cuda.default_stream(device)
         self._upload, self._download = _stream(device), _stream(device)
@@ -74,7 +75,8 @@ class CudaRunner:
         with inference_mode():
             program = self._program(k, size)
             outputs = torch.empty(program.outputs.nbytes, dtype=torch.uint8, pin_memory=True)
-            lane.reserve(nbytes, outputs.nbytes)
+            if lane.reserve(nbytes, outputs.nbytes):
+                self._upload.wait_stream(self._compute)  # the new memory may be what a step before still reads
             if nbytes < WORTH_A_STREAM:
                 program.inputs[:nbytes].copy_(lane.pinned[:nbytes], non_blocking=True)
             else:
@@ -82,7 +84,11 @@ class CudaRunner:
                 self._compute.wait_event(lane.uploaded)
                 program.inputs[:nbytes].copy_(lane.inputs[:nbytes])
             # All memory is there: from here on only the model itself can fail, before it writes the states.
-            program.run()
+            try:
+                program.run()
+            except Exception:
+                self._upload.synchronize()  # the lane is free again, so nothing may be on its way there
+                raise
             if outputs.nbytes < WORTH_A_STREAM:
                 outputs.copy_(program.outputs, non_blocking=True)
                 lane.landed.record(self._compute)
@@ -107,10 +113,13 @@ class CudaRunner:
 
     def _program(self, k: int, size: int) -> "_Program":
         program = self._programs.get((k, size))
-        if program is None and self._captures:
+        if program is None and self._captures and (k, size) not in self._too_large:
             try:
                 forward = self._calibration.choose(k, size, lambda forward: self._capture(k, size, forward).time_s())
                 program = self._programs[k, size] = self._capture(k, size, forward)
+            except torch.OutOfMemoryError as error:
+                self._too_large.add((k, size))
+                logger.warning("there is no memory for a CUDA graph of %d timesteps x %d: %s", k, size, error)
             except Exception as error:
                 if isinstance(error, torch.AcceleratorError) and "captur" not in str(error):
                     raise
@@ -166,14 +175,17 @@ class _Program:
 
     def capture(self, memory: Any) -> None:
         """Make a graph of it, with `memory` for what lies between inputs and outputs."""
-        aside, graph = _stream(self.inputs.device), torch.cuda.CUDAGraph()
+        aside, graph, before = _stream(self.inputs.device), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(2):  # libraries set themselves up at first use, which cannot be captured
                 self._step()
         torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(graph, pool=memory, stream=aside, capture_error_mode="thread_local"):
-            self._step()
+        try:
+            with torch.cuda.graph(graph, pool=memory, stream=aside, capture_error_mode="thread_local"):
+                self._step()
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own
         self._graph = graph
 
     def time_s(self) -> float:
@@ -214,12 +226,14 @@ class _Lane:
         array: np.ndarray = self.pinned.numpy()
         return array
 
-    def reserve(self, inputs: int, outputs: int) -> None:
-        """Have that many bytes on the device."""
+    def reserve(self, inputs: int, outputs: int) -> bool:
+        """Have that many bytes on the device; whether that took new memory."""
+        grows = self.inputs.nbytes < inputs or self.outputs.nbytes < outputs
         if self.inputs.nbytes < inputs:
             self.inputs = torch.empty(inputs, dtype=torch.uint8, device=self._device)
         if self.outputs.nbytes < outputs:
             self.outputs = torch.empty(outputs, dtype=torch.uint8, device=self._device)
+        return grows
 
 
 class _Launched:
@@ -231,11 +245,6 @@ class _Launched:
         self._outputs = outputs
         self._forms = program.forms
         self._batch = batch
-
-    def done(self) -> bool:
-        """See Step."""
-        done: bool = self._landed.query()
-        return done
 
     def outputs(self) -> list[np.ndarray]:
         """See Step."""

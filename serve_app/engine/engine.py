@@ -22,7 +22,7 @@ from serve_app.engine.sessions import SessionTable, Status, Verdict
 from serve_app.engine.slots import SlotTable
 from serve_app.engine.state_pool import StatePool
 from serve_app.engine.stats import Stats, StepRecord
-from serve_app.errors import LockstepError, NotOwner, StepFailed
+from serve_app.errors import ConfigError, InvalidInput, LockstepError, NotOwner, StepFailed
 from serve_app.frame import ABORT, Answer, Frame, Notice, Open
 from serve_app.models.interface import RecurrentModel
 from serve_app.policy.batching import powers_of_two
@@ -87,7 +87,7 @@ class Engine:
 
         Waits for a step only when as many as may be are on their way, or nothing else is to be done.
         """
-        launched = len(self._flights) < self._runner.depth and self._launch(now)
+        launched = self._launch(now)
         if not self._flights or (launched and len(self._flights) < self._runner.depth):
             return launched
         self._complete(self._flights.popleft(), now)
@@ -169,6 +169,8 @@ class Engine:
 
     def _open(self, ask: Open, sender: int, now: float) -> Notice:
         try:
+            if ask.epoch < 0:
+                raise InvalidInput(f"a session with the negative epoch {ask.epoch} was opened")
             if ask.initial_state is not None:
                 self._pool.check_initial(ask.initial_state)
             if not self._sessions.holds(ask.epoch):
@@ -379,7 +381,13 @@ def step_timesteps(config: EngineConfig, device: torch.device) -> Sequence[int]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the first GPU, else the CPU."""
+    """The device of that name; `auto` is the first GPU, else the CPU. Raises ConfigError for any other GPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index:
+        raise ConfigError(
+            f"engine.device={name}: a replica uses the first GPU that it sees; say cuda, and choose by num_gpus (Ray "
+            "then does) or by CUDA_VISIBLE_DEVICES"
+        )
+    return device

@@ -17,10 +17,6 @@ class Step(Protocol):
 
     captured: bool
 
-    def done(self) -> bool:
-        """Whether `outputs` would not wait."""
-        ...
-
     def outputs(self) -> list[np.ndarray]:
         """Each output as [B, k, *shape], in memory of its own, once the step has run."""
         ...
@@ -81,9 +77,6 @@ class _Finished:
 
     def __init__(self, outputs: list[np.ndarray]) -> None:
         self._outputs = outputs
-
-    def done(self) -> bool:
-        return True
 
     def outputs(self) -> list[np.ndarray]:
         return self._outputs

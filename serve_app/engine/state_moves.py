@@ -37,7 +37,10 @@ class MovedColumn(Column):
         return batch
 
     def put(self, index: torch.Tensor, new: torch.Tensor) -> None:
-        batch = new.contiguous().view(-1).view(self._word)
+        new = new.contiguous()
+        if new.data_ptr() % self._word.itemsize:
+            new = new.clone()
+        batch = new.view(-1).view(self._word)
         self._move_rows(index, batch, to_pool=True)
 
     def grow(self, num_pages: int) -> None:

@@ -15,6 +15,8 @@ from serve_app.models.interface import RecurrentModel, State
 CHUNK_BYTES = 64 * 2**20
 """Of host memory, that is taken at a time for states that are evicted."""
 MIN_CHUNK_PAGES, MAX_CHUNK_PAGES = 64, 8192
+STATE_DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
+"""Of a client's initial state; it is cast to what the model has."""
 
 
 class StatePool:
@@ -131,7 +133,9 @@ class StatePool:
         slots = np.array([self._passing_slot])
         index = self.index(slots)
         for column, array, leaf in zip(self._columns, state, self._initial, strict=True):
-            column.put(index, torch.from_numpy(np.array(array)).to(leaf.device, leaf.dtype))
+            column.put(
+                index, torch.from_numpy(np.array(array, array.dtype.newbyteorder("="))).to(leaf.device, leaf.dtype)
+            )
         return int(self.evict(slots)[0])
 
     def check_initial(self, state: Sequence[np.ndarray]) -> None:
@@ -141,7 +145,7 @@ class StatePool:
             raise InvalidInput(
                 f"an initial state of shapes {[list(a.shape) for a in state]} arrived, the model's state is {expected}"
             )
-        if not all(a.dtype.kind in "fiub" and (a.dtype.kind != "f" or np.isfinite(a).all()) for a in state):
+        if not all(a.dtype.name in STATE_DTYPES and (a.dtype.kind != "f" or np.isfinite(a).all()) for a in state):
             raise InvalidInput("the initial state holds NaN, infinity or values that are not numbers")
 
     def _flatten(self, state: State) -> tuple[Sequence[torch.Tensor], pytree.TreeSpec]:

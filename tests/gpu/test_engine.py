@@ -30,7 +30,7 @@ def run(
 ) -> dict[int, np.ndarray]:
     """All outputs of each session, its inputs sent in random pieces."""
     config = AppConfig(
-        engine=EngineConfig(device=device, **engine),
+        engine=EngineConfig(device=device, calibration_file="", **engine),
         session=SessionConfig(max_sessions=len(x)),
         frame=FrameConfig(answer_within_s=1),
     )

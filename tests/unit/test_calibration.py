@@ -50,6 +50,26 @@ def test_the_fastest_is_taken_but_nothing_wrong(caplog: pytest.LogCaptureFixture
     assert choose(Model(), "", seconds | {"same": 3.0})[0] == "torch"
 
 
+def test_a_way_that_fails_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Model):
+        def same(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            raise RuntimeError("no such instruction")
+
+    assert choose(Failing(), "", {"torch": 2.0}) == ("torch", ["torch"])
+    assert "same is not used for steps of 4 x 8: it fails" in caplog.text
+
+
+def test_what_is_remembered_is_checked_again(tmp_path: Path) -> None:
+    class Worse(Model):
+        def same(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.wrong(x, state)
+
+    Worse.__qualname__ = Model.__qualname__
+    file = str(tmp_path / "calibration.json")
+    assert choose(Model(), file, {"torch": 2.0, "same": 1.0})[0] == "same"
+    assert choose(Worse(), file, {"torch": 2.0}) == ("torch", ["torch"])
+
+
 def test_one_way_is_not_measured() -> None:
     assert choose(FloatSumModel(), "", {}) == ("torch", [])
 
@@ -64,10 +84,13 @@ def test_choices_are_remembered_on_disk(tmp_path: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == ["calibration.json"]
 
 
-def test_a_file_that_is_none_is_reported_and_done_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("text", ["{", "3", "null", '{"a": ["b"]}'])
+def test_a_file_that_is_none_is_reported_and_done_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
     caplog.set_level(logging.WARNING)
     file = tmp_path / "calibration.json"
-    file.write_text("{")
+    file.write_text(text)
     assert choose(Model(), str(file), {"torch": 2.0, "same": 1.0})[0] == "same"
     assert "cannot be read" in caplog.text
     assert choose(Model(), str(tmp_path / "calibration.json" / "b"), {"torch": 2.0, "same": 1.0})[0] == "same"

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
-from serve_app.engine.engine import Engine
+from serve_app.engine.engine import Engine, choose_device
 from serve_app.engine.mailbox import MAX_WAITING
-from serve_app.errors import InvalidInput, NotOwner
+from serve_app.errors import ConfigError, InvalidInput, NotOwner
 from serve_app.frame import ABORT, Frame, Open
 from serve_app.models.options import RnnOptions
 from serve_app.models.rnn import Rnn
@@ -130,6 +130,7 @@ def test_steps_overlap_up_to_the_depth() -> None:
         assert sender.step()
         assert sender.engine._scheduler.left.sum() == 10 - launched
         assert sender.engine._sessions.progress.sum() == complete
+        assert sender.engine.ready == (complete < 10)
         sender.engine.check()
     sender.poll()
     assert not sender.engine.ready
@@ -408,6 +409,43 @@ def test_nan_stays_in_its_session() -> None:
     sender.run()
     assert np.isnan(sender.line(1)).all()
     assert sender.line(2).tolist() == [[1.0], [3.0]]
+
+
+@pytest.mark.parametrize("array", [np.zeros((1, 2), np.longdouble), np.zeros((1, 2), complex), np.full((1, 2), "a")])
+def test_an_initial_state_of_a_strange_dtype_is_refused(array: np.ndarray) -> None:
+    sender = Sender(SumModel(), config())
+    sender.send(opens=(Open(1, "a", (array,)), Open(2, "b", (np.full((1, 2), 5, ">i8"),)), Open(-3, "c")))
+    assert {epoch: errors[0]["code"] for epoch, errors in sender.errors.items()} == {
+        1: "invalid_input",
+        -3: "invalid_input",
+    }
+    sender.send({"epoch": 2, "x": [[1, 1]]})
+    sender.run()
+    assert sender.line(2).tolist() == [[6, 6]]
+
+
+def test_another_gpu_than_the_first_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.device=cuda:1: a replica uses the first GPU"):
+        choose_device("cuda:1")
+
+
+def test_what_is_on_its_way_takes_room() -> None:
+    limited = dataclasses.replace(
+        config(step=2), engine=dataclasses.replace(config(step=2).engine, max_retained_bytes=6 * 16)
+    )
+    sender = Sender(SumModel(), limited, overlap=True)
+    sender.open(1, 2)
+    sender.send({"epoch": 1, "x": ramp(0, 6, 1)})
+    sender.step()
+    sender.send({"epoch": 2, "x": ramp(0, 1, 2)})
+    sender.run()
+    sender.poll()
+    assert sender.errors[2][0]["code"] == "overloaded"
+    sender.send({"epoch": 1, "start": 6, "acked": 6})
+    sender.send({"epoch": 2, "x": ramp(0, 1, 2)})
+    sender.run()
+    sender.poll()
+    assert len(sender.line(2)) == 1
 
 
 def test_too_many_sessions_are_refused() -> None:
