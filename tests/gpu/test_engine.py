@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
+from serve_app.engine import cuda_runner
 from serve_app.models.options import RnnOptions, SileroOptions
 from serve_app.models.rnn import Rnn
 from serve_app.models.silero_vad import SileroVad
@@ -87,6 +88,23 @@ def test_silero_equals_the_cpu() -> None:
     found, expected = (run(SileroVad(SileroOptions()), x, device, **size) for device in ("cuda", "cpu"))
     for epoch in x:
         np.testing.assert_allclose(found[epoch], expected[epoch], rtol=1e-4, atol=1e-4)
+
+
+def test_uploads_and_downloads_on_streams_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_runner, "WORTH_A_STREAM", 0)
+    x = {e: np.random.default_rng(e).standard_normal((60, 32), np.float32) for e in range(1, 101)}
+    options, size = RnnOptions(input=32, hidden=64), {"slots": 24, "max_batch_size": 16, "max_step_timesteps": 8}
+    assert relative(run(Rnn(options), x, "cuda", **size), run(Rnn(options), x, "cpu", **size)) < 1e-5
+
+
+def test_a_model_that_cannot_be_captured_runs_all_the_same() -> None:
+    """SumModel looks at its input on the host, which a capture does not allow."""
+    before = torch.cuda.current_stream()
+    x = {e: np.random.default_rng(e).integers(-9, 9, (50, 2)) for e in range(1, 33)}
+    found = run(SumModel(), x, "cuda", slots=8, max_batch_size=8, max_step_timesteps=4)
+    assert torch.cuda.current_stream() == before
+    for epoch, values in x.items():
+        assert found[epoch].tolist() == values.cumsum(0).tolist()
 
 
 def test_whole_numbers_are_equal_to_the_bit() -> None:
