@@ -2,9 +2,8 @@
 
 The model is that of NVIDIA's talk S9422: LSTM of 7 layers and 1024 cells, input 128, projection 1024, fp16, with the
 8 largest outputs or all of them. "Graph" is a replay on inputs that lie ready on the device, outputs left there, of
-cuDNN or of the fastest that there is;
-"engine" is host to host, with states by slot: frames of numpy arrays in, answers of numpy arrays out, GROUPS times the
-batch of sessions, each with one segment outstanding. They run in turns in one process.
+cuDNN or of the fastest that there is; "engine" is host to host, with states by slot: frames of numpy arrays in, answers
+of numpy arrays out, GROUPS times the batch of sessions, each with one segment outstanding. All run in one process.
 """
 
 import itertools
@@ -33,8 +32,19 @@ GROUPS = 4
 LSTM = {"dtype": "fp16", "input": 128, "hidden": 1024, "layers": 7, "output": 1024}
 OUTPUTS = {"top8": {"top_k": 8}, "full": {"top_k": 0}}
 FLOP = 2 * (4 * 1024 * (128 + 1024) + 6 * 4 * 1024 * 2048 + 1024 * 1024)  # of one timestep
-PRODUCT = 8192
+PRODUCT = 8192  # rows, columns and depth of the large product
 MAX_TIMESTEPS = 2**15  # of a step
+COLUMNS = {
+    "cuDNN eager": "eager_per_ms",
+    "cuDNN graph": "cudnn_graph_per_ms",
+    "fastest graph": "graph_per_ms",
+    "engine": "engine_per_ms",
+    "ratio": "engine_vs_graph",
+    "TFLOP/s": "engine_tflops",
+    "p50 ms": "engine_p50_ms",
+    "p99 ms": "engine_p99_ms",
+}
+"""What `measure_setting` finds, by what a table calls it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +137,7 @@ class Group:
         rng = np.random.default_rng(first_epoch)
         spec = engine.spec.input
         self._segments = [rng.standard_normal((batch, k, *spec.shape), np.float32).astype(spec.dtype) for _ in range(2)]
-        self._num_outputs = batch * k
+        self.num_outputs = batch * k  # of an answer
         self._sent = 0
         self.sent_at = 0.0
 
@@ -139,11 +149,6 @@ class Group:
     def ask(self) -> Frame:
         """Nothing but the wish for more of an answer."""
         return self._sender.frame(self._sessions[:0], self._segments[0][:0])
-
-    @property
-    def num_outputs(self) -> int:
-        """Outputs of an answer."""
-        return self._num_outputs
 
 
 def saturate(engine: Engine, batch: int, k: int, seconds: float, groups: int = GROUPS) -> Load:
@@ -177,17 +182,7 @@ def measure(seconds: float, max_batch: int) -> dict[str, float]:
     """All figures, printed as tables."""
     peak = product_flops() / 1e12
     click.echo(f"\na product of {PRODUCT} x {PRODUCT} x {PRODUCT} in fp16: {peak:.0f} TFLOP/s")
-    figures: dict[str, float] = {"product_tflops": peak, "idle_overhead_us": 0.0}
-    columns = {
-        "cuDNN eager": "eager_per_ms",
-        "cuDNN graph": "cudnn_graph_per_ms",
-        "fastest graph": "graph_per_ms",
-        "engine": "engine_per_ms",
-        "ratio": "engine_vs_graph",
-        "TFLOP/s": "engine_tflops",
-        "p50 ms": "engine_p50_ms",
-        "p99 ms": "engine_p99_ms",
-    }
+    figures: dict[str, float] = {"product_tflops": peak}
     for outputs, option in OUTPUTS.items():
         model = registry.load(ModelConfig("rnn", {**LSTM, **option}))
         assert isinstance(model, Rnn)
@@ -199,12 +194,12 @@ def measure(seconds: float, max_batch: int) -> dict[str, float]:
             found = measure_setting(model, batch, k, seconds)
             figures |= {f"{name}_{outputs}_b{batch}_k{k}": value for name, value in found.items()}
             share = 100 * found["engine_tflops"] / peak
-            rows.append((batch, k, *(found[name] for name in columns.values()), share))
+            rows.append((batch, k, *(found[name] for name in COLUMNS.values()), share))
         if outputs == "top8":
             alone = saturate(make_engine(model, 1, 1), 1, 1, seconds, groups=1)
             raw_s = 1 / figures["graph_per_ms_top8_b1_k1"] / 1e3
             figures["idle_overhead_us"] = float(np.median(alone.delays_s) - raw_s) * 1e6
-        click.echo(f"\n{outputs}, timesteps per ms\n{table(('batch', 'k', *columns, '% of product'), rows)}")
+        click.echo(f"\n{outputs}, timesteps per ms\n{table(('batch', 'k', *COLUMNS, '% of product'), rows)}")
         claimed = [figures.get(f"engine_vs_graph_{outputs}_b{batch}_k10", float("inf")) for batch in CLAIMED]
         figures[f"engine_vs_graph_{outputs}"] = min(claimed)
     return figures

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from bench.engine_cuda import COLUMNS
 from bench.s9422 import DTYPES, INSTANCES, T4
 
 ROOT = Path(__file__).parents[1]
@@ -14,16 +15,6 @@ RESULTS = ROOT / "bench" / "results"
 DOCUMENT = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "s9422.png"
 
-ENGINE_FIGURES = (
-    "eager_per_ms",
-    "cudnn_graph_per_ms",
-    "graph_per_ms",
-    "engine_per_ms",
-    "engine_vs_graph",
-    "engine_tflops",
-    "engine_p50_ms",
-    "engine_p99_ms",
-)
 INTRODUCTION = """# Performance on a GPU
 
 Written by `python -m bench.performance` from files in `bench/results`, each with the hardware that it is from; the
@@ -60,8 +51,8 @@ REST = """## Where the rest goes
 - Between model and engine, on the device: states are read by slot and written back (two kernels a tensor), inputs are
   transposed, outputs packed.
 - On the host: receiving, scheduling, launching and answering run while the device computes. A step cannot be shorter
-  than they take, which is what limits steps of one timestep and batches up to about 512: the step has become faster
-  than the host's work for it.
+  than they take, which is what limits steps of one timestep and small batches: there the step is faster than the
+  host's work for it.
 """
 
 
@@ -87,17 +78,18 @@ def draw() -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figures = _load("s9422_cuda.json")["figures"]
+    report = _load("s9422_cuda.json")
+    figures, gpu = report["figures"], report["hardware"]["gpu"]
     picture, (rate, delay) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for dtype in DTYPES:
         instances = [n for n in INSTANCES if f"p50_ms_{dtype}_n{n}" in figures]
         rates, p50, p99 = (
             [figures[f"{name}_{dtype}_n{n}"] for n in instances] for name in ("timesteps_per_ms", "p50_ms", "p99_ms")
         )
-        rate.plot(instances, rates, "o-", label=f"H100 {dtype}")
+        rate.plot(instances, rates, "o-", label=f"{gpu}, {dtype}")
         rate.plot(list(T4[dtype]), list(T4[dtype].values()), "s--", label=f"T4 {dtype}, of the talk")
-        delay.plot(instances, p50, "o-", label=f"H100 {dtype}, p50")
-        delay.plot(instances, p99, ":", label=f"H100 {dtype}, p99")
+        delay.plot(instances, p50, "o-", label=f"{gpu}, {dtype}, p50")
+        delay.plot(instances, p99, ":", label=f"{gpu}, {dtype}, p99")
     for axes, label in ((rate, "timesteps per ms"), (delay, "time of a request of 10 timesteps, ms")):
         axes.set(xscale="log", yscale="log", xlabel="instances", ylabel=label)
         axes.grid(alpha=0.3)
@@ -111,7 +103,7 @@ def _engine_table(figures: dict[str, float], outputs: str, title: str) -> str:
     for name in figures:
         if name.startswith(prefix):
             batch, k = (int(part) for part in name.removeprefix(prefix).split("_k"))
-            found = {what: figures[f"{what}_{outputs}_b{batch}_k{k}"] for what in ENGINE_FIGURES}
+            found = {what: figures[f"{what}_{outputs}_b{batch}_k{k}"] for what in COLUMNS.values()}
             rates = (_rate(found[f"{what}_per_ms"]) for what in ("eager", "cudnn_graph", "graph", "engine"))
             share = found["engine_tflops"] / figures["product_tflops"]
             delays = (f"{found[f'engine_{percent}_ms']:.2f}" for percent in ("p50", "p99"))

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import click
 import torch
 
+from bench.engine_cuda import FLOP, PRODUCT
 from bench.report import json_option, save, show_hardware, table
 from serve_app.models.fused_lstm import FusedLstm
 from serve_app.models.options import RnnOptions
@@ -26,18 +27,10 @@ BATCH_SIZES = (64, 128, 256, 512, 1024, 2048)
 TIMESTEPS = (10, 1)
 CLAIMED_TIMESTEPS = 10
 NUM_SETS = 4
-PRODUCT = 8192  # rows, columns and depth of the large product
 TOLERANCE = 4e-3  # of values against the module's own, which are off by half of that themselves
 
 Arguments: TypeAlias = tuple[Any, ...]
 Function: TypeAlias = Callable[..., object]
-
-
-def flop(timesteps: int, batch: int) -> int:
-    """Operations of the products of a step."""
-    o = OPTIONS
-    weights = 4 * o.hidden * (o.input + o.hidden + (o.layers - 1) * 2 * o.hidden) + o.hidden * o.output
-    return 2 * weights * timesteps * batch
 
 
 def draw(timesteps: int, batch: int) -> Arguments:
@@ -110,7 +103,7 @@ def main(rounds: int, json_file: Path | None) -> None:
         eager_ms = measure([lambda arguments=arguments: model(*arguments) for arguments in sets], rounds)  # type: ignore[misc]
         cudnn_ms = measure(capture(model, sets), rounds)
         fused_ms = measure(capture(fused.forward, sets), rounds)
-        tflops = flop(timesteps, batch) / fused_ms / 1e9
+        tflops = FLOP * timesteps * batch / fused_ms / 1e9
         of_product = 100 * tflops / product_tflops
         rate = timesteps * batch / fused_ms
         rows.append((batch, timesteps, eager_ms, cudnn_ms, fused_ms, cudnn_ms / fused_ms, rate, tflops, of_product))

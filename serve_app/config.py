@@ -26,9 +26,9 @@ class EngineConfig:
     """Where and how steps run.
 
     `slots`: sessions whose state is on the device. `max_batch_size`: sessions of a step, never more than slots.
-    `max_step_timesteps`: timesteps that a step takes of a session at most; `step_timesteps`: the numbers that it may
-    take, rising from 1 (none: any; on a GPU the powers of two, since each needs graphs of its own). `threads`: torch
-    threads of a replica.
+    `max_step_timesteps`: timesteps that a step takes of a session at most; `step_timesteps`: instead, the numbers that
+    it may take, rising from 1 (none: any; on a GPU the powers of two, since each needs graphs of its own).
+    `threads`: torch threads of a replica.
     `calibration_file`: where a GPU's fastest ways to run steps are remembered (empty: nowhere).
     `max_pending_bytes`, `max_retained_bytes`: bounds on accepted inputs and on outputs kept until acknowledged, of all
     sessions of a replica.

@@ -176,11 +176,11 @@ class _Program:
     def capture(self, memory: Any) -> None:
         """Make a graph of it, with `memory` for what lies between inputs and outputs."""
         aside, graph, before = _stream(self.inputs.device), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        aside.wait_stream(torch.cuda.current_stream())
+        aside.wait_stream(before)
         with torch.cuda.stream(aside):
             for _ in range(2):  # libraries set themselves up at first use, which cannot be captured
                 self._step()
-        torch.cuda.current_stream().wait_stream(aside)
+        before.wait_stream(aside)
         try:
             with torch.cuda.graph(graph, pool=memory, stream=aside, capture_error_mode="thread_local"):
                 self._step()

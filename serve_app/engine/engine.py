@@ -252,6 +252,7 @@ class Engine:
         took_s = time.monotonic() - flight.began
         self.stats.graph_steps += flight.step.captured
         self.stats.add_step(StepRecord(len(rows), batch.k, float(batch.waited_s[0]), took_s))
+        # With steps one at a time no session can have ended since.
         if self._runner.depth > 1 and not (there := self._still_there(flight)).all():
             rows, values = rows[there], [value[there] for value in values]
             if not len(rows):

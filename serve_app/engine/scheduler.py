@@ -68,7 +68,7 @@ class Scheduler:
         return Batch(rows, k, now - self._since[rows])
 
     def complete(self, batch: Batch, now: float) -> None:
-        """The step is done: its timesteps are no longer ready; what is left of them waits again."""
+        """The step was launched: its timesteps are no longer ready; what is left of them waits again."""
         self.left[batch.rows] -= batch.k
         self.total -= batch.k * len(batch.rows)
         self._push(batch.rows[self.left[batch.rows] > 0], now)

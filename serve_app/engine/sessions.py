@@ -74,6 +74,7 @@ class SessionTable:
     def __init__(self, max_sessions: int, max_window: int) -> None:
         self.max_sessions = max_sessions
         self.max_window = max_window
+        #: All numbers; `accept` reads the first seven of a row at once and writes the first three.
         self._table = np.zeros((9, max_sessions), np.int64)
         self.acked, self.sent, self.next, self.progress, *others = self._table
         self.rewind, self.close_at, self.status, self.epoch, self.sender = others

@@ -57,11 +57,9 @@ class StatePool:
 
     def index(self, slots: np.ndarray) -> Any:
         """These slots, as `gather` and `scatter` take them: an array in host memory, else a tensor on the device."""
-        return (
-            slots
-            if self._device.type == "cpu"
-            else torch.from_numpy(slots).pin_memory().to(self._device, non_blocking=True)
-        )
+        if self._device.type == "cpu":
+            return slots
+        return torch.from_numpy(slots).pin_memory().to(self._device, non_blocking=True)
 
     def gather(self, index: Any) -> State:
         """The states in the slots of `index`, batched in that order: a copy."""

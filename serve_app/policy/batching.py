@@ -29,7 +29,7 @@ def powers_of_two(limit: int) -> tuple[int, ...]:
 def pad_batch(batch: int) -> int:
     """The size that a step of `batch` sessions is padded to: 1, 2, 4, 8, 16, 32, then two or four sizes an octave.
 
-    Few sizes mean few graphs; what padding costs is at most a third up to 256 sessions, a quarter above.
+    Few sizes mean few graphs; padding is less than half of a step up to 32 sessions, a third up to 256, a fifth above.
     """
     if batch <= 32:
         return 1 << (batch - 1).bit_length()
