@@ -184,8 +184,12 @@ class _Program:
         try:
             with torch.cuda.graph(graph, pool=memory, stream=aside, capture_error_mode="thread_local"):
                 self._step()
-        finally:
-            torch.cuda.set_stream(before)  # a capture that fails leaves its own
+        except Exception:
+            # A capture that fails leaves its stream the current one, and the random numbers as if it went on.
+            torch.cuda.set_stream(before)
+            generator = torch.cuda.default_generators[self.inputs.device.index or 0]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         self._graph = graph
 
     def time_s(self) -> float:

@@ -103,6 +103,7 @@ def test_a_model_that_cannot_be_captured_runs_all_the_same() -> None:
     x = {e: np.random.default_rng(e).integers(-9, 9, (50, 2)) for e in range(1, 33)}
     found = run(SumModel(), x, "cuda", slots=8, max_batch_size=8, max_step_timesteps=4)
     assert torch.cuda.current_stream() == before
+    assert torch.isfinite(torch.randn(8, device="cuda")).all(), "random numbers can be drawn"
     for epoch, values in x.items():
         assert found[epoch].tolist() == values.cumsum(0).tolist()
 
