@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -65,9 +64,9 @@ class Sender:
     ) -> Frame:
         n, spec = len(sessions), self._engine.spec.input
         start = self.start[sessions]
-        return Frame(
-            owner=self._engine.owner,
-            sender=self._name,
+        return Frame.of(
+            self._engine.owner,
+            self._name,
             epoch=sessions + self._first_epoch,
             start=start,
             length=np.full(n, k, np.int64),
@@ -81,6 +80,4 @@ class Sender:
 
 def frame_of_both(one: Frame, other: Frame) -> Frame:
     """The entries of one frame, then those of another that brings no timesteps."""
-    names = ("epoch", "start", "length", "acked", "rewind", "close")
-    columns: dict[str, Any] = {name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in names}
-    return replace(one, **columns)
+    return replace(one, columns=np.concatenate([one.columns, other.columns], 1))

@@ -38,10 +38,23 @@ class Notice:
     progress: int = 0
 
 
+COLUMNS = ("length", "epoch", "start", "rewind", "close", "acked")
+"""Of a frame, in the order in which it has them."""
+
+
+def _column(index: int) -> property:
+    def get(frame: "Frame") -> np.ndarray:
+        column: np.ndarray = frame.columns[index]
+        return column
+
+    return property(get)
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Entries of many sessions for one owner, at most one a session; columns are [n], `x` is [sum(length), *features].
+    """Entries of many sessions for one owner, at most one a session: `columns` int64 [6, n], a row for each of COLUMNS.
 
+    `x` is [sum(length), *features].
     `start`, `length`: the timesteps that entry brings; length 0 brings none and asks for outputs again from `start` on.
     `acked`: the sender holds the outputs below. `rewind`: failed steps of the session that the sender knows of.
     `close`: close when everything below this timestep has been accepted, or NO_CLOSE, or ABORT.
@@ -49,26 +62,38 @@ class Frame:
 
     owner: str
     sender: str
-    epoch: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-    acked: np.ndarray
-    rewind: np.ndarray
-    close: np.ndarray
+    columns: np.ndarray
     x: np.ndarray
     opens: Sequence[Open] = ()
 
+    @staticmethod
+    def of(
+        owner: str,
+        sender: str,
+        *,
+        epoch: np.ndarray,
+        start: np.ndarray,
+        length: np.ndarray,
+        acked: np.ndarray,
+        rewind: np.ndarray,
+        close: np.ndarray,
+        x: np.ndarray,
+        opens: Sequence[Open] = (),
+    ) -> "Frame":
+        """A frame of columns [n]."""
+        return Frame(owner, sender, np.stack([length, epoch, start, rewind, close, acked]), x, opens)
+
+    length, epoch, start, rewind, close, acked = map(_column, range(len(COLUMNS)))
+
     def __len__(self) -> int:
-        return len(self.epoch)
+        return int(self.columns.shape[1])
 
     def check(self, shape: tuple[int, ...], dtype: str) -> None:
         """Raise InvalidInput unless the columns belong together and `x` fits the model."""
-        n = len(self.epoch)
-        for name in ("epoch", "start", "length", "acked", "rewind", "close"):
-            column = getattr(self, name)
-            if column.shape != (n,) or column.dtype != np.int64:
-                raise InvalidInput(f"frame column {name!r} is {column.dtype} {column.shape}, expected int64 ({n},)")
-        if n and min(self.epoch.min(), self.length.min(), self.start.min()) < 0:
+        columns = self.columns
+        if columns.dtype != np.int64 or columns.ndim != 2 or len(columns) != len(COLUMNS):
+            raise InvalidInput(f"frame columns are {columns.dtype} {columns.shape}, expected int64 ({len(COLUMNS)}, n)")
+        if len(self) and columns[:3].min() < 0:
             raise InvalidInput("a frame with a negative epoch, start or length arrived")
         total = int(self.length.sum())
         if self.x.shape != (total, *shape) or self.x.dtype != dtype:

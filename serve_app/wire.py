@@ -11,17 +11,15 @@ from serve_app.frame import Answer, Frame, Notice, Open
 
 def encode_frame(frame: Frame) -> bytes:
     """The inverse of `decode_frame`."""
-    columns = (frame.epoch, frame.start, frame.length, frame.acked, frame.rewind, frame.close)
     opens = [(ask.epoch, ask.session, _pack_all(ask.initial_state)) for ask in frame.opens]
-    return _pack((frame.owner, frame.sender, _pack_array(np.stack(columns)), _pack_array(frame.x), opens))
+    return _pack((frame.owner, frame.sender, _pack_array(frame.columns), _pack_array(frame.x), opens))
 
 
 def decode_frame(data: bytes) -> Frame:
     """The frame; its arrays are read-only views into `data`."""
     owner, sender, columns, x, opens = msgpack.unpackb(data)
     asks = tuple(Open(epoch, session, _unpack_all(state)) for epoch, session, state in opens)
-    epoch, start, length, acked, rewind, close = _unpack_array(columns)
-    return Frame(owner, sender, epoch, start, length, acked, rewind, close, _unpack_array(x), asks)
+    return Frame(owner, sender, _unpack_array(columns), _unpack_array(x), asks)
 
 
 def encode_reply(reply: Answer | LockstepError) -> bytes:

@@ -65,6 +65,7 @@ class OverlappingRunner(EagerRunner):
     """
 
     depth = 3
+    takes_views = False
 
     def __init__(self, model: RecurrentModel, pool: StatePool) -> None:
         super().__init__(model, pool)
@@ -134,7 +135,7 @@ class Sender:
         }
         x = np.concatenate(xs) if xs else np.empty((0, *spec.shape), spec.dtype)
         length = np.array([len(x) for x in xs], np.int64)
-        self.engine.receive(Frame(owner, "test", length=length, x=x, opens=opens, **columns), object(), self.now)
+        self.engine.receive(Frame.of(owner, "test", length=length, x=x, opens=opens, **columns), object(), self.now)
         self.collect()
 
     def open(self, *epochs: int) -> None:

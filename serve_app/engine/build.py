@@ -9,7 +9,7 @@ from serve_app.config import AppConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.stats import Stats
 from serve_app.errors import LockstepError
-from serve_app.frame import ABORT, Frame, Open
+from serve_app.frame import ABORT, NO_CLOSE, Frame, Open
 from serve_app.models import registry
 
 
@@ -31,11 +31,17 @@ def _run_once(engine: Engine) -> None:
     zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
     x = np.zeros((1, *spec.shape), spec.dtype)
     now = time.monotonic()
-    engine.receive(
-        Frame(engine.owner, "warm-up", zero, zero, one, zero, zero, zero - 1, x, (Open(0, "warm-up"),)), 0, now
-    )
+    first = Frame.of(
+        engine.owner, "warm-up", epoch=zero, start=zero, length=one, acked=zero, rewind=zero, close=zero + NO_CLOSE,
+        x=x, opens=(Open(0, "warm-up"),),
+    )  # fmt: skip
+    last = Frame.of(
+        engine.owner, "warm-up", epoch=zero, start=one, length=zero, acked=zero, rewind=zero, close=zero + ABORT,
+        x=x[:0],
+    )  # fmt: skip
+    engine.receive(first, 0, now)
     engine.step(now)
-    engine.receive(Frame(engine.owner, "warm-up", zero, one, zero, zero, zero, zero + ABORT, x[:0]), 1, now)
+    engine.receive(last, 1, now)
     for _, answer in engine.answers(now + engine.answer_within_s):
         for notice in answer.notices:
             if notice.error is not None:

@@ -35,6 +35,7 @@ class CudaRunner:
     """
 
     depth = 3
+    takes_views = False
 
     def __init__(self, model: RecurrentModel, pool: StatePool, device: torch.device, calibration: Calibration) -> None:
         self._model = model

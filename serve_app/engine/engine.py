@@ -18,7 +18,7 @@ from serve_app.engine.mailbox import Mailbox, Ticket
 from serve_app.engine.outputs import OutputStore
 from serve_app.engine.runner import EagerRunner, Step, StepRunner
 from serve_app.engine.scheduler import Batch, Scheduler
-from serve_app.engine.sessions import SessionTable, Status, Verdict
+from serve_app.engine.sessions import OVER, SessionTable, Status, Verdict
 from serve_app.engine.slots import SlotTable
 from serve_app.engine.state_pool import StatePool
 from serve_app.engine.stats import Stats, StepRecord
@@ -102,15 +102,17 @@ class Engine:
         for ask in frame.opens:
             mailbox.notices.append(self._open(ask, sender, now))
         accepted = self._sessions.accept(frame, now, self._room(frame))
-        rows = accepted.rows
-        if (runs := accepted.take > 0).any():
-            self._inputs.add(frame.x, rows[runs], accepted.offset[runs], accepted.take[runs])
-            self._scheduler.add(rows[runs], accepted.take[runs], now)
-            self.stats.segments += int(runs.sum())
+        rows, offset, take = accepted.rows, accepted.offset, accepted.take
+        if not (runs := take > 0).all():
+            rows, offset, take = rows[runs], offset[runs], take[runs]
+        if len(rows):
+            self._inputs.add(frame.x, rows, offset, take)
+            self._scheduler.add(rows, take, now)
+            self.stats.segments += len(rows)
         if accepted.verdict is None:
-            self._outputs.ack(rows, accepted.acked)
+            self._outputs.ack(accepted.rows, accepted.acked)
         else:
-            self._receive_odd(frame, rows, accepted.verdict, mailbox)
+            self._receive_odd(frame, accepted.rows, accepted.verdict, mailbox)
         mailbox.calls.append((ticket, now + self.answer_within_s))
 
     def answers(self, now: float) -> list[tuple[Ticket, Answer]]:
@@ -162,7 +164,7 @@ class Engine:
         self._slots.check()
         left = self._sessions.next - self._sessions.progress
         for flight in self._flights:
-            left[flight.rows[self._still_there(flight)]] -= flight.batch.k
+            left[self._still_there(flight)] -= flight.batch.k
         assert (left == self._scheduler.left).all(), "accepted and ready timesteps differ"
         assert self._pool.num_pages_used == (self._page_of >= 0).sum(), "a page is lost"
         assert not ((self._page_of >= 0) & (self._slots.slot_of >= 0)).any(), "a state is in two places"
@@ -187,7 +189,7 @@ class Engine:
         """What a frame with resends, refusals or closes asks for beside running its timesteps."""
         known = rows[rows >= 0]
         self._outputs.ack(known, self._sessions.acked[known])
-        mailbox.mark(known[self._sessions.sent[known] < self._sessions.progress[known]].tolist())
+        mailbox.mark(known[self._sessions.sent[known] < self._sessions.progress[known]])
         for i in verdict.nonzero()[0].tolist():
             mailbox.notices.append(self._refuse(int(verdict[i]), frame, i, int(rows[i])))
         self._end_some(frame, rows, known)
@@ -224,8 +226,7 @@ class Engine:
             return False
         rows = batch.rows
         self._bring_in(rows, now)
-        x = self._runner.buffer(batch.k, len(rows))
-        self._inputs.take(rows, x)
+        x = self._inputs.take(rows, batch.k, self._runner.buffer, self._runner.takes_views)
         began = time.monotonic()
         try:
             step = self._runner.launch(x, self._slots.slot_of[rows])
@@ -241,28 +242,30 @@ class Engine:
         return True
 
     def _still_there(self, flight: "_Flight") -> np.ndarray:
-        """Which sessions [B] of a step have not ended since it was launched; a row may have got another session."""
+        """Which rows [B] of a step have not ended since it was launched; a row may have got another session."""
         rows = flight.rows
-        there: np.ndarray = (self._sessions.epoch[rows] == flight.epochs) & (self._sessions.status[rows] == Status.OPEN)
-        return there
+        there = (self._sessions.epoch[rows] == flight.epochs) & (self._sessions.status[rows] == Status.OPEN)
+        return rows if there.all() else rows[there]
 
     def _complete(self, flight: "_Flight", now: float) -> None:
         batch, rows = flight.batch, flight.rows
         values = flight.step.outputs()
         took_s = time.monotonic() - flight.began
         self.stats.graph_steps += flight.step.captured
-        self.stats.add_step(StepRecord(len(rows), batch.k, float(batch.waited_s[0]), took_s))
+        self.stats.add_step(StepRecord(len(rows), batch.k, batch.waited_s, took_s))
+        epoch, _, _, close_at, _, _, progress, sender = self._sessions.numbers(rows)
         # With steps one at a time no session can have ended since.
-        if self._runner.depth > 1 and not (there := self._still_there(flight)).all():
+        if self._runner.depth > 1 and not (there := (epoch == flight.epochs) & (close_at != OVER)).all():
             rows, values = rows[there], [value[there] for value in values]
-            if not len(rows):
-                return
-        self._outputs.append(rows, self._sessions.progress[rows], values)
-        self._sessions.progress[rows] += batch.k
-        self._sessions.active_at[rows] = now
-        self._mark(rows)
-        for row in self._sessions.due_to_close(rows).tolist():
-            self._end(row, "closed")
+            close_at, progress, sender = close_at[there], progress[there], sender[there]
+        if len(rows):
+            self._outputs.append(rows, progress, values)
+            after = progress + batch.k
+            self._sessions.progress[rows] = after
+            self._sessions.active_at[rows] = now
+            self._mark(rows, sender)
+            for row in rows[after == close_at].tolist():
+                self._end(row, "closed")
 
     def _fail(self, batch: Batch, error: Exception) -> None:
         """A step raised: its sessions are where they were before it, everything accepted from there on is given up."""
@@ -311,7 +314,6 @@ class Engine:
 
     def _free(self, row: int) -> None:
         mailbox = self._mail[int(self._sessions.sender[row])]
-        mailbox.rows.pop(row, None)
         mailbox.num_sessions -= 1
         self._outputs.drop(row)
         self._sessions.sender[row] = 0
@@ -339,14 +341,14 @@ class Engine:
         if name not in self._mailboxes:
             self._last_sender += 1
             self._mailboxes[name] = self._last_sender
-            self._mail[self._last_sender] = Mailbox()
+            self._mail[self._last_sender] = Mailbox(self._last_sender)
         sender = self._mailboxes[name]
         return sender, self._mail[sender]
 
-    def _mark(self, rows: np.ndarray) -> None:
-        senders = self._sessions.sender[rows]
-        for sender in distinct(senders):
-            self._mail[sender].mark(rows[senders == sender].tolist())
+    def _mark(self, rows: np.ndarray, senders: np.ndarray) -> None:
+        found = distinct(senders)
+        for sender in found:
+            self._mail[sender].mark(rows if len(found) == 1 else rows[senders == sender])
 
     def _notify(self, row: int, notice: Notice) -> None:
         self._mail[int(self._sessions.sender[row])].notices.append(notice)

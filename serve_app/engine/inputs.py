@@ -1,24 +1,55 @@
-"""Accepted timesteps that have not run yet. A frame's data stays one block; a session knows where in it its run is."""
+"""Accepted timesteps that have not run yet. A frame's data stays one block; what of it is left is counted there."""
 
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
 from serve_app.engine.distinct import distinct
+from serve_app.engine.members import EVERYONE, Members, Positions
+
+
+class _Block:
+    """A frame's data x [N, *features], and each session's run in it: where that goes on, and timesteps left."""
+
+    __slots__ = ("count", "live", "members", "offset", "x")
+
+    def __init__(self, x: np.ndarray, rows: np.ndarray, offset: np.ndarray, count: np.ndarray) -> None:
+        self.x = x
+        self.members = Members(rows)
+        self.offset = offset.copy()
+        self.count = count.copy()
+        self.live = int(count.sum())
+
+    def in_order(self, at: Positions, k: int) -> np.ndarray | None:
+        """The next k timesteps of each, [B, k, *features]: a view, None where they do not lie one after the other."""
+        offset = self.offset[at]
+        size = k * len(offset)
+        if not (at is EVERYONE and size == len(self.x)) and (offset[1:] - offset[:-1] != k).any():
+            return None
+        first = int(offset[0])
+        return self.x[first : first + size].reshape(len(offset), k, *self.x.shape[1:])
+
+    def copy(self, at: Positions, x: np.ndarray) -> None:
+        """Fill x [k, B, *features] with the next k timesteps of each."""
+        run = self.in_order(at, len(x))
+        if run is not None:
+            np.copyto(x, run.swapaxes(0, 1))
+        else:
+            places = self.offset[at] + np.arange(len(x))[:, None]  # [k, B]
+            self.x.take(places, axis=0, out=x, mode="clip")  # which spares a buffer; all are within
 
 
 class InputStore:
     """Inputs by row, in order. Memory goes back by the block, when the last timestep of a frame has run."""
 
     def __init__(self, max_rows: int) -> None:
-        self._blocks: dict[int, np.ndarray] = {}
-        self._live: dict[int, int] = {}  # timesteps of a block that have yet to run
+        self._blocks: dict[int, _Block] = {}
         self._last_block = 0
         self._nbytes = 0
-        # The run that each row is in: its block, where it goes on, and timesteps left; further runs wait in _later.
-        self._runs = np.zeros((3, max_rows), np.int64)
-        self._block, self._offset, self._count = self._runs
-        self._later: dict[int, deque[tuple[int, int, int]]] = {}
+        #: The block that each row goes on in, 0 without one; further ones wait in _later.
+        self._block_of = np.zeros(max_rows, np.int64)
+        self._later: dict[int, deque[int]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -28,75 +59,89 @@ class InputStore:
     def add(self, x: np.ndarray, rows: np.ndarray, offsets: np.ndarray, counts: np.ndarray) -> None:
         """x [N, *features]: `counts` timesteps from `offsets` on for each of `rows` (distinct), counts at least 1."""
         self._last_block += 1
-        block = self._last_block
-        self._blocks[block], self._live[block] = x, int(counts.sum())
+        self._blocks[self._last_block] = _Block(x, rows, offsets, counts)
         self._nbytes += x.nbytes
-        busy = self._count[rows] > 0
-        for i in busy.nonzero()[0].tolist():
-            self._later.setdefault(int(rows[i]), deque()).append((block, int(offsets[i]), int(counts[i])))
-        free = ~busy
-        at_once = rows[free]
-        self._block[at_once], self._offset[at_once], self._count[at_once] = block, offsets[free], counts[free]
+        if (busy := self._block_of[rows] > 0).any():
+            for row in rows[busy].tolist():
+                self._later.setdefault(row, deque()).append(self._last_block)
+            rows = rows[~busy]
+        self._block_of[rows] = self._last_block
 
-    def take(self, rows: np.ndarray, x: np.ndarray) -> None:
-        """Fill x [k, B, *features] with the next k timesteps of each of `rows`; they are gone from here."""
-        k = len(x)
-        block_of, offset, count = self._runs[:, rows]
-        whole = count >= k
-        blocks = distinct(block_of[whole])
-        if len(blocks) == 1 and whole.all():  # all from one frame: copied once
-            data, size = self._blocks[blocks[0]], k * len(rows)
-            if (offset[1:] - offset[:-1] == k).all():  # and in the frame's order
-                run = data[offset[0] : offset[0] + size].reshape(len(rows), k, *data.shape[1:])
-                np.copyto(x, run.swapaxes(0, 1))
-            else:
-                at = offset + np.arange(k)[:, None]  # [k, B]
-                data.take(at, axis=0, out=x, mode="clip")  # which spares a buffer; all are within
-            self._release(blocks[0], size)
-        else:
-            for block in blocks:
-                columns = np.flatnonzero(whole & (block_of == block))
-                x[:, columns] = self._blocks[block][offset[columns] + np.arange(k)[:, None]]
-                self._release(block, k * len(columns))
-        done = rows[whole]
-        self._offset[done] += k
-        self._count[done] -= k
-        if self._later:
-            for row in done[self._count[done] == 0].tolist():
-                self._next_run(row)
-        for column in (~whole).nonzero()[0].tolist():
-            self._take_across(int(rows[column]), x[:, column])
+    def take(self, rows: np.ndarray, k: int, buffer: Callable[[int, int], np.ndarray], views: bool) -> np.ndarray:
+        """The next k timesteps of each of `rows` [k, B, *features]; they are gone from here.
+
+        In what `buffer(k, B)` returns; with `views`, where they lie in a frame's data in that order, a view of that.
+        """
+        numbers = self._block_of[rows]
+        found = distinct(numbers)
+        if len(found) == 1:  # all from one frame
+            block = self._blocks[found[0]]
+            at = block.members.find(rows)
+            if block.count[at].min() >= k:
+                run = block.in_order(at, k) if views else None
+                if run is not None:
+                    x = run.swapaxes(0, 1)
+                else:
+                    x = buffer(k, len(rows))
+                    block.copy(at, x)
+                self._advance(found[0], rows, at, k)
+                return x
+
+        x = buffer(k, len(rows))
+        for number in found:
+            block = self._blocks[number]
+            columns = (numbers == number).nonzero()[0]
+            at = block.members.find(rows[columns])
+            whole = block.count[at] >= k
+            for column in columns[~whole].tolist():
+                self._take_across(int(rows[column]), x[:, column])
+            if len(columns := columns[whole]):
+                at = block.members.find(rows[columns])
+                part = np.empty((k, len(columns), *x.shape[2:]), x.dtype)
+                block.copy(at, part)
+                x[:, columns] = part
+                self._advance(number, rows[columns], at, k)
+        return x
 
     def drop(self, rows: np.ndarray) -> None:
         """Forget everything that `rows` have here."""
-        for row in rows[self._count[rows] > 0].tolist():
-            self._release(int(self._block[row]), int(self._count[row]))
-            for block, _, count in self._later.pop(row, ()):
-                self._release(block, count)
-            self._count[row] = 0
+        for row in rows[self._block_of[rows] > 0].tolist():
+            one = np.array([row])
+            while number := int(self._block_of[row]):
+                block = self._blocks[number]
+                at = block.members.find(one)
+                self._advance(number, one, at, int(block.count[at][0]))
 
     def _take_across(self, row: int, x: np.ndarray) -> None:
-        """Fill x [k, *features] from as many runs of a row as it takes."""
-        filled = 0
+        """Fill x [k, *features] from as many blocks as it takes."""
+        one, filled = np.array([row]), 0
         while filled < len(x):
-            n = min(len(x) - filled, int(self._count[row]))
-            block, offset = int(self._block[row]), int(self._offset[row])
-            x[filled : filled + n] = self._blocks[block][offset : offset + n]
+            number = int(self._block_of[row])
+            block = self._blocks[number]
+            at = block.members.find(one)
+            n = min(len(x) - filled, int(block.count[at][0]))
+            block.copy(at, x[filled : filled + n, None])
+            self._advance(number, one, at, n)
             filled += n
-            self._offset[row] += n
-            self._count[row] -= n
-            self._release(block, n)
-            if self._count[row] == 0:
-                self._next_run(row)
 
-    def _next_run(self, row: int) -> None:
+    def _advance(self, number: int, rows: np.ndarray, at: Positions, k: int) -> None:
+        """The next k timesteps of `rows`, members of a block at these positions, are needed no more."""
+        block = self._blocks[number]
+        block.live -= k * len(rows)
+        if block.live == 0:
+            self._nbytes -= self._blocks.pop(number).x.nbytes
+            done = rows
+        else:
+            block.offset[at] += k
+            block.count[at] -= k
+            done = rows[block.count[at] == 0]
+        self._block_of[done] = 0
+        if self._later:
+            for row in done.tolist():
+                self._next_block(row)
+
+    def _next_block(self, row: int) -> None:
         if later := self._later.get(row):
-            self._block[row], self._offset[row], self._count[row] = later.popleft()
+            self._block_of[row] = later.popleft()
             if not later:
                 del self._later[row]
-
-    def _release(self, block: int, count: int) -> None:
-        self._live[block] -= count
-        if self._live[block] == 0:
-            self._nbytes -= self._blocks.pop(block).nbytes
-            del self._live[block]

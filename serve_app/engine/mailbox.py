@@ -1,9 +1,7 @@
 """What waits for one sender: sessions with outputs to send, notices, and the calls that can carry them."""
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 
@@ -20,17 +18,18 @@ Ticket = object
 
 @dataclass(slots=True)
 class Mailbox:
-    """The mail of one sender. Outputs stay in the OutputStore; only rows are kept here."""
+    """The mail of sender number `sender`. Outputs stay in the OutputStore; only rows are kept here."""
 
-    rows: dict[int, None] = field(default_factory=dict)  # an ordered set
+    sender: int
+    marked: list[np.ndarray] = field(default_factory=list)
     notices: deque[Notice] = field(default_factory=deque)
     calls: deque[tuple[Ticket, float]] = field(default_factory=deque)  # with the time by which each is answered
     num_sessions: int = 0
 
     @property
     def has_mail(self) -> bool:
-        """Whether there is something to tell."""
-        return bool(self.rows or self.notices)
+        """Whether there is something to tell. True once too often when sessions with outputs to send have ended."""
+        return bool(self.marked or self.notices)
 
     def due(self, now: float) -> bool:
         """Whether the oldest call is to be answered. For a sender without sessions there is nothing to wait for."""
@@ -42,27 +41,41 @@ class Mailbox:
         """Whether nobody would miss it."""
         return not (self.num_sessions or self.calls or self.has_mail)
 
-    def mark(self, rows: Iterable[int]) -> None:
-        """These rows have outputs to send."""
-        self.rows.update(dict.fromkeys(rows))
+    def mark(self, rows: np.ndarray) -> None:
+        """These rows (distinct) have outputs to send."""
+        if len(rows):
+            self.marked.append(rows)
 
     def write_answer(self, sessions: SessionTable, store: OutputStore, room: int) -> Answer:
         """All there is, up to `room` timesteps; what is left goes with a later call. Notices follow the last output."""
-        rows = np.fromiter(islice(self.rows, room), np.int64)
-        start = sessions.sent[rows]
-        length = sessions.progress[rows] - start
-        if len(rows) == len(self.rows) and length.sum() <= room:
-            self.rows.clear()
-        else:
+        rows = self._take_marked()
+        epoch, due, rewind, _, _, start, progress, sender = sessions.numbers(rows)
+        length = progress - start
+        if not (here := (length > 0) & (sender == self.sender)).all():  # others were answered, or have ended
+            rows, epoch, due, rewind, start, length = (
+                column[here] for column in (rows, epoch, due, rewind, start, length)
+            )
+        if length.sum() > room:
             before = length.cumsum() - length
             fit = before < room
-            rows, start, length = rows[fit], start[fit], np.minimum(length, room - before)[fit]
-            for row in rows[start + length == sessions.progress[rows]].tolist():
-                del self.rows[row]
+            given = np.minimum(length, room - before)
+            self.mark(rows[given < length])
+            rows, epoch, due, rewind, start, length = (
+                column[fit] for column in (rows, epoch, due, rewind, start, given)
+            )
         sessions.sent[rows] = start + length
         outputs = store.read_all(rows, start, length)
         notices: tuple[Notice, ...] = ()
-        if not self.rows:
+        if not self.marked:
             notices = tuple(self.notices)
             self.notices.clear()
-        return Answer(sessions.epoch[rows], sessions.next[rows], sessions.rewind[rows], start, length, outputs, notices)
+        return Answer(epoch, due, rewind, start, length, outputs, notices)
+
+    def _take_marked(self) -> np.ndarray:
+        """Each marked row once, in the order in which they were first marked; none is marked then."""
+        marked, self.marked = self.marked, []
+        if len(marked) == 1:
+            return marked[0]
+        rows = np.concatenate([np.empty(0, np.int64), *marked])
+        _, first = np.unique(rows, return_index=True)
+        return rows[np.sort(first)]

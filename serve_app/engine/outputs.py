@@ -1,4 +1,4 @@
-"""Outputs that exist and are not acknowledged yet. A step makes one slab; a session knows where in it its own are."""
+"""Outputs that exist and are not acknowledged yet. A step makes one slab; a session knows which."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -6,27 +6,39 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from serve_app.engine.distinct import distinct
+from serve_app.engine.members import EVERYONE, Members, Positions
 from serve_app.spec import TensorSpec
 
 
 class _Slab:
     """The outputs of one step, [B, k, *shape] each. Once less than half of them are needed, only those are kept."""
 
-    __slots__ = ("num_live", "place", "values")
+    __slots__ = ("_place", "k", "members", "num_live", "starts", "values")
 
-    def __init__(self, values: list[np.ndarray]) -> None:
+    def __init__(self, rows: np.ndarray, starts: np.ndarray, values: list[np.ndarray]) -> None:
+        self.members = Members(rows)
+        self.starts = starts
         self.values = values
-        self.num_live = len(values[0])
-        self.place = np.arange(self.num_live)  # in `values`, by index of the session in the step; -1: not needed
+        self.k = values[0].shape[1]
+        self.num_live = len(rows)
+        self._place: np.ndarray | None = None  # in `values`, by position in the step; -1: not needed; None: all are
 
-    def release(self, indices: np.ndarray) -> None:
-        """These sessions of the step do not need theirs any more."""
-        self.place[indices] = -1
-        self.num_live -= len(indices)
-        if 0 < 2 * self.num_live < len(self.values[0]):
-            live = self.place >= 0
-            self.values = [value[self.place[live]] for value in self.values]
-            self.place[live] = np.arange(self.num_live)
+    def places(self, at: Positions) -> Positions:
+        """Where in `values` those at these positions are."""
+        return at if self._place is None else self._place[at]
+
+    def release(self, at: Positions, count: int) -> None:
+        """The `count` sessions at these positions do not need theirs any more."""
+        self.num_live -= count
+        if self.num_live == 0:
+            return
+        if self._place is None:
+            self._place = np.arange(len(self.starts))
+        self._place[at] = -1
+        if 2 * self.num_live < len(self.values[0]):
+            live = self._place >= 0
+            self.values = [value[self._place[live]] for value in self.values]
+            self._place[live] = np.arange(self.num_live)
 
 
 class OutputStore:
@@ -36,100 +48,113 @@ class OutputStore:
         self._specs = specs
         self._slabs: dict[int, _Slab] = {}
         self._last_slab = 0
-        # The first run that each row has here: its slab (0: none), its index in that, its timesteps; further ones wait
-        # in _later.
-        self._runs = np.zeros((4, max_rows), np.int64)
-        self._slab, self._index, self._start, self._stop = self._runs
-        self._later: dict[int, deque[tuple[int, int, int, int]]] = {}
+        #: The slab with the first outputs that each row has here, 0 without any; further ones wait in _later.
+        self._slab_of = np.zeros(max_rows, np.int64)
+        self._later: dict[int, deque[int]] = {}
         self.timesteps = 0
 
     def append(self, rows: np.ndarray, starts: np.ndarray, values: list[np.ndarray]) -> None:
-        """values: one array [B, k, *shape] for each output; row i's first timestep is starts[i]."""
-        k = values[0].shape[1]
+        """values: one array [B, k, *shape] for each output; the first timestep of rows[i] (distinct) is starts[i]."""
         self._last_slab += 1
-        slab = self._last_slab
-        self._slabs[slab] = _Slab(values)
-        self.timesteps += k * len(rows)
-        indices = np.arange(len(rows))
-        busy = self._slab[rows] > 0
-        if busy.any():
-            for i in busy.nonzero()[0].tolist():
-                start = int(starts[i])
-                self._later.setdefault(int(rows[i]), deque()).append((slab, i, start, start + k))
-            rows, starts, indices = rows[~busy], starts[~busy], indices[~busy]
-        self._runs[:, rows] = np.full(len(rows), slab), indices, starts, starts + k
+        slab = self._slabs[self._last_slab] = _Slab(rows, starts, values)
+        self.timesteps += slab.k * len(rows)
+        if (busy := self._slab_of[rows] > 0).any():
+            for row in rows[busy].tolist():
+                self._later.setdefault(row, deque()).append(self._last_slab)
+            rows = rows[~busy]
+        self._slab_of[rows] = self._last_slab
 
     def ack(self, rows: np.ndarray, acked: np.ndarray) -> None:
         """The clients of `rows` (distinct) hold what is below `acked`."""
-        done = (self._slab[rows] > 0) & (self._stop[rows] <= acked)
-        while done.any():
-            rows, acked = rows[done], acked[done]
-            if not self._drop_first(rows):
-                break
-            done = (self._slab[rows] > 0) & (self._stop[rows] <= acked)
+        numbers = self._slab_of[rows]
+        found = distinct(numbers)
+        for number in found:
+            if number == 0:
+                continue
+            mine: Positions = EVERYONE if len(found) == 1 else numbers == number
+            slab, some, below = self._slabs[number], rows[mine], acked[mine]
+            at = slab.members.find(some)
+            done = slab.starts[at] + slab.k <= below
+            if not done.all():
+                some, below = some[done], below[done]
+                at = slab.members.find(some)
+            have_more = bool(self._later)
+            self._release(number, some, at)
+            if have_more and len(some):
+                self.ack(some, below)
 
     def drop(self, row: int) -> None:
         """Forget the outputs of a row."""
-        while self.holds(row):
-            self._drop_first(np.array([row]))
+        one = np.array([row])
+        while number := int(self._slab_of[row]):
+            self._release(number, one, self._slabs[number].members.find(one))
 
     def holds(self, row: int) -> bool:
         """Whether a row has outputs here."""
-        return bool(self._slab[row] > 0)
+        return bool(self._slab_of[row] > 0)
 
     def read(self, row: int, start: int) -> Iterator[list[np.ndarray]]:
         """The outputs of a row from timestep `start` on, piece by piece."""
-        first = (column[row] for column in (self._slab, self._index, self._start, self._stop))
-        for slab, index, begin, stop in (first, *self._later.get(row, ())):
-            if slab > 0 and stop > start:
-                place = self._slabs[slab].place[index]
-                yield [value[place, max(0, start - begin) :] for value in self._slabs[slab].values]
+        for number in (int(self._slab_of[row]), *self._later.get(row, ())):
+            if number > 0:
+                slab = self._slabs[number]
+                at = slab.members.find(np.array([row]))
+                begin = int(slab.starts[at][0])
+                if begin + slab.k > start:
+                    yield [value[slab.places(at)][0, max(0, start - begin) :] for value in slab.values]
 
     def read_all(self, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
         """Timesteps [starts, starts + lengths) of each of `rows`, row after row: [sum(lengths), *shape] by output."""
-        ends = starts + lengths
-        whole = (self._start[rows] == starts) & (self._stop[rows] == ends) & (lengths > 0)
-        slab_of = self._slab[rows]
-        slabs = [(self._slabs[slab], whole & (slab_of == slab)) for slab in distinct(slab_of[whole])]
-        if len(slabs) == 1 and whole.all():
-            values, places = slabs[0][0].values, slabs[0][0].place[self._index[rows]]
-            if len(places) != len(values[0]) or (places != np.arange(len(places))).any():
-                values = [value[places] for value in values]
-            # Else it is the whole step in its order: not even copied.
-            outputs = [value.reshape(-1, *value.shape[2:]) for value in values]
-            return dict(zip(self._specs, outputs, strict=True))
+        numbers = self._slab_of[rows]
+        found = distinct(numbers)
+        if len(found) == 1 and found[0] > 0:
+            slab = self._slabs[found[0]]
+            at = slab.members.find(rows)
+            if (lengths == slab.k).all() and (starts == slab.starts[at]).all():
+                places = slab.places(at)
+                # Mostly it is the whole step in its order: not even copied.
+                values = slab.values if places is EVERYONE else [value[places] for value in slab.values]
+                return self._named([value.reshape(-1, *value.shape[2:]) for value in values])
 
         outputs = [np.empty((int(lengths.sum()), *spec.shape), spec.dtype) for spec in self._specs.values()]
-        at = lengths.cumsum() - lengths
-        for slab, members in slabs:
-            places = slab.place[self._index[rows[members]]]
-            for output, value in zip(outputs, slab.values, strict=True):
-                output[at[members][:, None] + np.arange(value.shape[1])] = value[places]
-        for i in (~whole).nonzero()[0].tolist():
-            filled, end = int(at[i]), int(at[i] + lengths[i])
+        first = lengths.cumsum() - lengths
+        others = lengths > 0
+        for number in found:
+            if number == 0:
+                continue
+            mine = (numbers == number).nonzero()[0]
+            slab = self._slabs[number]
+            whole = (slab.starts[slab.members.find(rows[mine])] == starts[mine]) & (lengths[mine] == slab.k)
+            if len(mine := mine[whole]):
+                places = slab.places(slab.members.find(rows[mine]))
+                for output, value in zip(outputs, slab.values, strict=True):
+                    output[first[mine][:, None] + np.arange(slab.k)] = value[places]
+                others[mine] = False
+        for i in others.nonzero()[0].tolist():
+            filled, end = int(first[i]), int(first[i] + lengths[i])
             for piece in self.read(int(rows[i]), int(starts[i])):
                 for output, value in zip(outputs, piece, strict=True):
                     output[filled:end][: len(value)] = value[: end - filled]
                 filled = min(end, filled + len(piece[0]))
+        return self._named(outputs)
+
+    def _named(self, outputs: list[np.ndarray]) -> dict[str, np.ndarray]:
         return dict(zip(self._specs, outputs, strict=True))
 
-    def _drop_first(self, rows: np.ndarray) -> bool:
-        """Forget the first run of each of `rows`, which all have one; False when no row has another."""
-        slab_of = self._slab[rows]
-        for slab in distinct(slab_of):
-            self._slabs[slab].release(self._index[rows[slab_of == slab]])
-            if self._slabs[slab].num_live == 0:
-                del self._slabs[slab]
-        self.timesteps -= int((self._stop[rows] - self._start[rows]).sum())
-        self._slab[rows] = 0
-        if not self._later:
-            return False
-        for row in rows.tolist():
-            self._next_run(row)
-        return True
+    def _release(self, number: int, rows: np.ndarray, at: Positions) -> None:
+        """`rows`, members of a slab at these positions, go on in their next."""
+        slab = self._slabs[number]
+        slab.release(at, len(rows))
+        if slab.num_live == 0:
+            del self._slabs[number]
+        self.timesteps -= slab.k * len(rows)
+        self._slab_of[rows] = 0
+        if self._later:
+            for row in rows.tolist():
+                self._next_slab(row)
 
-    def _next_run(self, row: int) -> None:
+    def _next_slab(self, row: int) -> None:
         if later := self._later.get(row):
-            self._slab[row], self._index[row], self._start[row], self._stop[row] = later.popleft()
+            self._slab_of[row] = later.popleft()
             if not later:
                 del self._later[row]

@@ -27,6 +27,8 @@ class StepRunner(Protocol):
 
     depth: int
     """Steps that may be on their way: launched, and their outputs not asked for."""
+    takes_views: bool
+    """Whether `launch` also takes inputs that lie elsewhere, and not in one piece."""
 
     def prepare(self, k: int, batch: int) -> None:
         """Set up what a step of that size needs at its first use."""
@@ -37,7 +39,9 @@ class StepRunner(Protocol):
         ...
 
     def launch(self, x: np.ndarray, slots: np.ndarray) -> Step:
-        """Run x, which is `buffer` filled, from the states in `slots` [B], and write the new states there.
+        """Run x [k, B, *features] from the states in `slots` [B], and write the new states there.
+
+        x is `buffer` filled, or a view that may not be written.
 
         Whatever is raised here has changed nothing.
         """
@@ -50,6 +54,7 @@ class EagerRunner:
     depth = 1
 
     def __init__(self, model: RecurrentModel, pool: StatePool) -> None:
+        self.takes_views = getattr(model, "takes_views", False)
         self._model = model
         self._pool = pool
         self._dtype = np.dtype(model.input.dtype)

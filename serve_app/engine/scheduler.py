@@ -1,5 +1,6 @@
 """Who runs next: a queue of sessions with timesteps ready. Pure; sessions are row numbers."""
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,13 +8,16 @@ import numpy as np
 
 from serve_app.policy.batching import choose_batch
 
+LOOK_AHEAD = 4
+"""Full batches that are looked at, to find one of sessions with as many timesteps each."""
+
 
 class Batch(NamedTuple):
-    """One step: `k` timesteps of each session in `rows` [B]. `waited_s` [B]: how long each waited for it, falling."""
+    """One step: `k` timesteps of each session in `rows` [B]. `waited_s`: how long the first of them waited for it."""
 
     rows: np.ndarray
     k: int
-    waited_s: np.ndarray
+    waited_s: float
 
 
 class Scheduler:
@@ -22,7 +26,7 @@ class Scheduler:
     `timesteps`: how many a step may take of each session, rising from 1.
 
     A session waits at most once in the queue, so it is at most once in a batch, and its order needs no care. What a
-    step leaves of its timesteps waits again, at the tail.
+    step leaves of its timesteps waits again, at the tail. Sessions that became ready together stay one entry.
     """
 
     def __init__(self, max_batch_size: int, timesteps: Sequence[int], max_rows: int) -> None:
@@ -33,85 +37,90 @@ class Scheduler:
         #: The same of all rows together.
         self.total = 0
         self._since = np.zeros(max_rows)
-        #: The number of the queue entry that counts for a row; 0 when it does not wait. Others are stale.
-        self._ticket = np.zeros(max_rows, np.int64)
-        self._last_ticket = 0
-        self._queue = np.zeros((2, 1024), np.int64)  # row, ticket
-        self._head = self._tail = 0
+        self._queue: deque[tuple[int, np.ndarray]] = deque()  # numbered entries, each of some rows
+        self._last_entry = 0
+        #: The entry that each row waits in, 0 when it does not; in any other it is stale.
+        self._entry_of = np.zeros(max_rows, np.int64)
 
     def add(self, rows: np.ndarray, counts: np.ndarray, now: float) -> None:
         """Let each of `rows` (distinct) have `counts` further timesteps ready."""
         self.left[rows] += counts
         self.total += int(counts.sum())
-        self._push(rows[self._ticket[rows] == 0], now)
+        if (waiting := self._entry_of[rows] > 0).any():
+            rows = rows[~waiting]
+        self._wait(rows, now)
 
     def schedule(self, now: float) -> Batch | None:
         """Take the next step's sessions out of the queue; None when nothing is ready."""
-        # Enough of the queue to find a full batch of one length in, never all of it.
-        entries = self._queue[:, self._head : min(self._tail, self._head + 4 * self.max_batch_size)]
-        current = self._ticket[entries[0]] == entries[1]
-        num_current = np.count_nonzero(current)
-        if num_current == 0:
-            self._head += entries.shape[1]
-            return self.schedule(now) if self._head < self._tail else None
-        end = self._head + entries.shape[1]
-        if num_current < entries.shape[1]:
-            entries = entries[:, current]
-        chosen, k = choose_batch(self.left[entries[0]], self.max_batch_size, self.timesteps)
-        rows = entries[0][chosen]
-        self._head = end - (num_current - len(rows))
-        if self._head < end:
-            stay = np.ones(num_current, bool)
+        waiting = self._next_entry()
+        if waiting is None:
+            return None
+        number, rows = waiting
+        left = self.left[rows]
+        if len(rows) < self.max_batch_size or (left[: self.max_batch_size] != left[0]).any():
+            number, rows = self._more(number, rows)
+            left = self.left[rows]
+        chosen, k = choose_batch(left, self.max_batch_size, self.timesteps)
+        if len(chosen) < len(rows):
+            stay = np.ones(len(rows), bool)
             stay[chosen] = False
-            self._queue[:, self._head : end] = entries[:, stay]
-        self._ticket[rows] = 0
-        return Batch(rows, k, now - self._since[rows])
+            self._queue.appendleft((number, rows[stay]))
+            rows = rows[chosen]
+        self._entry_of[rows] = 0
+        return Batch(rows, k, now - float(self._since[rows[0]]))
 
     def complete(self, batch: Batch, now: float) -> None:
         """The step was launched: its timesteps are no longer ready; what is left of them waits again."""
-        self.left[batch.rows] -= batch.k
+        left = self.left[batch.rows] - batch.k
+        self.left[batch.rows] = left
         self.total -= batch.k * len(batch.rows)
-        self._push(batch.rows[self.left[batch.rows] > 0], now)
+        if left.any():
+            self._wait(batch.rows[left > 0], now)
 
     def drop(self, rows: np.ndarray) -> None:
         """Forget everything that `rows` have ready."""
         self.total -= int(self.left[rows].sum())
         self.left[rows] = 0
-        self._ticket[rows] = 0
+        self._entry_of[rows] = 0
 
     @property
     def ready(self) -> bool:
         """Whether a step could run now. May be True once too often, for a queue of stale entries."""
-        return self._head < self._tail
+        return bool(self._queue)
 
-    def _push(self, rows: np.ndarray, now: float) -> None:
-        n = len(rows)
-        if n == 0:
-            return
-        if self._tail + n > self._queue.shape[1]:
-            self._make_room(n)
-        tickets = np.arange(self._last_ticket + 1, self._last_ticket + n + 1)
-        self._last_ticket += n
-        self._queue[0, self._tail : self._tail + n] = rows
-        self._queue[1, self._tail : self._tail + n] = tickets
-        self._tail += n
-        self._ticket[rows] = tickets
-        self._since[rows] = now
+    def _wait(self, rows: np.ndarray, now: float) -> None:
+        if len(rows):
+            self._last_entry += 1
+            self._queue.append((self._last_entry, rows))
+            self._entry_of[rows] = self._last_entry
+            self._since[rows] = now
 
-    def _make_room(self, n: int) -> None:
-        """Move the live part to the front of a queue at least twice its size."""
-        live = self._queue[:, self._head : self._tail]
-        live = live[:, self._ticket[live[0]] == live[1]]
-        size = max(1024, 2 * (live.shape[1] + n))
-        queue = self._queue if size <= self._queue.shape[1] else np.zeros((2, size), np.int64)
-        queue[:, : live.shape[1]] = live.copy()
-        self._queue, self._head, self._tail = queue, 0, live.shape[1]
+    def _next_entry(self) -> tuple[int, np.ndarray] | None:
+        """The entry at the head without what is stale in it, taken out; None when there is none left."""
+        while self._queue:
+            number, rows = self._queue.popleft()
+            if not (current := self._entry_of[rows] == number).all():
+                rows = rows[current]
+            if len(rows):
+                return number, rows
+        return None
+
+    def _more(self, number: int, rows: np.ndarray) -> tuple[int, np.ndarray]:
+        """An entry, with those behind it: enough to find a full batch of one length in, never all of them."""
+        parts, size = [rows], len(rows)
+        while size < LOOK_AHEAD * self.max_batch_size and (waiting := self._next_entry()) is not None:
+            parts.append(waiting[1])
+            size += len(waiting[1])
+        if len(parts) == 1:
+            return number, rows
+        rows = np.concatenate(parts)
+        self._last_entry += 1
+        self._entry_of[rows] = self._last_entry
+        return self._last_entry, rows
 
     def check(self) -> None:
         """Assert what must always hold between steps."""
-        live = self._queue[:, self._head : self._tail]
-        live = live[:, self._ticket[live[0]] == live[1]]
-        rows = live[0].tolist()
+        rows = [row for number, rows in self._queue for row in rows[self._entry_of[rows] == number].tolist()]
         assert len(rows) == len(set(rows)), "a session waits twice"
         assert set(rows) == set(np.flatnonzero(self.left > 0).tolist()), "a session with timesteps does not wait"
         assert (self.left >= 0).all()

@@ -25,6 +25,10 @@ from serve_app.frame import NO_CLOSE, Frame
 MAX_TOMBSTONES = 65536
 
 
+OVER = -3
+"""`close_at` of a session that does not run any more."""
+
+
 class Status:
     """Of a row. ENDED: nothing runs any more, some outputs are not acknowledged yet. (numpy is slow with an Enum.)"""
 
@@ -74,10 +78,11 @@ class SessionTable:
     def __init__(self, max_sessions: int, max_window: int) -> None:
         self.max_sessions = max_sessions
         self.max_window = max_window
-        #: All numbers; `accept` reads the first seven of a row at once and writes the first three.
-        self._table = np.zeros((9, max_sessions), np.int64)
-        self.acked, self.sent, self.next, self.progress, *others = self._table
-        self.rewind, self.close_at, self.status, self.epoch, self.sender = others
+        #: What most is done with, together for each row: see `numbers`. The first four are what a frame has to name.
+        self._table = np.zeros((max_sessions, 8), np.int64)
+        self.epoch, self.next, self.rewind, self.close_at, *others = self._table.T
+        self.acked, self.sent, self.progress, self.sender = others
+        self.status = np.zeros(max_sessions, np.int64)
         self.active_at = np.zeros(max_sessions)
         self.names: dict[int, str] = {}
         self.tombstones: OrderedDict[int, Tombstone] = OrderedDict()
@@ -114,30 +119,29 @@ class SessionTable:
         self._row_near[epoch % len(self._row_near)] = row
         return row
 
+    def numbers(self, rows: np.ndarray) -> np.ndarray:
+        """A copy [8, n]: epoch, next, rewind, close_at, acked, sent, progress and sender of each row."""
+        return self._table.take(rows, 0).T
+
     def accept(self, frame: Frame, now: float, room: int) -> Accepted:
         """Judge every entry of a frame and move the numbers of those that are taken.
 
         room: timesteps of outputs that there is still space for, in all sessions together.
         """
-        rows = self._rows_of(frame.epoch)
-        acked, sent, due, progress, rewind, close_at, status = self._table[:7, rows]
-        acked = np.maximum(acked, np.minimum(frame.acked, progress))
-        after = due + frame.length
-        ends = frame.length.cumsum()
-        odd = (
-            (rows < 0)
-            | (frame.start != due)
-            | (frame.rewind != rewind)
-            | (frame.close != NO_CLOSE)
-            | (close_at != NO_CLOSE)
-            | (status != Status.OPEN)
-            | (after - acked > self.max_window)
-        )
-        if len(rows) and (odd.any() or ends[-1] > room):
-            return self._judge(frame, rows, ends - frame.length, now, room)
-        self._table[:3, rows] = acked, np.maximum(sent, acked), after
-        self.active_at[rows[frame.length > 0]] = now
-        return Accepted(rows, ends - frame.length, frame.length, acked)
+        length = frame.length
+        ends = length.cumsum()
+        rows = self._row_near[frame.epoch & (len(self._row_near) - 1)]
+        numbers = self._table.take(rows, 0)
+        due, acked, sent, progress = numbers[:, 1], numbers[:, 4], numbers[:, 5], numbers[:, 6]
+        usual = (frame.columns[1:5] == numbers[:, :4].T).all() and (frame.close == NO_CLOSE).all()
+        due += length
+        np.maximum(acked, np.minimum(frame.acked, progress), out=acked)
+        np.maximum(sent, acked, out=sent)
+        if len(rows) and not (usual and ends[-1] <= room and (due - acked).max() <= self.max_window):
+            return self._judge(frame, self._rows_of(frame.epoch), ends - length, now, room)
+        self._table[rows] = numbers
+        self.active_at[rows if length.all() else rows[length > 0]] = now
+        return Accepted(rows, ends - length, length, acked)
 
     def _rows_of(self, epochs: np.ndarray) -> np.ndarray:
         """The row of each epoch, -1 where there is none."""
@@ -236,7 +240,7 @@ class SessionTable:
     def end(self, row: int, reason: str) -> None:
         """Nothing runs for the session any more; `free` follows when its outputs are acknowledged or given up."""
         self.status[row] = Status.ENDED
-        self.next[row], self.close_at[row] = self.progress[row], NO_CLOSE
+        self.next[row], self.close_at[row] = self.progress[row], OVER
         epoch = int(self.epoch[row])
         self.tombstones[epoch] = Tombstone(reason, int(self.progress[row]))
         if len(self.tombstones) > MAX_TOMBSTONES:

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from serve_app.errors import LockstepError, StateLost, from_wire
-from serve_app.frame import Answer, Frame, Open
+from serve_app.frame import COLUMNS, Answer, Frame, Open
 from serve_app.segment import Run
 from serve_app.session import Entry, Session
 from serve_app.spec import ModelSpec
@@ -185,12 +185,11 @@ class Outbox:
                 entries.append((epoch, session.take(0)))
                 self._settle(session)
         columns = np.array(
-            [(epoch, e.start, len(e.x), e.acked, e.rewind, e.close) for epoch, e in entries], np.int64
-        ).reshape(-1, 6).T  # fmt: skip
+            [(len(e.x), epoch, e.start, e.rewind, e.close, e.acked) for epoch, e in entries], np.int64
+        ).reshape(-1, len(COLUMNS)).T  # fmt: skip
         empty = np.empty((0, *self._spec.input.shape), self._spec.input.dtype)
         x = np.concatenate([empty, *(entry.x for _, entry in entries)])
-        epochs, start, length, acked, rewind, close = np.ascontiguousarray(columns)
-        return Frame(self._owner, self._sender, epochs, start, length, acked, rewind, close, x, tuple(opens))
+        return Frame(self._owner, self._sender, np.ascontiguousarray(columns), x, tuple(opens))
 
     async def _run(self, frame: Frame, sent: list[tuple[Session, int]]) -> None:
         try:

@@ -24,6 +24,8 @@ class SileroVad(torch.nn.Module):
     The package does the transform as a convolution with a fixed basis; an FFT gives the same in a third of the time.
     """
 
+    takes_views = True
+
     def __init__(self, options: SileroOptions) -> None:
         """Raises ConfigError if the package silero-vad is not installed, or is too different."""
         super().__init__()

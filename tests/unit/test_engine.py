@@ -14,7 +14,7 @@ from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.engine.engine import Engine, choose_device
 from serve_app.engine.mailbox import MAX_WAITING
 from serve_app.errors import ConfigError, InvalidInput, NotOwner
-from serve_app.frame import ABORT, Frame, Open
+from serve_app.frame import ABORT, NO_CLOSE, Frame, Open
 from serve_app.models.options import RnnOptions
 from serve_app.models.rnn import Rnn
 from tests.fakes import FloatSumModel, Sender, SumModel
@@ -464,13 +464,14 @@ def test_frames_for_another_owner_or_out_of_shape_change_nothing() -> None:
         sender.send({"epoch": 1, "x": ramp(0, 1)}, owner="other")
     with pytest.raises(InvalidInput, match="twice"):
         sender.send({"epoch": 1, "x": ramp(0, 1)}, {"epoch": 1, "start": 1, "x": ramp(1, 1)})
-    one = np.ones(1, np.int64)
-    with pytest.raises(InvalidInput, match=r"expected int64 \(1, 2\)"):
-        sender.engine.receive(
-            Frame("local", "test", one, one * 0, one, one * 0, one * 0, one * -1, np.ones((1, 3), np.int64)),
-            object(),
-            0.0,
-        )
+    columns = np.array([[1], [1], [0], [0], [NO_CLOSE], [0]])
+    for torn, message in (
+        (Frame("local", "test", columns, np.ones((1, 3), np.int64)), r"expected int64 \(1, 2\)"),
+        (Frame("local", "test", columns[1:], np.ones((1, 2), np.int64)), r"expected int64 \(6, n\)"),
+        (Frame("local", "test", columns.astype(np.int32), np.ones((1, 2), np.int64)), r"expected int64 \(6, n\)"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            sender.engine.receive(torn, object(), 0.0)
     assert sender.run() == 0
 
 
@@ -547,9 +548,8 @@ def test_calls_of_a_sender_do_not_pile_up() -> None:
     sender = Sender(SumModel(), config(slots=8, batch=8))
     sender.open(1)
     tickets = [object() for _ in range(5)]
-    zero = np.zeros(0, np.int64)
     for ticket in tickets:
-        frame = Frame("local", "test", zero, zero, zero, zero, zero, zero, np.zeros((0, 2), np.int64))
+        frame = Frame("local", "test", np.zeros((6, 0), np.int64), np.zeros((0, 2), np.int64))
         sender.engine.receive(frame, ticket, sender.now)
     answered = [ticket for ticket, _ in sender.engine.answers(sender.now)]
     assert answered == tickets[: len(tickets) - MAX_WAITING]

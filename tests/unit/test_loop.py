@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,8 @@ def frame(epoch: int, n: int, opens: bool = True, owner: str = "local", start: i
     column = np.array([epoch], np.int64)
     opening = (Open(epoch, f"s{epoch}"),) if opens else ()
     zero = column * 0
-    return Frame(owner, f"sender {epoch}", column, zero + start, zero + n, zero, zero, zero + NO_CLOSE,
-                 np.ones((n, 2), np.int64), opening)  # fmt: skip
+    return Frame.of(owner, f"sender {epoch}", epoch=column, start=zero + start, length=zero + n, acked=zero,
+                    rewind=zero, close=zero + NO_CLOSE, x=np.ones((n, 2), np.int64), opens=opening)  # fmt: skip
 
 
 class Collector:
@@ -109,8 +110,7 @@ def test_answers_of_one_step_come_in_one_delivery(collector: Collector) -> None:
 def test_frames_that_are_refused_are_answered_and_the_rest_goes_on(loop: EngineLoop, collector: Collector) -> None:
     loop.call(frame(1, 1, owner="another"), "stale")
     torn = frame(2, 1)
-    loop.call(Frame(torn.owner, torn.sender, torn.epoch, torn.start, torn.length, torn.acked, torn.rewind, torn.close,
-                    torn.x[:, :1]), "torn")  # fmt: skip
+    loop.call(replace(torn, x=torn.x[:, :1]), "torn")
     loop.call(frame(3, 1), "good")
     stale, malformed, good = collector.wait("stale", "torn", "good")
     assert isinstance(stale, NotOwner)

@@ -48,7 +48,7 @@ def test_frame(
     owner: str, sender: str, ints: list[np.ndarray], x: np.ndarray, states: list[tuple[np.ndarray, ...] | None]
 ) -> None:
     opens = tuple(Open(2**62 + i, f"session {i}", state) for i, state in enumerate(states))
-    frame = Frame(owner, sender, *ints, x, opens)  # type: ignore[arg-type]  # six columns
+    frame = Frame(owner, sender, np.stack(ints), x, opens)
     assert_same(decode_frame(encode_frame(frame)), frame)
 
 
@@ -61,9 +61,8 @@ def test_answer(ints: list[np.ndarray], outputs: dict[str, np.ndarray], reason: 
 
 
 def test_a_transposed_input_is_written_in_its_own_order() -> None:
-    column = np.zeros(3, np.int64)
     x = np.arange(6, dtype=np.float32).reshape(2, 3).T
-    frame = Frame("o", "s", column, column, column, column, column, column, x)
+    frame = Frame("o", "s", np.zeros((6, 3), np.int64), x)
     assert_same(decode_frame(encode_frame(frame)).x, x)
 
 
