@@ -98,8 +98,10 @@ class Frame:
         total = int(self.length.sum())
         if self.x.shape != (total, *shape) or self.x.dtype != dtype:
             raise InvalidInput(f"frame data is {self.x.dtype} {self.x.shape}, expected {dtype} {(total, *shape)}")
-        epochs = np.sort(self.epoch)
-        if (epochs[1:] == epochs[:-1]).any():
+        epochs = self.epoch
+        if not (epochs[1:] > epochs[:-1]).all():
+            epochs = np.sort(epochs)
+        if not (epochs[1:] > epochs[:-1]).all():
             raise InvalidInput("a frame names a session twice: send its timesteps as one entry")
 
 

@@ -237,7 +237,6 @@ class Engine:
                 self._complete(self._flights.popleft(), now)
             self._fail(batch, error)
         else:
-            self._scheduler.complete(batch, now)
             self._flights.append(_Flight(batch, self._sessions.epoch[rows], step, began, now))
         return True
 

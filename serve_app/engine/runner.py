@@ -1,6 +1,6 @@
 """Steps of a model: inputs in host memory and states in slots, to outputs in host memory and states in slots."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -56,6 +56,7 @@ class EagerRunner:
     def __init__(self, model: RecurrentModel, pool: StatePool) -> None:
         self.takes_views = getattr(model, "takes_views", False)
         self._model = model
+        self._outputs = dict(model.outputs)
         self._pool = pool
         self._dtype = np.dtype(model.input.dtype)
 
@@ -71,7 +72,7 @@ class EagerRunner:
         with inference_mode():
             index = self._pool.index(slots)
             y, state = self._model.forward(torch.from_numpy(x), self._pool.gather(index))
-            values = check_outputs(y, self._model.outputs, x.shape[:2])
+            values = check_outputs(y, self._outputs, x.shape[:2])
             outputs = [value.numpy().swapaxes(0, 1).copy() for value in values]
             self._pool.scatter(index, state)
         return _Finished(outputs)
@@ -92,12 +93,12 @@ def inference_mode() -> AbstractContextManager[object]:
     return nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
 
 
-def check_outputs(y: Any, specs: Mapping[str, TensorSpec], steps: Sequence[int]) -> list[torch.Tensor]:
+def check_outputs(y: Any, specs: Mapping[str, TensorSpec], steps: tuple[int, ...]) -> list[torch.Tensor]:
     """The model's outputs in the order in which it declares them; ValueError unless they are [*steps, *shape]."""
     values = {next(iter(specs)): y} if isinstance(y, torch.Tensor) else y
     for name, spec in specs.items():
         value = values[name]
-        if value.shape != (*steps, *spec.shape) or value.dtype != getattr(torch, spec.dtype):
+        if value.shape != steps + spec.shape or value.dtype != getattr(torch, spec.dtype):
             raise ValueError(
                 f"the model's output {name!r} is {value.dtype} {list(value.shape)}, it declares {spec.dtype} "
                 f"{[*steps, *spec.shape]}"

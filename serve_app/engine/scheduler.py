@@ -25,8 +25,8 @@ class Scheduler:
 
     `timesteps`: how many a step may take of each session, rising from 1.
 
-    A session waits at most once in the queue, so it is at most once in a batch, and its order needs no care. What a
-    step leaves of its timesteps waits again, at the tail. Sessions that became ready together stay one entry.
+    A session waits at most once in the queue, so it is at most once in a batch, and its order needs no care. Sessions
+    that became ready together stay one entry.
     """
 
     def __init__(self, max_batch_size: int, timesteps: Sequence[int], max_rows: int) -> None:
@@ -51,7 +51,7 @@ class Scheduler:
         self._wait(rows, now)
 
     def schedule(self, now: float) -> Batch | None:
-        """Take the next step's sessions out of the queue; None when nothing is ready."""
+        """Take the next step; None when nothing is ready. What it leaves of its sessions' timesteps waits again."""
         waiting = self._next_entry()
         if waiting is None:
             return None
@@ -65,17 +65,15 @@ class Scheduler:
             stay = np.ones(len(rows), bool)
             stay[chosen] = False
             self._queue.appendleft((number, rows[stay]))
-            rows = rows[chosen]
+            rows, left = rows[chosen], left[chosen]
+        batch = Batch(rows, k, now - float(self._since[rows[0]]))
+        left = left - k
+        self.left[rows] = left
+        self.total -= k * len(rows)
         self._entry_of[rows] = 0
-        return Batch(rows, k, now - float(self._since[rows[0]]))
-
-    def complete(self, batch: Batch, now: float) -> None:
-        """The step was launched: its timesteps are no longer ready; what is left of them waits again."""
-        left = self.left[batch.rows] - batch.k
-        self.left[batch.rows] = left
-        self.total -= batch.k * len(batch.rows)
         if left.any():
-            self._wait(batch.rows[left > 0], now)
+            self._wait(rows[left > 0], now)
+        return batch
 
     def drop(self, rows: np.ndarray) -> None:
         """Forget everything that `rows` have ready."""

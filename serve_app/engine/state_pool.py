@@ -57,7 +57,7 @@ class StatePool:
 
     def index(self, slots: np.ndarray) -> Any:
         """These slots, as `gather` and `scatter` take them: an array in host memory, else a tensor on the device."""
-        if self._device.type == "cpu":
+        if self._aside is None:
             return slots
         return torch.from_numpy(slots).pin_memory().to(self._device, non_blocking=True)
 

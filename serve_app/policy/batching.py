@@ -1,5 +1,7 @@
 """Which sessions a step takes, how many timesteps of each, and what size it is padded to."""
 
+from bisect import bisect_right
+
 import numpy as np
 
 
@@ -11,9 +13,9 @@ def choose_batch(left: np.ndarray, max_batch_size: int, timesteps: np.ndarray) -
     nothing is padded. The longest waiting session is always in, so nobody starves; under that, k is the one that gives
     the step the most timesteps.
     """
-    if left.min() == left.max():
+    if (left == left[0]).all():
         chosen = np.arange(min(len(left), max_batch_size))
-        return chosen, int(timesteps[timesteps.searchsorted(left[0], "right") - 1])
+        return chosen, int(timesteps[bisect_right(timesteps, left[0]) - 1])
     capped = np.minimum(left, timesteps[-1])
     ready = np.bincount(capped)[::-1].cumsum()[::-1]  # [k]: how many have at least k timesteps
     ks = timesteps[: timesteps.searchsorted(capped[0], "right")]
