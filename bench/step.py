@@ -70,7 +70,7 @@ def measure(launches: Sequence[Callable[[], object]], rounds: int) -> float:
 
 def check(model: Rnn, fused: FusedLstm, arguments: Arguments) -> None:
     """AssertionError unless values and states are those of the module."""
-    found, expected = (torch.utils._pytree.tree_leaves(run(*arguments)) for run in (fused.forward, model))
+    found, expected = (torch.utils._pytree.tree_leaves(run(*arguments)) for run in (fused, model))
     for leaf, expected_leaf in zip(found, expected, strict=True):
         if leaf.dtype == torch.int32:  # indices: those of values that are nearly equal may change places
             continue
@@ -102,7 +102,7 @@ def main(rounds: int, json_file: Path | None) -> None:
         check(model, fused, sets[0])
         eager_ms = measure([lambda arguments=arguments: model(*arguments) for arguments in sets], rounds)  # type: ignore[misc]
         cudnn_ms = measure(capture(model, sets), rounds)
-        fused_ms = measure(capture(fused.forward, sets), rounds)
+        fused_ms = measure(capture(fused, sets), rounds)
         tflops = FLOP * timesteps * batch / fused_ms / 1e9
         of_product = 100 * tflops / product_tflops
         rate = timesteps * batch / fused_ms

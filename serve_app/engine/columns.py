@@ -8,6 +8,9 @@ import torch
 
 from serve_app.engine.distinct import distinct
 
+MOVERS = 4
+"""Multiprocessors that move pages: enough for the bus. A step beside them leaves them free, where its forward can."""
+
 
 class Column:
     """One tensor of the state, with a slot for each row of its batch dimension `dim`.

@@ -37,8 +37,12 @@ class CudaRunner:
     depth = 3
     takes_views = False
 
-    def __init__(self, model: RecurrentModel, pool: StatePool, device: torch.device, calibration: Calibration) -> None:
+    def __init__(
+        self, model: RecurrentModel, pool: StatePool, device: torch.device, calibration: Calibration, spare: int = 0
+    ) -> None:
+        """spare: multiprocessors that a step leaves to states that move beside it, where its forward can."""
         self._model = model
+        self._spare = spare
         self._pool = pool
         self._device = device
         self._calibration = calibration
@@ -131,10 +135,10 @@ class CudaRunner:
                     type(error).__name__,
                     error,
                 )
-        return program or _Program(self._model, self._model.forward, self._pool, k, size, self._device)
+        return program or _Program(self._model, self._model.forward, self._spare, self._pool, k, size, self._device)
 
     def _capture(self, k: int, size: int, forward: Forward) -> "_Program":
-        program = _Program(self._model, forward, self._pool, k, size, self._device)
+        program = _Program(self._model, forward, self._spare, self._pool, k, size, self._device)
         program.capture(self._memory)
         return program
 
@@ -143,9 +147,10 @@ class _Program:
     """A step of k timesteps of `size` sessions: from packed inputs to packed outputs, on the device."""
 
     def __init__(
-        self, model: RecurrentModel, forward: Forward, pool: StatePool, k: int, size: int, device: torch.device
+        self, model: RecurrentModel, forward: Forward, spare: int, pool: StatePool, k: int, size: int, device: Any
     ) -> None:
         self._model = model
+        self._spare = spare
         self._forward = forward
         self._pool = pool
         spec = model.input
@@ -206,13 +211,18 @@ class _Program:
         return median(times)
 
     def _step(self) -> None:
-        x = self._x.transpose(0, 1).contiguous()
-        y, state = self._forward(x, self._pool.gather(self._index))
+        x = self._x.transpose(0, 1)
+        in_slots = getattr(self._forward, "in_slots", None)
+        if in_slots is not None:
+            y = in_slots(x, self._pool.states(), self._index, self._spare)
+        else:
+            y, state = self._forward(x.contiguous(), self._pool.gather(self._index))
         values = check_outputs(y, self._model.outputs, x.shape[:2])
         for value, (start, shape, spec) in zip(values, self.forms, strict=True):
             packed = self.outputs[start : start + math.prod(shape) * value.element_size()]
             packed.view(getattr(torch, spec.dtype)).view(shape).copy_(value.transpose(0, 1))
-        self._pool.scatter(self._index, state)
+        if in_slots is None:
+            self._pool.scatter(self._index, state)
 
 
 class _Lane:

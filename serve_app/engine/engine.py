@@ -11,6 +11,7 @@ import torch
 
 from serve_app.config import AppConfig, EngineConfig
 from serve_app.engine.calibration import Calibration
+from serve_app.engine.columns import MOVERS
 from serve_app.engine.cuda_runner import CudaRunner
 from serve_app.engine.distinct import distinct
 from serve_app.engine.inputs import InputStore
@@ -55,7 +56,7 @@ class Engine:
         self._slots = SlotTable(config.engine.slots, max_sessions)
         self._page_of = np.full(max_sessions, -1, np.int64)  # of evicted states, by row
         self._pool = StatePool(model, config.engine.slots, device)
-        self._runner = make_runner(model, self._pool, config.engine, device)
+        self._runner = make_runner(model, self._pool, config, device)
         self._flights: deque[_Flight] = deque()  # steps on their way
         self._inputs = InputStore(max_sessions)
         self._outputs = OutputStore(model.outputs, max_sessions)
@@ -367,11 +368,13 @@ class _Flight(NamedTuple):
         return self.batch.rows
 
 
-def make_runner(model: RecurrentModel, pool: StatePool, config: EngineConfig, device: torch.device) -> StepRunner:
+def make_runner(model: RecurrentModel, pool: StatePool, config: AppConfig, device: torch.device) -> StepRunner:
     """What runs steps on that device."""
     if device.type == "cpu":
         return EagerRunner(model, pool)
-    return CudaRunner(model, pool, device, Calibration(model, device, config.calibration_file))
+    calibration = Calibration(model, device, config.engine.calibration_file)
+    spare = MOVERS if config.session.max_sessions > config.engine.slots else 0
+    return CudaRunner(model, pool, device, calibration, spare)
 
 
 def step_timesteps(config: EngineConfig, device: torch.device) -> Sequence[int]:

@@ -8,11 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from serve_app.engine.columns import Column
+from serve_app.engine.columns import MOVERS, Column
 
 BLOCK = 1024  # words
-MOVERS = 64
-"""Programs that move pages: enough for the bus, few enough that a step beside them has its multiprocessors."""
+MOVED = 4096  # words of pages that a program has on its way at once
+MOVER_WARPS = 32
 
 
 class MovedColumn(Column):
@@ -21,7 +21,7 @@ class MovedColumn(Column):
     def __init__(self, initial: torch.Tensor, dim: int, num_slots: int) -> None:
         super().__init__(initial, dim, num_slots)
         row = self.tensor.shape[dim + 1 :].numel() * self.tensor.element_size()
-        word = next(kind for kind in (torch.int32, torch.int16, torch.int8) if row % kind.itemsize == 0)
+        word = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.int8) if row % kind.itemsize == 0)
         self._words = row // word.itemsize
         self._word = word
         self._pool = self.tensor.view(-1).view(word)
@@ -63,7 +63,7 @@ class MovedColumn(Column):
         if len(index) and self._words:
             _move_pages[(MOVERS,)](
                 self._pool, index, self._num_slots, self._words, self._table, pages, self.chunks[0].shape[self.dim],
-                len(index), self._outer, MOVERS, to_pool, self._block,
+                len(index), self._outer, to_pool, MOVED // self._block, self._block, num_warps=MOVER_WARPS,
             )  # fmt: skip
 
 
@@ -72,28 +72,37 @@ def _move_rows(pool, index, num_slots, words, batch, num_rows, TO_POOL: tl.const
     """One program a row: pool [outer, num_slots, words], batch [outer, num_rows, words]."""
     row, outer = tl.program_id(0), tl.program_id(1).to(tl.int64)
     in_pool = pool + (outer * num_slots + tl.load(index + row)) * words
-    _move(in_pool, batch + (outer * num_rows + row) * words, words, TO_POOL, BLOCK)
+    other = batch + (outer * num_rows + row) * words
+    for start in range(0, words, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        _move(in_pool + at, other + at, at < words, TO_POOL)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _move_pages(  # type: ignore[no-untyped-def]
-    pool, index, num_slots, words, table, pages, num_pages, num_rows, num_outer, num_programs, TO_POOL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    pool, index, num_slots, words, table, pages, num_pages, num_rows, num_outer, TO_POOL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The same with pages, of chunks [outer, num_pages, words] whose addresses are in `table`; a program takes many."""
-    for i in range(tl.program_id(0), num_rows * num_outer, num_programs):
+    """The same with pages, of chunks [outer, num_pages, words] whose addresses are in `table`.
+
+    A program takes many rows, ROWS at once: what is on its way over the bus is as much as it holds.
+    """
+    for first in range(tl.program_id(0) * ROWS, num_rows * num_outer, tl.num_programs(0) * ROWS):
+        i = first + tl.arange(0, ROWS)
+        valid = i < num_rows * num_outer
         row, outer = i % num_rows, (i // num_rows).to(tl.int64)
-        in_pool = pool + (outer * num_slots + tl.load(index + row)) * words
-        page = tl.load(pages + row)
-        chunk = tl.load(table + page // num_pages).to(pool.dtype)
-        _move(in_pool, chunk + (outer * num_pages + page % num_pages) * words, words, TO_POOL, BLOCK)
+        in_pool = pool + (outer * num_slots + tl.load(index + row, valid, other=0)) * words
+        page = tl.load(pages + row, valid, other=0)
+        chunk = tl.load(table + page // num_pages, valid, other=0).to(pool.dtype)
+        in_page = chunk + (outer * num_pages + page % num_pages) * words
+        for start in range(0, words, BLOCK):
+            at = start + tl.arange(0, BLOCK)[None, :]
+            _move(in_pool[:, None] + at, in_page[:, None] + at, valid[:, None] & (at < words), TO_POOL)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _move(in_pool, other, words, TO_POOL: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    for start in range(0, words, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        if TO_POOL:
-            tl.store(in_pool + at, tl.load(other + at, mask=at < words), mask=at < words)
-        else:
-            tl.store(other + at, tl.load(in_pool + at, mask=at < words), mask=at < words)
+def _move(in_pool, other, valid, TO_POOL: tl.constexpr):  # type: ignore[no-untyped-def]
+    if TO_POOL:
+        tl.store(in_pool, tl.load(other, mask=valid), mask=valid)
+    else:
+        tl.store(other, tl.load(in_pool, mask=valid), mask=valid)

@@ -61,6 +61,10 @@ class StatePool:
             return slots
         return torch.from_numpy(slots).pin_memory().to(self._device, non_blocking=True)
 
+    def states(self) -> State:
+        """The states of all slots, as one batch: what lies there, not a copy."""
+        return pytree.tree_unflatten([column.tensor for column in self._columns], self._structure)
+
     def gather(self, index: Any) -> State:
         """The states in the slots of `index`, batched in that order: a copy."""
         leaves = [column.select(index) for column in self._columns]

@@ -69,7 +69,7 @@ def tiles_for(layers: int, hidden: int, timesteps: int, batch: int, blocks: int)
 
 
 class FusedLstm:
-    """The forward of an `Rnn` of LSTM layers; head and top-k as there.
+    """The forward of an `Rnn` of LSTM layers, and `in_slots`; head and top-k as there.
 
     It holds weights of its own: packed, so those of `model` may change without effect. Kernels compile at their first
     use, so call it once, with the same shapes, before a capture into a CUDA graph. c is rounded to the dtype of the
@@ -113,41 +113,80 @@ class FusedLstm:
             and options.input % 8 == 0  # rows of x start at multiples of 16 bytes
         )
 
-    def forward(self, x: torch.Tensor, state: State) -> tuple[torch.Tensor | Mapping[str, torch.Tensor], State]:
+    def __call__(self, x: torch.Tensor, state: State) -> tuple[torch.Tensor | Mapping[str, torch.Tensor], State]:
         """x [T, B, input], (h, c) [layers, B, hidden] -> as `Rnn.forward`."""
         with torch.cuda.device(x.device):
             y, state = self.layers(x.to(self.model.dtype), state)
-            y = self.model.head(y)
-            k = self.model.options.top_k
-            if not k:
-                return y.to(x.dtype), state
-            values, indices = top_k(y, k)
-            return {"values": values.to(x.dtype), "indices": indices}, state
+            return self._head(y, x.dtype), state
+
+    def in_slots(
+        self, x: torch.Tensor, states: State, slots: torch.Tensor, spare: int = 0
+    ) -> torch.Tensor | Mapping[str, torch.Tensor]:
+        """x [T, B, input], states (h, c) [layers, slots, hidden], slots [B] -> y; the states in these slots go on.
+
+        spare: multiprocessors that are left to others.
+        """
+        with torch.cuda.device(x.device):
+            h, c = states
+            # by 8 bytes: torch copies what an index selects value by value
+            h_0 = h.view(torch.float64).index_select(1, slots).view(h.dtype)
+            return self._head(self._run(x.to(self.model.dtype), h_0, h, c, slots, spare), x.dtype)
 
     def layers(self, x: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
         """x [T, B, input] -> h of the last layer [T, B, hidden], state after T."""
-        (h_0, c_0), x = (_aligned(leaf) for leaf in state), _aligned(x)
-        (num_timesteps, batch, _), (layers, _, hidden) = x.shape, h_0.shape
+        h_0, c_0 = (_aligned(leaf) for leaf in state)
+        h_n, c_n = torch.empty_like(h_0), c_0.clone()
+        return self._run(x, h_0, h_n, c_n, torch.arange(x.shape[1], device=x.device)), (h_n, c_n)
+
+    def _head(self, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Mapping[str, torch.Tensor]:
+        y = self.model.head(y)
+        if not self.model.options.top_k:
+            return y.to(dtype)
+        values, indices = top_k(y, self.model.options.top_k)
+        return {"values": values.to(dtype), "indices": indices}
+
+    def _run(
+        self,
+        x: torch.Tensor,
+        h_0: torch.Tensor,
+        h_n: torch.Tensor,
+        c: torch.Tensor,
+        slots: torch.Tensor,
+        spare: int = 0,
+    ) -> torch.Tensor:
+        """h of the last layer [T, B, hidden], from h_0 [layers, B, hidden].
+
+        h after T goes to `slots` of h_n [layers, num_slots, hidden], and c goes on in those of c.
+        """
+        (num_timesteps, batch, depth), (layers, num_slots, hidden) = x.shape, c.shape
+        by_session = x.transpose(0, 1)
+        if by_session.is_contiguous() and by_session.data_ptr() % 16 == 0 and depth % DEPTH == 0:
+            x, x_rows, x_steps = by_session.reshape(batch, -1), 0, depth // DEPTH  # from one timestep to the next
+        else:
+            x, x_rows, x_steps = _aligned(x), batch, 0
         h = x.new_empty(layers, num_timesteps, batch, hidden)
-        h_n, c_n = torch.empty_like(h_0), torch.empty_like(c_0)
-        tiles = tiles_for(layers, hidden, num_timesteps, batch, self._multiprocessors)
+        most = self._multiprocessors - spare
+        tiles = tiles_for(layers, hidden, num_timesteps, batch, most)
         row_blocks = -(-batch // (ROWS * tiles.warpgroups))
         ready = torch.zeros(layers, num_timesteps, row_blocks, dtype=torch.int32, device=x.device)
-        blocks = min(self._multiprocessors, layers * num_timesteps * tiles.count(hidden, batch))
+        blocks = min(most, layers * num_timesteps * tiles.count(hidden, batch))
         _lstm[(blocks,)](
             _matrix(x, ROWS),
             _matrix(h_0, ROWS),
             _matrix(h, ROWS),
             _matrix(self._weights, tiles.columns),
             self._bias,
-            c_0,
-            c_n,
+            c,
             h,
             h_n,
+            slots,
             ready,
             num_timesteps,
             batch,
             row_blocks,
+            num_slots,
+            x_rows,
+            x_steps,
             LAYERS=layers,
             HIDDEN=hidden,
             INPUT_STEPS=self._input_steps,
@@ -156,7 +195,7 @@ class FusedLstm:
             num_warps=4,
             launch_cooperative_grid=True,
         )
-        return h[-1], (h_n, c_n)
+        return h[-1]
 
 
 def top_k(y: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,31 +235,36 @@ def _units_layout(units: int) -> Any:
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [ROWS, units])
 
 
-@gluon.jit(do_not_specialize=["timesteps", "batch", "row_blocks"])
+@gluon.jit(do_not_specialize=["timesteps", "batch", "row_blocks", "num_slots", "x_rows", "x_steps"])
 def _lstm(
     x: tma.tensor_descriptor,
     h_0: tma.tensor_descriptor,
     h: tma.tensor_descriptor,
     weights: tma.tensor_descriptor,
     bias: gl.tensor,
-    c_0: gl.tensor,
-    c_n: gl.tensor,
+    c: gl.tensor,
     h_out: gl.tensor,
     h_n: gl.tensor,
+    slots: gl.tensor,
     ready: gl.tensor,
     timesteps: gl.tensor,
     batch: gl.tensor,
     row_blocks: gl.tensor,
+    num_slots: gl.tensor,
+    x_rows: gl.tensor,
+    x_steps: gl.tensor,
     LAYERS: gl.constexpr,
     HIDDEN: gl.constexpr,
     INPUT_STEPS: gl.constexpr,
     WARPGROUPS: gl.constexpr,
     STAGES: gl.constexpr,
 ) -> None:
-    """x [T * B, input], h_0 [layers * B, hidden], h [layers * T * B, hidden], which is also h_out; `ready` all zero.
+    """h_0 [layers * B, hidden], h [layers * T * B, hidden], which is also h_out; `ready` all zero.
 
-    c_n holds c of the latest timestep while the kernel runs. `full` and `empty` hand the stages of a and b to the
-    warpgroups and back; `stored` and `counted` do so with what they have stored.
+    c and h_n are [layers, num_slots, hidden], with the state of row b in slots[b]; c is that of the latest timestep.
+    Timestep t of x begins at row t * x_rows and load t * x_steps: x is [T * B, input] or [B, T * input].
+    `full` and `empty` hand the stages of a and b to the warpgroups and back; `stored` and `counted` do so with what
+    they have stored.
     """
     a = gl.allocate_shared_memory(h.dtype, [STAGES * WARPGROUPS, h.block_shape[0], h.block_shape[1]], h.layout)
     b = gl.allocate_shared_memory(
@@ -236,12 +280,12 @@ def _lstm(
     mbarrier.init(stored, count=WARPGROUPS)
     mbarrier.init(counted, count=1)
     ring, signals, sizes = (a, b, full, empty), (stored, counted), (timesteps, batch, row_blocks)
-    results = (c_n, h_out, h_n)
+    states, times = (c, h_out, h_n, slots, num_slots), (x_rows, x_steps)
     if WARPGROUPS == 1:
         gl.warp_specialize(
             [
-                (_multiply, (0, bias, c_0, results, ring, signals, sizes, LAYERS, HIDDEN, INPUT_STEPS)),
-                (_load, (x, h_0, h, weights, ready, ring, sizes, LAYERS, HIDDEN, INPUT_STEPS)),
+                (_multiply, (0, bias, states, ring, signals, sizes, LAYERS, HIDDEN, INPUT_STEPS)),
+                (_load, (x, h_0, h, weights, ready, ring, sizes, times, LAYERS, HIDDEN, INPUT_STEPS)),
                 (_count, (ready, weights, signals, sizes, LAYERS, HIDDEN)),
             ],
             [1, 1],  # warps; the first has four
@@ -250,9 +294,9 @@ def _lstm(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (0, bias, c_0, results, ring, signals, sizes, LAYERS, HIDDEN, INPUT_STEPS)),
-                (_multiply, (1, bias, c_0, results, ring, signals, sizes, LAYERS, HIDDEN, INPUT_STEPS)),
-                (_load, (x, h_0, h, weights, ready, ring, sizes, LAYERS, HIDDEN, INPUT_STEPS)),
+                (_multiply, (0, bias, states, ring, signals, sizes, LAYERS, HIDDEN, INPUT_STEPS)),
+                (_multiply, (1, bias, states, ring, signals, sizes, LAYERS, HIDDEN, INPUT_STEPS)),
+                (_load, (x, h_0, h, weights, ready, ring, sizes, times, LAYERS, HIDDEN, INPUT_STEPS)),
                 (_count, (ready, weights, signals, sizes, LAYERS, HIDDEN)),
             ],
             [4, 1, 1],
@@ -291,6 +335,7 @@ def _load(
     ready: gl.tensor,
     ring: gl.tuple,
     sizes: gl.tuple,
+    times: gl.tuple,
     LAYERS: gl.constexpr,
     HIDDEN: gl.constexpr,
     INPUT_STEPS: gl.constexpr,
@@ -300,6 +345,7 @@ def _load(
     The last block of rows reads into the next cell, or zeros behind the end: what comes of that is stored nowhere.
     """
     timesteps, batch, row_blocks = sizes
+    x_rows, x_steps = times
     COLUMNS: gl.constexpr = weights.block_shape[0]
     BLOCKS: gl.constexpr = 4 * HIDDEN // COLUMNS
     WARPGROUPS: gl.constexpr = ring[0].shape[0] // ring[1].shape[0]
@@ -312,17 +358,18 @@ def _load(
         w_row = (layer * BLOCKS + column_block) * COLUMNS
         # what is ready first goes first: at t = 0 h of the state, else the input, which the diagonal before began with
         if t == 0:
-            loads = _load_steps(loads, h_0, layer * batch + row, STEPS, weights, w_row, H_STEP, ready, 0, ring)
+            loads = _load_steps(loads, h_0, layer * batch + row, 0, STEPS, weights, w_row, H_STEP, ready, 0, ring)
         if layer == 0:
-            loads = _load_steps(loads, x, t * batch + row, INPUT_STEPS, weights, w_row, 0, ready, 0, ring)
+            x_row, x_step = t * x_rows + row, t * x_steps
+            loads = _load_steps(loads, x, x_row, x_step, INPUT_STEPS, weights, w_row, 0, ready, 0, ring)
         else:
             cell = (layer - 1) * timesteps + t
             counter = ready + cell * row_blocks + row_block
-            loads = _load_steps(loads, h, cell * batch + row, STEPS, weights, w_row, 0, counter, BLOCKS, ring)
+            loads = _load_steps(loads, h, cell * batch + row, 0, STEPS, weights, w_row, 0, counter, BLOCKS, ring)
         if t > 0:
             cell = layer * timesteps + t - 1
             counter = ready + cell * row_blocks + row_block
-            loads = _load_steps(loads, h, cell * batch + row, STEPS, weights, w_row, H_STEP, counter, BLOCKS, ring)
+            loads = _load_steps(loads, h, cell * batch + row, 0, STEPS, weights, w_row, H_STEP, counter, BLOCKS, ring)
 
 
 @gluon.jit
@@ -330,6 +377,7 @@ def _load_steps(
     loads: gl.tensor,
     matrix: tma.tensor_descriptor,
     row: gl.tensor,
+    first: gl.tensor,
     STEPS: gl.constexpr,
     weights: tma.tensor_descriptor,
     w_row: gl.tensor,
@@ -338,7 +386,10 @@ def _load_steps(
     TARGET: gl.constexpr,
     ring: gl.tuple,
 ) -> gl.tensor:
-    """Bring STEPS steps of weights, and of rows once `counter` has come to TARGET; the number of loads so far."""
+    """Bring STEPS steps of weights, and of rows from step `first` on, once `counter` has come to TARGET.
+
+    Returns the number of loads so far.
+    """
     STAGES: gl.constexpr = ring[1].shape[0]
     AHEAD: gl.constexpr = min(STAGES - 1, STEPS)
     if TARGET > 0:
@@ -356,14 +407,14 @@ def _load_steps(
             "fence.proxy.async.global; mov.b32 $0, $1;", "=r,r", [ahead], dtype=gl.int32, is_pure=False, pack=1
         )
         for step in range(ahead):
-            _load_rows(loads + step, matrix, row, step, ring)
+            _load_rows(loads + step, matrix, row, first + step, ring)
         for step in range(ahead, STEPS):
             _load_weights(loads + step, weights, w_row, W_STEP + step, ring)
-            _load_rows(loads + step, matrix, row, step, ring)
+            _load_rows(loads + step, matrix, row, first + step, ring)
     else:
         for step in range(STEPS):
             _load_weights(loads + step, weights, w_row, W_STEP + step, ring)
-            _load_rows(loads + step, matrix, row, step, ring)
+            _load_rows(loads + step, matrix, row, first + step, ring)
     return loads + STEPS
 
 
@@ -414,8 +465,7 @@ def _acquire(counter: gl.tensor) -> gl.tensor:
 def _multiply(
     WHICH: gl.constexpr,
     bias: gl.tensor,
-    c_0: gl.tensor,
-    results: gl.tuple,
+    states: gl.tuple,
     ring: gl.tuple,
     signals: gl.tuple,
     sizes: gl.tuple,
@@ -424,7 +474,7 @@ def _multiply(
     INPUT_STEPS: gl.constexpr,
 ) -> None:
     """Rows WHICH * 64 and the next 63 of this block's tiles: the product, then c and h of it."""
-    c_n, h, h_n = results
+    c_in_slots, h, h_n, slots, num_slots = states
     a, b, full, empty = ring
     stored, counted = signals
     timesteps, batch, row_blocks = sizes
@@ -444,7 +494,8 @@ def _multiply(
         units = column_block * UNITS + gl.arange(0, UNITS, gl.SliceLayout(0, LAYOUT))
         at = gl.expand_dims(rows, 1) * HIDDEN + gl.expand_dims(units, 0)  # [rows, units], within a cell
         valid = gl.expand_dims(rows < batch, 1)
-        state = (layer * batch).to(gl.int64) * HIDDEN
+        slot = gl.expand_dims(gl.load(slots + rows, rows < batch, other=0), 1)
+        in_slots = (layer * num_slots + slot) * HIDDEN + gl.expand_dims(units, 0)  # within c and h_n
 
         # acc: gates of [input of the layer, h of t - 1], each half of them scaled as tanh needs them
         acc = gl.zeros([ROWS, COLUMNS], gl.float32, ACCUMULATOR)
@@ -454,10 +505,7 @@ def _multiply(
         loads += steps
         # h of t - 1 has arrived, so c of t - 1 was stored, if it is not that of the state
         mbarrier.wait(full.index(loads % STAGES), loads // STAGES & 1)
-        if t == 0:
-            c = gl.load(c_0 + state + at, valid, other=0.0, cache_modifier=".cg")
-        else:
-            c = gl.load(c_n + state + at, valid, other=0.0, cache_modifier=".cg")
+        c = gl.load(c_in_slots + in_slots, valid, other=0.0, cache_modifier=".cg")
         rest = STEPS + input_steps - steps
         acc = _multiply_steps(loads, steps, rest, acc, WHICH, ring)
         loads += rest
@@ -477,10 +525,10 @@ def _multiply(
         new_c = f * c.to(gl.float32) + i * g
         new_h = (o * _tanh(new_c)).to(h.dtype.element_ty)
 
-        gl.store(c_n + state + at, new_c.to(c_n.dtype.element_ty), valid)
+        gl.store(c_in_slots + in_slots, new_c.to(c_in_slots.dtype.element_ty), valid)
         gl.store(h + ((layer * timesteps + t) * batch).to(gl.int64) * HIDDEN + at, new_h, valid)
         if t == timesteps - 1:
-            gl.store(h_n + state + at, new_h, valid)
+            gl.store(h_n + in_slots, new_h, valid)
         mbarrier.wait(counted, (tile // gl.num_programs(0) & 1) ^ 1)  # the tile before
         mbarrier.arrive(stored, count=1)
 

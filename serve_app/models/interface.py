@@ -21,7 +21,9 @@ class RecurrentModel(Protocol):
     `takes_views = True` where `forward` only reads x once and never writes it, so that on a CPU it may be a view into
     what arrived, its timesteps not in one piece: that spares a copy; and
     `alternatives() -> Mapping[str, forward]`, other ways to compute `forward` on the device where the model lies, of
-    which the engine takes the fastest that gives the same.
+    which the engine takes the fastest that gives the same. One that has `in_slots(x, states, slots, spare) -> y` runs
+    on the engine's own tensors of all states, batched over slots: it reads and writes those of `slots` [B], and leaves
+    `spare` multiprocessors to others.
     """
 
     @property

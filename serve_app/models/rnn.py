@@ -65,7 +65,7 @@ class Rnn(torch.nn.Module):
             from serve_app.models.fused_lstm import FusedLstm
         except ImportError:  # without Triton, or with one that is too old
             return {}
-        return {"fused_lstm": FusedLstm(self).forward} if FusedLstm.supports(self.options, device) else {}
+        return {"fused_lstm": FusedLstm(self)} if FusedLstm.supports(self.options, device) else {}
 
 
 def _layers(options: RnnOptions) -> torch.nn.RNNBase:

@@ -149,7 +149,7 @@ def test_outputs_as_those_of_the_module(options: RnnOptions) -> None:
     model, fused = pair(options)
     x, state = draw(options, 4, 70)
     x = x if options.dtype == "fp16" else x.float()  # bf16 travels as float32
-    found, found_state = fused.forward(x, state)
+    found, found_state = fused(x, state)
     expected, expected_state = model(x, state)
     for leaf, expected_leaf in zip(found_state, expected_state, strict=True):
         assert (leaf.dtype, leaf.shape) == (expected_leaf.dtype, expected_leaf.shape)
@@ -163,21 +163,47 @@ def test_outputs_as_those_of_the_module(options: RnnOptions) -> None:
     assert errors(found["values"], expected["values"]).max() < 2 * TOLERANCE[options.dtype]
 
 
+@pytest.mark.parametrize("options", [LARGE, RnnOptions(input=72, hidden=128, layers=3, dtype="fp16")])
+@pytest.mark.parametrize("spare", [0, 4])
+def test_states_in_slots_go_on_and_no_others(options: RnnOptions, spare: int) -> None:
+    """Timesteps of a session lie together, as frames have them; what fills the batch up shares a slot."""
+    batch, padding, num_slots = 130, 6, 300
+    _, fused = pair(options)
+    x, _ = draw(options, 10, batch + padding)
+    x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    _, states = draw(options, 1, num_slots)
+    slots = torch.randperm(num_slots - 1, device=CUDA)[:batch]
+    filled = torch.cat([slots, slots.new_full((padding,), num_slots - 1)])
+    before = [leaf.clone() for leaf in states]
+    expected, expected_state = fused(x[:, :batch], tuple(leaf[:, slots] for leaf in states))
+    found = fused.in_slots(x, states, filled, spare)
+    if options.top_k:
+        assert torch.equal(found["values"][:, :batch], expected["values"])
+        assert torch.equal(found["indices"][:, :batch], expected["indices"])
+    else:
+        assert torch.equal(found[:, :batch], expected)
+    others = torch.ones(num_slots - 1, dtype=torch.bool, device=CUDA)
+    others[slots] = False
+    for leaf, old, new in zip(states, before, expected_state, strict=True):
+        assert torch.equal(leaf[:, slots], new)
+        assert torch.equal(leaf[:, :-1][:, others], old[:, :-1][:, others])
+
+
 def test_graph_gives_what_eager_gives() -> None:
     _, fused = pair(LARGE)
     x, state = draw(LARGE, 10, 130)
-    fused.forward(x, state)
+    fused(x, state)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured, captured_state = fused.forward(x, state)
+        captured, captured_state = fused(x, state)
     for _ in range(5):
         new_x, new_state = draw(LARGE, 10, 130)
         x.copy_(new_x)
         for leaf, new_leaf in zip(state, new_state, strict=True):
             leaf.copy_(new_leaf)
         graph.replay()
-        expected, expected_state = fused.forward(new_x, new_state)
+        expected, expected_state = fused(new_x, new_state)
         for name in expected:
             assert torch.equal(captured[name], expected[name])
         assert all(torch.equal(leaf, other) for leaf, other in zip(captured_state, expected_state, strict=True))
