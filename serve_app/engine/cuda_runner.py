@@ -17,7 +17,7 @@ from serve_app.spec import TensorSpec
 
 logger = logging.getLogger(__name__)
 
-WORTH_A_STREAM = 256 * 1024
+WORTH_A_STREAM = 64 * 1024
 """Bytes of inputs or outputs; of less, changing streams takes longer than the copy."""
 TIMED = 9
 """Steps, to tell which is the fastest."""
@@ -29,9 +29,8 @@ class CudaRunner:
     """See StepRunner. A step is padded to the next batch size that has a graph; the padding runs in a slot of its own.
 
     A graph reads the states by slot, runs the model and writes them back. Its inputs and outputs lie in memory of its
-    own, packed, so that one copy brings them; they are copied in and out on the device, so that the next step's upload
-    and this one's download run beside the compute. All that touches the states runs on the device's default stream, in
-    order.
+    own, packed, so that one copy brings them; each lane has a graph, so that the next step's upload and this one's
+    download run beside the compute. All that touches the states runs on the device's default stream, in order.
     """
 
     depth = 3
@@ -47,12 +46,12 @@ class CudaRunner:
         self._device = device
         self._calibration = calibration
         self._captures = True
-        self._programs: dict[tuple[int, int], _Program] = {}
+        self._programs: dict[tuple[int, int], list[_Program]] = {}  # one for each lane
         self._too_large: set[tuple[int, int]] = set()  # to be captured
         self._memory = torch.cuda.graph_pool_handle()
         self._compute = torch.cuda.default_stream(device)
         self._upload, self._download = _stream(device), _stream(device)
-        self._lanes = [_Lane(device) for _ in range(self.depth)]
+        self._lanes = [_Lane() for _ in range(self.depth)]
         self._turn = 0
 
     def prepare(self, k: int, batch: int) -> None:
@@ -79,29 +78,26 @@ class CudaRunner:
         index[:batch], index[batch:] = slots, self._pool.padding_slot
         with inference_mode():
             program = self._program(k, size)
+            inputs = program.inputs[:nbytes]
             outputs = torch.empty(program.outputs.nbytes, dtype=torch.uint8, pin_memory=True)
-            if lane.reserve(nbytes, outputs.nbytes):
-                self._upload.wait_stream(self._compute)  # the new memory may be what a step before still reads
-            if nbytes < WORTH_A_STREAM:
-                program.inputs[:nbytes].copy_(lane.pinned[:nbytes], non_blocking=True)
-            else:
-                self._copy(self._upload, lane.inputs[:nbytes], lane.pinned[:nbytes], lane.uploaded)
+            if program.captured and nbytes >= WORTH_A_STREAM:
+                self._copy(self._upload, inputs, lane.pinned[:nbytes], lane.uploaded)
                 self._compute.wait_event(lane.uploaded)
-                program.inputs[:nbytes].copy_(lane.inputs[:nbytes])
+            else:
+                inputs.copy_(lane.pinned[:nbytes], non_blocking=True)
             # All memory is there: from here on only the model itself can fail, before it writes the states.
             try:
                 program.run()
             except Exception:
                 self._upload.synchronize()  # the lane is free again, so nothing may be on its way there
                 raise
-            if outputs.nbytes < WORTH_A_STREAM:
-                outputs.copy_(program.outputs, non_blocking=True)
-                lane.landed.record(self._compute)
-            else:
-                lane.outputs[: outputs.nbytes].copy_(program.outputs)
+            if program.captured and outputs.nbytes >= WORTH_A_STREAM:
                 lane.computed.record(self._compute)
                 self._download.wait_event(lane.computed)
-                self._copy(self._download, outputs, lane.outputs[: outputs.nbytes], lane.landed)
+                self._copy(self._download, outputs, program.outputs, lane.landed)
+            else:
+                outputs.copy_(program.outputs, non_blocking=True)
+                lane.landed.record(self._compute)
         return _Launched(lane.landed, outputs, program, batch)
 
     def _copy(self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor, done: Any) -> None:
@@ -117,11 +113,12 @@ class CudaRunner:
         return pad_batch(batch) if self._captures else batch
 
     def _program(self, k: int, size: int) -> "_Program":
-        program = self._programs.get((k, size))
-        if program is None and self._captures and (k, size) not in self._too_large:
+        programs = self._programs.get((k, size))
+        if programs is None and self._captures and (k, size) not in self._too_large:
             try:
                 forward = self._calibration.choose(k, size, lambda forward: self._capture(k, size, forward).time_s())
-                program = self._programs[k, size] = self._capture(k, size, forward)
+                programs = self._programs[k, size] = [self._capture(k, size, forward) for _ in self._lanes]
+                self._upload.wait_stream(self._compute)  # which writes to their inputs next
             except torch.OutOfMemoryError as error:
                 self._too_large.add((k, size))
                 logger.warning("there is no memory for a CUDA graph of %d timesteps x %d: %s", k, size, error)
@@ -135,7 +132,9 @@ class CudaRunner:
                     type(error).__name__,
                     error,
                 )
-        return program or _Program(self._model, self._model.forward, self._spare, self._pool, k, size, self._device)
+        if programs is not None:
+            return programs[self._turn]
+        return _Program(self._model, self._model.forward, self._spare, self._pool, k, size, self._device)
 
     def _capture(self, k: int, size: int, forward: Forward) -> "_Program":
         program = _Program(self._model, forward, self._spare, self._pool, k, size, self._device)
@@ -226,12 +225,10 @@ class _Program:
 
 
 class _Lane:
-    """What one step on its way needs of its own. Memory only grows."""
+    """What one step on its way needs of its own."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self.pinned = torch.empty(0, dtype=torch.uint8)
-        self.inputs = self.outputs = torch.empty(0, dtype=torch.uint8, device=device)
         self.uploaded, self.computed, self.landed = _event(), _event(), _event()
 
     def host(self, nbytes: int) -> np.ndarray:
@@ -240,15 +237,6 @@ class _Lane:
             self.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         array: np.ndarray = self.pinned.numpy()
         return array
-
-    def reserve(self, inputs: int, outputs: int) -> bool:
-        """Have that many bytes on the device; whether that took new memory."""
-        grows = self.inputs.nbytes < inputs or self.outputs.nbytes < outputs
-        if self.inputs.nbytes < inputs:
-            self.inputs = torch.empty(inputs, dtype=torch.uint8, device=self._device)
-        if self.outputs.nbytes < outputs:
-            self.outputs = torch.empty(outputs, dtype=torch.uint8, device=self._device)
-        return grows
 
 
 class _Launched:

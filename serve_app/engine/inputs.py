@@ -1,12 +1,19 @@
 """Accepted timesteps that have not run yet. A frame's data stays one block; what of it is left is counted there."""
 
+import warnings
 from collections import deque
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from serve_app.engine.distinct import distinct
 from serve_app.engine.members import EVERYONE, Members, Positions
+
+WORTH_THREADS = 128 * 1024
+"""Bytes that torch copies, with as many threads as it has."""
+
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)  # tensors here are only read
 
 
 class _Block:
@@ -34,7 +41,11 @@ class _Block:
         """Fill x [k, B, *features] with the next k timesteps of each."""
         run = self.in_order(at, len(x))
         if run is not None:
-            np.copyto(x, run.swapaxes(0, 1))
+            run = run.swapaxes(0, 1)
+            if run.nbytes < WORTH_THREADS:
+                np.copyto(x, run)
+            else:
+                torch.from_numpy(x).copy_(torch.from_numpy(run))
         else:
             places = self.offset[at] + np.arange(len(x))[:, None]  # [k, B]
             self.x.take(places, axis=0, out=x, mode="clip")  # which spares a buffer; all are within

@@ -97,6 +97,7 @@ class FusedLstm:
         parts = weights.view(layers, 2, 2, hidden // UNITS, 4, 8, -1)  # gate // 2, gate % 2, unit // 32, lane, unit % 8
         self._weights = parts.permute(0, 3, 5, 1, 4, 2, 6).reshape(layers * 4 * hidden, -1).contiguous()
         self._bias = bias
+        self._orders: dict[int, torch.Tensor] = {}
         self._input_steps = input_depth // DEPTH
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -136,7 +137,12 @@ class FusedLstm:
         """x [T, B, input] -> h of the last layer [T, B, hidden], state after T."""
         h_0, c_0 = (_aligned(leaf) for leaf in state)
         h_n, c_n = torch.empty_like(h_0), c_0.clone()
-        return self._run(x, h_0, h_n, c_n, torch.arange(x.shape[1], device=x.device)), (h_n, c_n)
+        return self._run(x, h_0, h_n, c_n, self._in_order(x.shape[1])), (h_n, c_n)
+
+    def _in_order(self, batch: int) -> torch.Tensor:
+        if batch not in self._orders:
+            self._orders[batch] = torch.arange(batch, device=self._bias.device)
+        return self._orders[batch]
 
     def _head(self, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Mapping[str, torch.Tensor]:
         y = self.model.head(y)
