@@ -118,6 +118,7 @@ def measure_turns(model: RecurrentModel, device: str, batch_size: int, k: int, s
 def _finish(device: str) -> None:
     """Wait for all that was launched."""
     if device == "cuda":
+        torch.set_num_threads(engine_cuda.THREADS)
         torch.cuda.synchronize()
 
 
@@ -165,6 +166,7 @@ def main(device: str, seconds: float, max_batch: int, idle_sessions: int, json_f
     torch.set_num_threads(1)
     show_hardware()
     if device == "cuda":
+        torch.set_num_threads(engine_cuda.THREADS)
         save(engine_cuda.measure(seconds, max_batch or max(engine_cuda.BATCH_SIZES)), json_file)
         return
     max_batch = max_batch or max(BATCH_SIZES)

@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import click
 import numpy as np
@@ -20,6 +21,7 @@ from bench.sender import Sender
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig
 from serve_app.engine.calibration import Forward
 from serve_app.engine.engine import Engine
+from serve_app.frame import COLUMNS as COLUMNS_OF_FRAME
 from serve_app.frame import Frame
 from serve_app.models import registry
 from serve_app.models.interface import RecurrentModel
@@ -29,6 +31,8 @@ BATCH_SIZES = (1, 16, 64, 256, 512, 1024, 2048)
 CLAIMED = (256, 512, 1024, 2048)
 TIMESTEPS = (1, 10, 100)
 GROUPS = 4
+THREADS = 4  # of torch, which copies inputs with them: engine.threads
+TURNS = 4  # of engine and graph
 LSTM = {"dtype": "fp16", "input": 128, "hidden": 1024, "layers": 7, "output": 1024}
 OUTPUTS = {"top8": {"top_k": 8}, "full": {"top_k": 0}}
 FLOP = 2 * (4 * 1024 * (128 + 1024) + 6 * 4 * 1024 * 2048 + 1024 * 1024)  # of one timestep
@@ -67,15 +71,15 @@ def eager_s(model: RecurrentModel, batch: int, k: int) -> float:
 
 
 @torch.inference_mode()
-def graph_s(model: RecurrentModel, batch: int, k: int, forward: Forward) -> float:
-    """Seconds of a forward in a CUDA graph."""
+def make_graph(model: RecurrentModel, batch: int, k: int, forward: Forward) -> torch.cuda.CUDAGraph:
+    """A forward as a CUDA graph."""
     x, state = _inputs(model, batch, k)
     forward(x, state)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         forward(x, state)
-    return time_s(graph.replay)
+    return graph
 
 
 def product_flops() -> float:
@@ -133,49 +137,65 @@ class Group:
 
     def __init__(self, engine: Engine, batch: int, k: int, first_epoch: int) -> None:
         self._sender = Sender(engine, batch, first_epoch)
-        self._sessions = np.arange(batch)
         rng = np.random.default_rng(first_epoch)
         spec = engine.spec.input
         self._segments = [rng.standard_normal((batch, k, *spec.shape), np.float32).astype(spec.dtype) for _ in range(2)]
+        self._frame = self._sender.frame(np.arange(batch), self._segments[0])
+        onward = {"start": k, "acked": k}
+        self._onward = np.array([[onward.get(name, 0)] for name in COLUMNS_OF_FRAME])
         self.num_outputs = batch * k  # of an answer
         self._sent = 0
         self.sent_at = 0.0
 
     def next_frame(self) -> Frame:
         """The next segment of each session, which acknowledges the outputs before."""
+        frame = self._frame
         self._sent += 1
-        return self._sender.frame(self._sessions, self._segments[self._sent % len(self._segments)])
+        x = self._segments[self._sent % len(self._segments)].reshape(frame.x.shape)
+        self._frame = Frame(frame.owner, frame.sender, frame.columns + self._onward, x)
+        return frame
 
     def ask(self) -> Frame:
         """Nothing but the wish for more of an answer."""
-        return self._sender.frame(self._sessions[:0], self._segments[0][:0])
+        return Frame(self._frame.owner, self._frame.sender, self._frame.columns[:, :0], self._frame.x[:0])
 
 
-def saturate(engine: Engine, batch: int, k: int, seconds: float, groups: int = GROUPS) -> Load:
-    """Load an engine in a closed loop, for at least `seconds` after a warm-up."""
-    senders = [Group(engine, batch, k, 1 + i * batch) for i in range(groups)]
-    for group in senders:
+class ClosedLoop:
+    """An engine whose groups of sessions each send their next segments when they have the outputs of the last."""
+
+    def __init__(self, engine: Engine, batch: int, k: int, groups: int = GROUPS) -> None:
+        self._engine = engine
+        self._groups = [Group(engine, batch, k, 1 + i * batch) for i in range(groups)]
+        for group in self._groups:
+            self._send(group)
+        self.run(0, warm_up=10 * groups)  # torch gets more pinned memory in the first of them
+
+    @torch.inference_mode()
+    def run(self, seconds: float, warm_up: int = 0) -> Load:
+        """Goes on for at least `seconds`, after `warm_up` answers (at least two of each group)."""
+        engine = self._engine
+        warm_up = max(warm_up, 2 * len(self._groups))
+        delays: list[float] = []
+        began: float | None = None
+        while began is None or time.perf_counter() < began + seconds:
+            engine.step(time.monotonic())
+            for group, answer in engine.answers(time.monotonic()):
+                assert isinstance(group, Group)
+                assert len(next(iter(answer.outputs.values()))) == group.num_outputs, "an answer has all of its step"
+                now = time.perf_counter()
+                delays.append(now - group.sent_at)
+                if len(delays) == warm_up:
+                    began = now
+                self._send(group)
+        step_s = (time.perf_counter() - began) / max(1, len(delays) - warm_up)
+        while engine.ready:
+            engine.step(time.monotonic())
+        return Load(step_s, np.array(delays[warm_up:]))
+
+    def _send(self, group: Group) -> None:
+        frame = group.next_frame()
         group.sent_at = time.perf_counter()
-        engine.receive(group.next_frame(), group, time.monotonic())
-    delays: list[float] = []
-    began: float | None = None
-    warm_up = 10 * groups  # answers; torch gets more pinned memory in the first of them
-    while began is None or time.perf_counter() < began + seconds:
-        engine.step(time.monotonic())
-        for ticket, answer in engine.answers(time.monotonic()):
-            assert isinstance(ticket, Group)
-            assert len(next(iter(answer.outputs.values()))) == ticket.num_outputs, "an answer has all of its step"
-            now = time.perf_counter()
-            delays.append(now - ticket.sent_at)
-            if len(delays) == warm_up:
-                began = now
-            frame = ticket.next_frame()
-            ticket.sent_at = time.perf_counter()
-            engine.receive(frame, ticket, time.monotonic())
-    step_s = (time.perf_counter() - began) / (len(delays) - warm_up)
-    while engine.ready:
-        engine.step(time.monotonic())
-    return Load(step_s, np.array(delays[warm_up:]))
+        self._engine.receive(frame, group, time.monotonic())
 
 
 def measure(seconds: float, max_batch: int) -> dict[str, float]:
@@ -196,7 +216,7 @@ def measure(seconds: float, max_batch: int) -> dict[str, float]:
             share = 100 * found["engine_tflops"] / peak
             rows.append((batch, k, *(found[name] for name in COLUMNS.values()), share))
         if outputs == "top8":
-            alone = saturate(make_engine(model, 1, 1), 1, 1, seconds, groups=1)
+            alone = ClosedLoop(make_engine(model, 1, 1), 1, 1, groups=1).run(seconds)
             raw_s = 1 / figures["graph_per_ms_top8_b1_k1"] / 1e3
             figures["idle_overhead_us"] = float(np.median(alone.delays_s) - raw_s) * 1e6
         click.echo(f"\n{outputs}, timesteps per ms\n{table(('batch', 'k', *COLUMNS, '% of product'), rows)}")
@@ -206,19 +226,24 @@ def measure(seconds: float, max_batch: int) -> dict[str, float]:
 
 
 def measure_setting(model: Rnn, batch: int, k: int, seconds: float) -> dict[str, float]:
-    """Rates in timesteps per ms, and what follows from them, for steps of that size."""
+    """Rates in timesteps per ms, and what follows from them, for steps of that size.
+
+    Engine and fastest graph take turns: under load the GPU gets slower after a while, for both.
+    """
     forwards = {"cudnn": model.forward, **model.alternatives()}
-    graphs_s = {name: graph_s(model, batch, k, forward) for name, forward in forwards.items()}
-    load = saturate(make_engine(model, batch, k), batch, k, seconds)
-    fastest = min(graphs_s, key=lambda name: graphs_s[name])
-    raw_s = min(graphs_s[fastest], graph_s(model, batch, k, forwards[fastest]))
+    graphs = {name: make_graph(model, batch, k, forward) for name, forward in forwards.items()}
+    graphs_s = {name: time_s(graph.replay) for name, graph in graphs.items()}
+    fastest = graphs[min(graphs_s, key=lambda name: graphs_s[name])]
+    loop = ClosedLoop(make_engine(model, batch, k), batch, k)
+    turns = [(loop.run(seconds / TURNS), time_s(fastest.replay, seconds / TURNS)) for _ in range(TURNS)]
+    load = Load(median(load.step_s for load, _ in turns), np.concatenate([load.delays_s for load, _ in turns]))
     timesteps = batch * k
     return {
         "eager_per_ms": timesteps / eager_s(model, batch, k) / 1e3,
         "cudnn_graph_per_ms": timesteps / graphs_s["cudnn"] / 1e3,
-        "graph_per_ms": timesteps / raw_s / 1e3,
+        "graph_per_ms": timesteps / median(raw_s for _, raw_s in turns) / 1e3,
         "engine_per_ms": timesteps / load.step_s / 1e3,
-        "engine_vs_graph": raw_s / load.step_s,
+        "engine_vs_graph": median(raw_s / load.step_s for load, raw_s in turns),
         "engine_tflops": timesteps * FLOP / load.step_s / 1e12,
         "engine_p50_ms": load.delay_ms(50),
         "engine_p99_ms": load.delay_ms(99),

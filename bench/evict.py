@@ -15,7 +15,7 @@ import click
 import numpy as np
 import torch
 
-from bench.engine_cuda import LSTM, make_engine, time_s
+from bench.engine_cuda import LSTM, THREADS, make_engine, time_s
 from bench.report import json_option, save, show_hardware, table
 from bench.sender import Sender
 from serve_app.config import ModelConfig
@@ -60,6 +60,7 @@ class Draw:
             yield from then
 
 
+@torch.inference_mode()
 def rate(
     model: RecurrentModel, sessions: int, slots: int, zipf: bool, seconds: float, batch: int, device: str
 ) -> tuple[float, float]:
@@ -96,7 +97,7 @@ def copy_rate() -> float:
 @json_option
 def main(seconds: float, json_file: Path | None) -> None:
     """Measure the rate with more sessions than slots."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     show_hardware()
     model = registry.load(ModelConfig("rnn", {**LSTM, "top_k": 8}))
     bytes_a_second = copy_rate()

@@ -15,7 +15,7 @@ import click
 import numpy as np
 import torch
 
-from bench.engine_cuda import LSTM, Group
+from bench.engine_cuda import LSTM, THREADS, Group
 from bench.report import json_option, save, show_hardware, table
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig
 from serve_app.engine.engine import Engine
@@ -62,6 +62,7 @@ def run_sequences(model: RecurrentModel, instances: int, device: str) -> tuple[f
     return time.perf_counter() - began, delays
 
 
+@torch.inference_mode()
 def exchange(engine: Engine, senders: list[Group], segments: int) -> np.ndarray:
     """Let each sender send that many frames, one at a time; seconds from each frame to its answer."""
     left = dict.fromkeys(senders, segments)
@@ -98,7 +99,7 @@ def exchange(engine: Engine, senders: list[Group], segments: int) -> np.ndarray:
 @json_option
 def main(device: str, max_instances: int, max_fp32: int, json_file: Path | None) -> None:
     """Measure throughput and request time against the number of instances."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     show_hardware()
     figures: dict[str, float] = {}
