@@ -29,8 +29,9 @@ class CudaRunner:
     """See StepRunner. A step is padded to the next batch size that has a graph; the padding runs in a slot of its own.
 
     A graph reads the states by slot, runs the model and writes them back. Its inputs and outputs lie in memory of its
-    own, packed, so that one copy brings them; each lane has a graph, so that the next step's upload and this one's
-    download run beside the compute. All that touches the states runs on the device's default stream, in order.
+    own, packed, so that one copy brings them; there is a graph for each step that may be on its way, so that the next
+    one's upload and this one's download run beside the compute. Where they are small, the graph does them itself. All
+    that touches the states runs on the device's default stream, in order.
     """
 
     depth = 3
@@ -46,59 +47,57 @@ class CudaRunner:
         self._device = device
         self._calibration = calibration
         self._captures = True
-        self._programs: dict[tuple[int, int], list[_Program]] = {}  # one for each lane
+        self._programs: dict[tuple[int, int], list[_Program]] = {}
         self._too_large: set[tuple[int, int]] = set()  # to be captured
         self._memory = torch.cuda.graph_pool_handle()
         self._compute = torch.cuda.default_stream(device)
         self._upload, self._download = _stream(device), _stream(device)
-        self._lanes = [_Lane() for _ in range(self.depth)]
         self._turn = 0
+        self._next: _Program | None = None  # whose memory `buffer` has given out
 
     def prepare(self, k: int, batch: int) -> None:
-        """See StepRunner: kernels compiled and measured, a graph captured."""
+        """See StepRunner: kernels compiled and measured, graphs captured."""
         with inference_mode():
-            self._program(k, self._size(batch))
+            self._captured(k, self._size(batch))
 
     def buffer(self, k: int, batch: int) -> np.ndarray:
         """See StepRunner; in pinned memory, a session's timesteps together, as frames have them."""
         self._turn = (self._turn + 1) % self.depth  # whose last step has been asked for its outputs
-        shape = (batch, k, *self._model.input.shape)
-        start = _aligned(self._size(batch) * 8)
-        nbytes = math.prod(shape) * np.dtype(self._model.input.dtype).itemsize
-        packed = self._lanes[self._turn].host(start + nbytes)
-        x: np.ndarray = packed[start : start + nbytes].view(self._model.input.dtype).reshape(shape).swapaxes(0, 1)
-        return x
+        with inference_mode():
+            programs = self._captured(k, self._size(batch))
+        spec = self._model.input
+        self._next = programs[self._turn] if programs else None
+        x = np.empty((batch, k, *spec.shape), spec.dtype) if self._next is None else self._next.x[:batch]
+        return x.swapaxes(0, 1)
 
     def launch(self, x: np.ndarray, slots: np.ndarray) -> "_Launched":
         """See StepRunner."""
         k, batch = x.shape[:2]
-        lane, size = self._lanes[self._turn], self._size(batch)
-        nbytes = _aligned(size * 8) + x.nbytes
-        index = lane.host(nbytes)[: size * 8].view(np.int64)
-        index[:batch], index[batch:] = slots, self._pool.padding_slot
         with inference_mode():
-            program = self._program(k, size)
-            inputs = program.inputs[:nbytes]
-            outputs = torch.empty(program.outputs.nbytes, dtype=torch.uint8, pin_memory=True)
-            if program.captured and nbytes >= WORTH_A_STREAM:
-                self._copy(self._upload, inputs, lane.pinned[:nbytes], lane.uploaded)
-                self._compute.wait_event(lane.uploaded)
-            else:
-                inputs.copy_(lane.pinned[:nbytes], non_blocking=True)
+            program = self._next
+            if program is None:
+                program = self._make(k, batch, self._model.forward, beside=False)
+                program.x[:] = x.swapaxes(0, 1)
+            program.index[:batch], program.index[batch:] = slots, self._pool.padding_slot
+            outputs = program.host_outputs
+            if outputs is None:  # then it goes with the answers
+                outputs = torch.empty(program.outputs.nbytes, dtype=torch.uint8, pin_memory=True)
+            if program.uploads:
+                self._copy(self._upload, program.inputs, program.host_inputs, program.uploaded)
+                self._compute.wait_event(program.uploaded)
             # All memory is there: from here on only the model itself can fail, before it writes the states.
             try:
                 program.run()
             except Exception:
-                self._upload.synchronize()  # the lane is free again, so nothing may be on its way there
+                self._upload.synchronize()  # the next step with this memory may be any, so nothing may be on its way
                 raise
-            if program.captured and outputs.nbytes >= WORTH_A_STREAM:
-                lane.computed.record(self._compute)
-                self._download.wait_event(lane.computed)
-                self._copy(self._download, outputs, program.outputs, lane.landed)
+            if program.host_outputs is None:
+                program.computed.record(self._compute)
+                self._download.wait_event(program.computed)
+                self._copy(self._download, outputs, program.outputs, program.landed)
             else:
-                outputs.copy_(program.outputs, non_blocking=True)
-                lane.landed.record(self._compute)
-        return _Launched(lane.landed, outputs, program, batch)
+                program.landed.record(self._compute)
+        return _Launched(program, outputs, batch)
 
     def _copy(self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor, done: Any) -> None:
         """Copy on that stream. (torch.cuda.stream() would ask for the current device several times, each as slow.)"""
@@ -112,12 +111,13 @@ class CudaRunner:
     def _size(self, batch: int) -> int:
         return pad_batch(batch) if self._captures else batch
 
-    def _program(self, k: int, size: int) -> "_Program":
+    def _captured(self, k: int, size: int) -> "list[_Program] | None":
+        """The graphs for a step of that size, None where there can be none."""
         programs = self._programs.get((k, size))
         if programs is None and self._captures and (k, size) not in self._too_large:
             try:
                 forward = self._calibration.choose(k, size, lambda forward: self._capture(k, size, forward).time_s())
-                programs = self._programs[k, size] = [self._capture(k, size, forward) for _ in self._lanes]
+                programs = self._programs[k, size] = [self._capture(k, size, forward) for _ in range(self.depth)]
                 self._upload.wait_stream(self._compute)  # which writes to their inputs next
             except torch.OutOfMemoryError as error:
                 self._too_large.add((k, size))
@@ -132,31 +132,48 @@ class CudaRunner:
                     type(error).__name__,
                     error,
                 )
-        if programs is not None:
-            return programs[self._turn]
-        return _Program(self._model, self._model.forward, self._spare, self._pool, k, size, self._device)
+        return programs
 
     def _capture(self, k: int, size: int, forward: Forward) -> "_Program":
-        program = _Program(self._model, forward, self._spare, self._pool, k, size, self._device)
+        program = self._make(k, size, forward, beside=True)
         program.capture(self._memory)
         return program
 
+    def _make(self, k: int, size: int, forward: Forward, *, beside: bool) -> "_Program":
+        return _Program(self._model, forward, self._spare, self._pool, k, size, self._device, beside)
+
 
 class _Program:
-    """A step of k timesteps of `size` sessions: from packed inputs to packed outputs, on the device."""
+    """A step of k timesteps of `size` sessions: from packed inputs to packed outputs, on the device.
+
+    `index` [size] and `x` [size, k, *features] are its inputs in pinned memory.
+    """
 
     def __init__(
-        self, model: RecurrentModel, forward: Forward, spare: int, pool: StatePool, k: int, size: int, device: Any
+        self,
+        model: RecurrentModel,
+        forward: Forward,
+        spare: int,
+        pool: StatePool,
+        k: int,
+        size: int,
+        device: torch.device,
+        beside: bool,
     ) -> None:
+        """beside: large inputs and outputs are copied beside the steps before and after, on streams of their own."""
         self._model = model
         self._spare = spare
         self._forward = forward
         self._pool = pool
         spec = model.input
         start = _aligned(size * 8)
-        self.inputs = torch.zeros(start + size * k * spec.nbytes, dtype=torch.uint8, device=device)
+        self.host_inputs = torch.zeros(start + size * k * spec.nbytes, dtype=torch.uint8, pin_memory=True)
+        packed = self.host_inputs.numpy()
+        self.index: np.ndarray = packed[: size * 8].view(np.int64)
+        self.x: np.ndarray = packed[start:].view(spec.dtype).reshape(size, k, *spec.shape)
+        self.index[:] = pool.padding_slot
+        self.inputs = self.host_inputs.to(device)
         self._index = self.inputs[: size * 8].view(torch.int64)
-        self._index.fill_(pool.padding_slot)
         self._x = self.inputs[start:].view(getattr(torch, spec.dtype)).view(size, k, *spec.shape)
         #: Of each output: its first byte, its shape, its dtype.
         self.forms: list[tuple[int, tuple[int, ...], TensorSpec]] = []
@@ -165,6 +182,13 @@ class _Program:
             self.forms.append((end, (size, k, *output.shape), output))
             end = _aligned(end + size * k * output.nbytes)
         self.outputs = torch.empty(end, dtype=torch.uint8, device=device)
+        #: Whether the inputs are brought by others, beside the step before; else the step itself does.
+        self.uploads = beside and self.inputs.nbytes >= WORTH_A_STREAM
+        #: Where the step brings its outputs; None: others do, beside the next.
+        self.host_outputs: torch.Tensor | None = None
+        if not beside or self.outputs.nbytes < WORTH_A_STREAM:
+            self.host_outputs = torch.empty(end, dtype=torch.uint8, pin_memory=True)
+        self.uploaded, self.computed, self.landed = _event(), _event(), _event()
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @property
@@ -210,6 +234,8 @@ class _Program:
         return median(times)
 
     def _step(self) -> None:
+        if not self.uploads:
+            self.inputs.copy_(self.host_inputs, non_blocking=True)
         x = self._x.transpose(0, 1)
         in_slots = getattr(self._forward, "in_slots", None)
         if in_slots is not None:
@@ -222,38 +248,26 @@ class _Program:
             packed.view(getattr(torch, spec.dtype)).view(shape).copy_(value.transpose(0, 1))
         if in_slots is None:
             self._pool.scatter(self._index, state)
-
-
-class _Lane:
-    """What one step on its way needs of its own."""
-
-    def __init__(self) -> None:
-        self.pinned = torch.empty(0, dtype=torch.uint8)
-        self.uploaded, self.computed, self.landed = _event(), _event(), _event()
-
-    def host(self, nbytes: int) -> np.ndarray:
-        """The pinned memory, of at least that size; what is in it stays unless it had to grow."""
-        if self.pinned.nbytes < nbytes:
-            self.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        array: np.ndarray = self.pinned.numpy()
-        return array
+        if self.host_outputs is not None:
+            self.host_outputs.copy_(self.outputs, non_blocking=True)
 
 
 class _Launched:
     """See Step."""
 
-    def __init__(self, landed: Any, outputs: torch.Tensor, program: _Program, batch: int) -> None:
+    def __init__(self, program: _Program, outputs: torch.Tensor, batch: int) -> None:
         self.captured = program.captured
-        self._landed = landed
+        self._program = program
         self._outputs = outputs
-        self._forms = program.forms
         self._batch = batch
 
     def outputs(self) -> list[np.ndarray]:
         """See Step."""
-        self._landed.synchronize()
+        self._program.landed.synchronize()
         packed, outputs = self._outputs.numpy(), []
-        for start, (_, *shape), spec in self._forms:
+        if self._outputs is self._program.host_outputs:  # where the next step will bring its own
+            packed = packed.copy()
+        for start, (_, *shape), spec in self._program.forms:
             end = start + self._batch * shape[0] * spec.nbytes
             outputs.append(packed[start:end].view(spec.dtype).reshape(self._batch, *shape))
         return outputs

@@ -60,6 +60,7 @@ class Engine:
         self._flights: deque[_Flight] = deque()  # steps on their way
         self._inputs = InputStore(max_sessions)
         self._outputs = OutputStore(model.outputs, max_sessions)
+        self._acks: list[tuple[np.ndarray, np.ndarray]] = []  # rows, and what they hold, that `_outputs` can yet drop
         self._mailboxes: dict[str, int] = {}
         self._mail: dict[int, Mailbox] = {}
         self._last_sender = 0
@@ -89,6 +90,7 @@ class Engine:
         Waits for a step only when as many as may be are on their way, or nothing else is to be done.
         """
         launched = self._launch(now)
+        self._drop_acked()  # while that runs
         if not self._flights or (launched and len(self._flights) < self._runner.depth):
             return launched
         self._complete(self._flights.popleft(), now)
@@ -102,6 +104,7 @@ class Engine:
         sender, mailbox = self._mailbox(frame.sender)
         for ask in frame.opens:
             mailbox.notices.append(self._open(ask, sender, now))
+        self._drop_acked()
         accepted = self._sessions.accept(frame, now, self._room(frame))
         rows, offset, take = accepted.rows, accepted.offset, accepted.take
         if not (runs := take > 0).all():
@@ -111,7 +114,7 @@ class Engine:
             self._scheduler.add(rows, take, now)
             self.stats.segments += len(rows)
         if accepted.verdict is None:
-            self._outputs.ack(accepted.rows, accepted.acked)
+            self._acks.append((accepted.rows, accepted.acked))
         else:
             self._receive_odd(frame, accepted.rows, accepted.verdict, mailbox)
         mailbox.calls.append((ticket, now + self.answer_within_s))
@@ -148,6 +151,7 @@ class Engine:
 
     def gauges(self) -> dict[str, float]:
         """How full everything with a bound is, by name."""
+        self._drop_acked()
         return {
             "sessions_open": self._sessions.num_open,
             "sessions_running": int((self._scheduler.left > 0).sum()),
@@ -194,6 +198,11 @@ class Engine:
         for i in verdict.nonzero()[0].tolist():
             mailbox.notices.append(self._refuse(int(verdict[i]), frame, i, int(rows[i])))
         self._end_some(frame, rows, known)
+
+    def _drop_acked(self) -> None:
+        for rows, acked in self._acks:
+            self._outputs.ack(rows, acked)
+        self._acks.clear()
 
     def _room(self, frame: Frame) -> int:
         """Timesteps that may still be accepted: within the bounds on inputs held and on outputs kept."""
