@@ -7,6 +7,7 @@ many slots. Model, steps and load are those of bench.engine_cuda: 7x1024 LSTM in
 sessions a step. Every session has run, and most are evicted, before it is measured.
 """
 
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,20 +45,19 @@ class Draw:
         draws = [rng.choice(num_sessions, batch, replace=False, p=weights) for _ in range(DRAWS)]
         self.num_first = len(everyone)
         self._next = self._order(list(everyone), draws)
-        self._last = everyone[0][:0]
 
     def next_frame(self) -> Frame:
         """First everyone in turn, then by chance."""
-        sessions = next(self._next)
-        acks = np.setdiff1d(self._last, sessions)
-        self._last = sessions
+        sessions, acks = next(self._next)
         return self._sender.frame(sessions, self._x, acks)
 
     @staticmethod
-    def _order(first: list[np.ndarray], then: list[np.ndarray]) -> Iterator[np.ndarray]:
-        yield from first
-        while True:
-            yield from then
+    def _order(first: list[np.ndarray], then: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Who sends, and who else acknowledges: those who sent before."""
+        before = [first[0][:0], *first, *then]
+        sends = [(now, np.setdiff1d(last, now)) for last, now in zip(before, [*first, *then, then[0]], strict=True)]
+        yield from sends[: len(first) + 1]
+        yield from itertools.cycle(sends[len(first) + 1 :])
 
 
 @torch.inference_mode()

@@ -218,14 +218,13 @@ class Engine:
             return
         in_flight = bool(self._flights) and placement.used_at >= self._flights[0].launched_at
         with self._pool.moving(after_steps=in_flight):
-            if len(placement.evict_rows):
-                self._page_of[placement.evict_rows] = self._pool.evict(placement.evict_slots)
-                self.stats.evictions += len(placement.evict_rows)
             pages = self._page_of[placement.enter_rows]
             kept = pages >= 0
-            if kept.any():
-                self._pool.restore(placement.enter_slots[kept], pages[kept])
+            if len(placement.evict_rows) or kept.any():
+                taken = self._pool.exchange(placement.evict_slots, placement.enter_slots[kept], pages[kept])
                 self._page_of[placement.enter_rows] = -1
+                self._page_of[placement.evict_rows] = taken
+                self.stats.evictions += len(taken)
                 self.stats.restores += int(kept.sum())
             if not kept.all():
                 self._pool.reset(placement.enter_slots[~kept])

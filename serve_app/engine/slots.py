@@ -30,6 +30,7 @@ class SlotTable:
         #: How often each slot has been lent.
         self.generation = np.zeros(num_slots, np.int64)
         self._used_at = np.full(num_slots, -np.inf)
+        self._num_free = num_slots
 
     def place(self, rows: np.ndarray, waiting: np.ndarray, now: float) -> Placement:
         """Give each of `rows` a slot, the lowest free ones first, then those of sessions that can wait best.
@@ -40,20 +41,20 @@ class SlotTable:
         if not len(enter):
             self._used_at[self.slot_of[rows]] = now
             return Placement(enter, enter, enter, enter)
-        free = np.flatnonzero(self.row_of < 0)[: len(enter)]
-        evict_slots = free[:0]
+        free = evict_slots = enter[:0]
+        if self._num_free:
+            free = np.flatnonzero(self.row_of < 0)[: len(enter)]
         if len(free) < len(enter):
-            taken = self.row_of >= 0
-            taken[self.slot_of[rows[self.slot_of[rows] >= 0]]] = False
-            candidates = np.flatnonzero(taken)
-            victims = choose_victims(
-                self._used_at[candidates], waiting[self.row_of[candidates]] > 0, len(enter) - len(free)
-            )
-            evict_slots = candidates[victims]
+            # Neither free slots nor those of this step are to be chosen: as if used last of all.
+            stay = np.concatenate([free, self.slot_of[rows[self.slot_of[rows] >= 0]]])
+            last_used, busy = self._used_at.copy(), waiting[self.row_of] > 0
+            last_used[stay], busy[stay] = np.inf, True
+            evict_slots = choose_victims(last_used, busy, len(enter) - len(free))
         enter_slots = np.concatenate([free, evict_slots])
         used_at = float(self._used_at[enter_slots].max())
         placement = Placement(self.row_of[evict_slots], evict_slots, enter, enter_slots, used_at)
         self.release(placement.evict_rows)
+        self._num_free -= len(enter)
         self.slot_of[enter] = placement.enter_slots
         self.row_of[placement.enter_slots] = enter
         self.generation[placement.enter_slots] += 1
@@ -63,16 +64,18 @@ class SlotTable:
     def release(self, rows: np.ndarray) -> None:
         """Take the slots of `rows` back; rows without one are left alone."""
         slots = self.slot_of[rows]
-        self.row_of[slots[slots >= 0]] = -1
+        slots = slots[slots >= 0]
+        self._num_free += len(slots)
+        self.row_of[slots] = -1
         self.slot_of[rows] = -1
 
     @property
     def num_used(self) -> int:
         """Slots that are lent."""
-        return int((self.row_of >= 0).sum())
+        return len(self.row_of) - self._num_free
 
     def check(self) -> None:
         """Assert what must always hold."""
         rows = np.flatnonzero(self.slot_of >= 0)
         assert (self.row_of[self.slot_of[rows]] == rows).all(), "a row's slot belongs to another"
-        assert (self.row_of >= 0).sum() == len(rows), "a slot is lent to nobody"
+        assert (self.row_of >= 0).sum() == len(rows) == self.num_used, "a slot is lent to nobody"

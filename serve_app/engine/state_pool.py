@@ -106,20 +106,20 @@ class StatePool:
         for column, initial in zip(self._columns, self._initial, strict=True):
             column.put(index, initial.expand(column.form(len(slots))[0]))
 
-    def evict(self, slots: np.ndarray) -> np.ndarray:
-        """Copy the states in `slots` to host memory; returns the page of each."""
-        pages = self._take_pages(len(slots))
-        index, at = self.index(np.stack([slots, pages]))
-        for column in self._columns:
-            column.evict(index, at)
-        return pages
+    def exchange(self, evict: np.ndarray, slots: np.ndarray, pages: np.ndarray) -> np.ndarray:
+        """Copy the states in slots `evict` to host memory, then those in `pages` to `slots`, and free these pages.
 
-    def restore(self, slots: np.ndarray, pages: np.ndarray) -> None:
-        """Copy the states in `pages` to `slots`, and free the pages."""
-        index, at = self.index(np.stack([slots, pages]))
+        Returns the page of each that was evicted.
+        """
+        taken, n = self._take_pages(len(evict)), len(evict)
+        index, at = self.index(np.stack([np.concatenate([evict, slots]), np.concatenate([taken, pages])]))
         for column in self._columns:
-            column.restore(index, at)
+            if n:
+                column.evict(index[:n], at[:n])
+            if len(slots):
+                column.restore(index[n:], at[n:])
         self.free_pages(pages)
+        return taken
 
     def free_pages(self, pages: np.ndarray) -> None:
         """The states in `pages` are not needed any more."""
@@ -138,7 +138,7 @@ class StatePool:
             column.put(
                 index, torch.from_numpy(np.array(array, array.dtype.newbyteorder("="))).to(leaf.device, leaf.dtype)
             )
-        return int(self.evict(slots)[0])
+        return int(self.exchange(slots, slots[:0], slots[:0])[0])
 
     def check_initial(self, state: Sequence[np.ndarray]) -> None:
         """Raise InvalidInput unless `state` is one session's state."""

@@ -1,5 +1,6 @@
 """The engine on a GPU: the same outputs as on the CPU, with sessions evicted and restored. Needs no Ray."""
 
+import copy
 import random
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.engine import cuda_runner
+from serve_app.frame import NO_CLOSE
 from serve_app.models.options import RnnOptions, SileroOptions
 from serve_app.models.rnn import Rnn
 from serve_app.models.silero_vad import SileroVad
@@ -80,6 +82,46 @@ def test_half_precision_is_near_the_cpu(dtype: str, tolerance: float) -> None:
     found = run(Rnn(RnnOptions(dtype=dtype, **options)), x, "cuda", **size)  # type: ignore[arg-type]
     single = {epoch: values.astype(np.float32) for epoch, values in x.items()}
     assert relative(found, run(Rnn(RnnOptions(**options)), single, "cpu", **size)) < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2), ("fp32", 1e-5)])
+def test_thousand_timesteps_near_float64(dtype: str, tolerance: float) -> None:
+    """Sessions join while others run and leave when they are through, three times as many as slots at any time."""
+    num_timesteps, together = 1000, 48
+    model = Rnn(RnnOptions(input=64, hidden=256, layers=3, dtype=dtype))
+    seed = np.random.SeedSequence().entropy
+    rng = np.random.default_rng(seed)
+    draws = rng.standard_normal((72, num_timesteps, 64), np.float32).astype(model.input.dtype)
+    engine = EngineConfig(device="cuda", calibration_file="", slots=16, max_batch_size=16, max_step_timesteps=16)
+    sender = Sender(model, AppConfig(engine=engine, session=SessionConfig(max_sessions=together)))
+    joining = list(range(1, len(draws) + 1))
+    at: dict[int, int] = {}
+    while joining or at:
+        while joining and len(at) < together:
+            at[joining[-1]] = 0
+            sender.open(joining.pop())
+        entries = []
+        for epoch in rng.choice(list(at), max(1, len(at) // 2), replace=False).tolist():
+            end = min(num_timesteps, at[epoch] + int(rng.integers(1, 33)))
+            close = num_timesteps if end == num_timesteps else NO_CLOSE
+            x = draws[epoch - 1][at[epoch] : end]
+            entries.append({"epoch": epoch, "start": at[epoch], "acked": at[epoch], "x": x, "close": close})
+            at[epoch] = end
+        sender.send(*entries)
+        sender.run()
+        sender.poll()
+        done = [epoch for epoch, end in at.items() if end == num_timesteps]
+        sender.send(*({"epoch": epoch, "start": num_timesteps, "acked": num_timesteps} for epoch in done))
+        for epoch in done:
+            del at[epoch]
+    sender.engine.check()
+    assert min(sender.engine.stats.evictions, sender.engine.stats.restores) > len(draws)
+    twin = copy.deepcopy(model).cpu().double()
+    with torch.inference_mode():
+        expected, _ = twin.rnn(torch.from_numpy(draws).to(model.dtype).double().transpose(0, 1))
+    found = {epoch: sender.line(epoch) for epoch in range(1, len(draws) + 1)}
+    due = {epoch: expected[:, epoch - 1].numpy() for epoch in found}
+    assert relative(found, due) < tolerance, f"seed {seed}"
 
 
 def test_silero_equals_the_cpu() -> None:
