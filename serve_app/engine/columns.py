@@ -40,6 +40,14 @@ class Column:
         shape, dtype = self.form(num_pages)
         self.chunks.append(torch.empty(shape, dtype=dtype, pin_memory=self.tensor.is_cuda))
 
+    def exchange(self, index: Any, out: Any, pages: Any) -> None:
+        """Copy these slots to the pages `out`, then `pages` to them, where those are not -1; all as StatePool.index."""
+        leaving, coming = out >= 0, pages >= 0
+        if leaving.any():
+            self.evict(index[leaving], out[leaving])
+        if coming.any():
+            self.restore(index[coming], pages[coming])
+
     def evict(self, index: Any, pages: Any) -> None:
         """Copy these slots to `pages`; both as StatePool.index has them."""
         rows, size = self.select(index).cpu(), self.chunks[0].shape[self.dim]

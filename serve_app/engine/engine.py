@@ -220,11 +220,12 @@ class Engine:
         with self._pool.moving(after_steps=in_flight):
             pages = self._page_of[placement.enter_rows]
             kept = pages >= 0
-            if len(placement.evict_rows) or kept.any():
-                taken = self._pool.exchange(placement.evict_slots, placement.enter_slots[kept], pages[kept])
+            num_evicted = len(placement.evict_rows)
+            if num_evicted or kept.any():
+                taken = self._pool.exchange(placement.enter_slots, num_evicted, pages)
                 self._page_of[placement.enter_rows] = -1
                 self._page_of[placement.evict_rows] = taken
-                self.stats.evictions += len(taken)
+                self.stats.evictions += num_evicted
                 self.stats.restores += int(kept.sum())
             if not kept.all():
                 self._pool.reset(placement.enter_slots[~kept])

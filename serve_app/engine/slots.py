@@ -8,13 +8,12 @@ from serve_app.policy.eviction import choose_victims
 
 
 class Placement(NamedTuple):
-    """What must happen to the state pool before a step: `evict_*` leave their slots, then `enter_*` get theirs.
+    """What must happen to the state pool before a step: `evict_rows` leave, then `enter_*` get their slots.
 
-    `used_at`: when a step last used one of the slots that are entered.
+    The last of the slots that are entered are those that are left. `used_at`: when a step last used one of them.
     """
 
     evict_rows: np.ndarray
-    evict_slots: np.ndarray
     enter_rows: np.ndarray
     enter_slots: np.ndarray
     used_at: float = -np.inf
@@ -40,7 +39,7 @@ class SlotTable:
         enter = rows[self.slot_of[rows] < 0]
         if not len(enter):
             self._used_at[self.slot_of[rows]] = now
-            return Placement(enter, enter, enter, enter)
+            return Placement(enter, enter, enter)
         free = evict_slots = enter[:0]
         if self._num_free:
             free = np.flatnonzero(self.row_of < 0)[: len(enter)]
@@ -52,7 +51,7 @@ class SlotTable:
             evict_slots = choose_victims(last_used, busy, len(enter) - len(free))
         enter_slots = np.concatenate([free, evict_slots])
         used_at = float(self._used_at[enter_slots].max())
-        placement = Placement(self.row_of[evict_slots], evict_slots, enter, enter_slots, used_at)
+        placement = Placement(self.row_of[evict_slots], enter, enter_slots, used_at)
         self.release(placement.evict_rows)
         self._num_free -= len(enter)
         self.slot_of[enter] = placement.enter_slots

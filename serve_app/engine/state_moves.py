@@ -1,7 +1,7 @@
 """States on a GPU: whole rows by index in one kernel, where torch's go value by value.
 
-The kernels reach pinned host memory as well, so that evicting and restoring is one launch, in the order of the stream:
-the host waits for nothing and copies nothing.
+The kernels reach pinned host memory as well, so that evicting and restoring together are one launch, in the order of
+the stream: the host waits for nothing and copies nothing.
 """
 
 import torch
@@ -47,11 +47,13 @@ class MovedColumn(Column):
         super().grow(num_pages)
         self._table = torch.tensor([chunk.data_ptr() for chunk in self.chunks], device=self.tensor.device)
 
-    def evict(self, index: torch.Tensor, pages: torch.Tensor) -> None:
-        self._move_pages(index, pages, to_pool=False)
-
-    def restore(self, index: torch.Tensor, pages: torch.Tensor) -> None:
-        self._move_pages(index, pages, to_pool=True)
+    def exchange(self, index: torch.Tensor, out: torch.Tensor, pages: torch.Tensor) -> None:
+        if len(index) and self._words:
+            _exchange_pages[(MOVERS,)](
+                self._pool, index, self._num_slots, self._words, self._table, out, pages,
+                self.chunks[0].shape[self.dim], len(index), self._outer, max(1, MOVED // self._block), self._block,
+                num_warps=MOVER_WARPS,
+            )  # fmt: skip
 
     def _move_rows(self, index: torch.Tensor, batch: torch.Tensor, *, to_pool: bool) -> None:
         if len(index) and self._words:
@@ -59,15 +61,8 @@ class MovedColumn(Column):
                 self._pool, index, self._num_slots, self._words, batch, len(index), to_pool, self._block
             )
 
-    def _move_pages(self, index: torch.Tensor, pages: torch.Tensor, *, to_pool: bool) -> None:
-        if len(index) and self._words:
-            _move_pages[(MOVERS,)](
-                self._pool, index, self._num_slots, self._words, self._table, pages, self.chunks[0].shape[self.dim],
-                len(index), self._outer, to_pool, MOVED // self._block, self._block, num_warps=MOVER_WARPS,
-            )  # fmt: skip
 
-
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["index"])  # type: ignore[untyped-decorator]
 def _move_rows(pool, index, num_slots, words, batch, num_rows, TO_POOL: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program a row: pool [outer, num_slots, words], batch [outer, num_rows, words]."""
     row, outer = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -75,15 +70,20 @@ def _move_rows(pool, index, num_slots, words, batch, num_rows, TO_POOL: tl.const
     other = batch + (outer * num_rows + row) * words
     for start in range(0, words, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        _move(in_pool + at, other + at, at < words, TO_POOL)
+        if TO_POOL:
+            tl.store(in_pool + at, tl.load(other + at, mask=at < words), mask=at < words)
+        else:
+            tl.store(other + at, tl.load(in_pool + at, mask=at < words), mask=at < words)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _move_pages(  # type: ignore[no-untyped-def]
-    pool, index, num_slots, words, table, pages, num_pages, num_rows, num_outer, TO_POOL: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["index", "out", "pages"])  # type: ignore[untyped-decorator]
+def _exchange_pages(  # type: ignore[no-untyped-def]
+    pool, index, num_slots, words, table, out, pages, num_pages, num_rows, num_outer, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The same with pages, of chunks [outer, num_pages, words] whose addresses are in `table`.
+    """Rows of the pool go to the pages `out`, and others come in from `pages`; nothing where the page is -1.
+
+    Pages are in chunks [outer, num_pages, words], whose addresses are in `table`.
 
     A program takes many rows, ROWS at once: what is on its way over the bus is as much as it holds.
     """
@@ -92,17 +92,20 @@ def _move_pages(  # type: ignore[no-untyped-def]
         valid = i < num_rows * num_outer
         row, outer = i % num_rows, (i // num_rows).to(tl.int64)
         in_pool = pool + (outer * num_slots + tl.load(index + row, valid, other=0)) * words
-        page = tl.load(pages + row, valid, other=0)
-        chunk = tl.load(table + page // num_pages, valid, other=0).to(pool.dtype)
-        in_page = chunk + (outer * num_pages + page % num_pages) * words
+        page_out, page_in = tl.load(out + row, valid, other=-1), tl.load(pages + row, valid, other=-1)
+        leaves, comes = page_out >= 0, page_in >= 0
+        to = _in_page(pool, table, page_out, leaves, outer, num_pages, words)
+        source = _in_page(pool, table, page_in, comes, outer, num_pages, words)
         for start in range(0, words, BLOCK):
             at = start + tl.arange(0, BLOCK)[None, :]
-            _move(in_pool[:, None] + at, in_page[:, None] + at, valid[:, None] & (at < words), TO_POOL)
+            new = tl.load(source[:, None] + at, mask=comes[:, None] & (at < words))
+            old = tl.load(in_pool[:, None] + at, mask=leaves[:, None] & (at < words))
+            tl.store(to[:, None] + at, old, mask=leaves[:, None] & (at < words))
+            tl.store(in_pool[:, None] + at, new, mask=comes[:, None] & (at < words))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _move(in_pool, other, valid, TO_POOL: tl.constexpr):  # type: ignore[no-untyped-def]
-    if TO_POOL:
-        tl.store(in_pool, tl.load(other, mask=valid), mask=valid)
-    else:
-        tl.store(other, tl.load(in_pool, mask=valid), mask=valid)
+@triton.jit
+def _in_page(pool, table, page, valid, outer, num_pages, words):  # type: ignore[no-untyped-def]
+    """Where a row lies in its page."""
+    chunk = tl.load(table + page // num_pages, valid, other=0).to(pool.dtype)
+    return chunk + (outer * num_pages + page % num_pages) * words

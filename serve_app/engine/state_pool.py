@@ -96,8 +96,11 @@ class StatePool:
         steps = torch.cuda.current_stream()
         if after_steps:
             self._aside.wait_stream(steps)
-        with torch.cuda.stream(self._aside):
+        torch.cuda.set_stream(self._aside)
+        try:
             yield
+        finally:
+            torch.cuda.set_stream(steps)
         steps.wait_stream(self._aside)
 
     def reset(self, slots: np.ndarray) -> None:
@@ -106,19 +109,17 @@ class StatePool:
         for column, initial in zip(self._columns, self._initial, strict=True):
             column.put(index, initial.expand(column.form(len(slots))[0]))
 
-    def exchange(self, evict: np.ndarray, slots: np.ndarray, pages: np.ndarray) -> np.ndarray:
-        """Copy the states in slots `evict` to host memory, then those in `pages` to `slots`, and free these pages.
+    def exchange(self, slots: np.ndarray, num_evicted: int, pages: np.ndarray) -> np.ndarray:
+        """Copy the states in the last `num_evicted` of `slots` to host memory, and what is in `pages` to `slots`.
 
-        Returns the page of each that was evicted.
+        pages: as many, -1 where nothing comes; they are free then. Returns the page of each that was evicted.
         """
-        taken, n = self._take_pages(len(evict)), len(evict)
-        index, at = self.index(np.stack([np.concatenate([evict, slots]), np.concatenate([taken, pages])]))
+        taken, out = self._take_pages(num_evicted), np.full(len(slots), -1)
+        out[len(slots) - num_evicted :] = taken
+        index = self.index(np.stack([slots, out, pages]))
         for column in self._columns:
-            if n:
-                column.evict(index[:n], at[:n])
-            if len(slots):
-                column.restore(index[n:], at[n:])
-        self.free_pages(pages)
+            column.exchange(index[0], index[1], index[2])
+        self.free_pages(pages[pages >= 0])
         return taken
 
     def free_pages(self, pages: np.ndarray) -> None:
@@ -138,7 +139,7 @@ class StatePool:
             column.put(
                 index, torch.from_numpy(np.array(array, array.dtype.newbyteorder("="))).to(leaf.device, leaf.dtype)
             )
-        return int(self.exchange(slots, slots[:0], slots[:0])[0])
+        return int(self.exchange(slots, 1, np.array([-1]))[0])
 
     def check_initial(self, state: Sequence[np.ndarray]) -> None:
         """Raise InvalidInput unless `state` is one session's state."""

@@ -8,10 +8,11 @@ def choose_victims(used_at: np.ndarray, waiting: np.ndarray, count: int) -> np.n
 
     used_at [n]: when each was last in a step; waiting [n]: whether it has timesteps ready. Returns indices, unordered.
     """
-    idle: np.ndarray = np.flatnonzero(~waiting)
-    if len(idle) >= count:
-        return np.take(idle, _lowest(used_at[idle], count))
-    busy = np.flatnonzero(waiting)
+    of_idle = np.where(waiting, np.inf, used_at)
+    victims = _lowest(of_idle, count)
+    if (of_idle[victims] < np.inf).all():
+        return victims
+    idle, busy = np.flatnonzero(~waiting), np.flatnonzero(waiting)
     return np.concatenate([idle, busy[_lowest(used_at[busy], count - len(idle))]])
 
 
