@@ -13,7 +13,10 @@ from serve_app.engine.members import EVERYONE, Members, Positions
 WORTH_THREADS = 128 * 1024
 """Bytes that torch copies, with as many threads as it has."""
 
-warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)  # tensors here are only read
+# torch warns, once in a process, of tensors in memory that may only be read; these are.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(b"0", np.uint8))
 
 
 class _Block:
