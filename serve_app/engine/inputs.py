@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from serve_app.engine.distinct import distinct
-from serve_app.engine.members import EVERYONE, Members, Positions
+from serve_app.engine.members import EVERYONE, Finder, Positions
 
 WORTH_THREADS = 128 * 1024
 """Bytes that torch copies, with as many threads as it has."""
@@ -22,11 +22,11 @@ with warnings.catch_warnings():
 class _Block:
     """A frame's data x [N, *features], and each session's run in it: where that goes on, and timesteps left."""
 
-    __slots__ = ("count", "live", "members", "offset", "x")
+    __slots__ = ("count", "live", "offset", "rows", "x")
 
     def __init__(self, x: np.ndarray, rows: np.ndarray, offset: np.ndarray, count: np.ndarray) -> None:
         self.x = x
-        self.members = Members(rows)
+        self.rows = rows
         self.offset = offset.copy()
         self.count = count.copy()
         self.live = int(count.sum())
@@ -64,6 +64,7 @@ class InputStore:
         #: The block that each row goes on in, 0 without one; further ones wait in _later.
         self._block_of = np.zeros(max_rows, np.int64)
         self._later: dict[int, deque[int]] = {}
+        self._finder = Finder(max_rows)
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +91,7 @@ class InputStore:
         found = distinct(numbers)
         if len(found) == 1:  # all from one frame
             block = self._blocks[found[0]]
-            at = block.members.find(rows)
+            at = self._finder.find(rows, block.rows)
             if block.count[at].min() >= k:
                 run = block.in_order(at, k) if views else None
                 if run is not None:
@@ -105,12 +106,12 @@ class InputStore:
         for number in found:
             block = self._blocks[number]
             columns = (numbers == number).nonzero()[0]
-            at = block.members.find(rows[columns])
+            at = self._finder.find(rows[columns], block.rows)
             whole = block.count[at] >= k
             for column in columns[~whole].tolist():
                 self._take_across(int(rows[column]), x[:, column])
             if len(columns := columns[whole]):
-                at = block.members.find(rows[columns])
+                at = self._finder.find(rows[columns], block.rows)
                 part = np.empty((k, len(columns), *x.shape[2:]), x.dtype)
                 block.copy(at, part)
                 x[:, columns] = part
@@ -123,7 +124,7 @@ class InputStore:
             one = np.array([row])
             while number := int(self._block_of[row]):
                 block = self._blocks[number]
-                at = block.members.find(one)
+                at = self._finder.find(one, block.rows)
                 self._advance(number, one, at, int(block.count[at][0]))
 
     def _take_across(self, row: int, x: np.ndarray) -> None:
@@ -132,7 +133,7 @@ class InputStore:
         while filled < len(x):
             number = int(self._block_of[row])
             block = self._blocks[number]
-            at = block.members.find(one)
+            at = self._finder.find(one, block.rows)
             n = min(len(x) - filled, int(block.count[at][0]))
             block.copy(at, x[filled : filled + n, None])
             self._advance(number, one, at, n)

@@ -8,20 +8,16 @@ Positions = np.ndarray | slice
 EVERYONE = slice(None)
 
 
-class Members:
-    """Distinct rows [n] in an order."""
+class Finder:
+    """Finds rows among others, with a table of all rows that is overwritten each time."""
 
-    __slots__ = ("_order", "rows")
+    def __init__(self, max_rows: int) -> None:
+        self._position = np.zeros(max_rows, np.int64)
 
-    def __init__(self, rows: np.ndarray) -> None:
-        self.rows = rows
-        self._order: np.ndarray | None = None
-
-    def find(self, rows: np.ndarray) -> Positions:
-        """Where `rows` are, all of them members."""
-        if rows is self.rows or (len(rows) == len(self.rows) and (rows == self.rows).all()):
+    def find(self, rows: np.ndarray, members: np.ndarray) -> Positions:
+        """Where `rows` are in `members` [n], which are distinct and have all of them."""
+        if rows is members or (len(rows) == len(members) and (rows == members).all()):
             return EVERYONE
-        if self._order is None:
-            self._order = self.rows.argsort()
-        positions: np.ndarray = self._order[self.rows.searchsorted(rows, sorter=self._order)]
+        self._position[members] = np.arange(len(members))
+        positions: np.ndarray = self._position[rows]
         return positions

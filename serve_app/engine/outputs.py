@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from serve_app.engine.distinct import distinct
-from serve_app.engine.members import EVERYONE, Members, Positions
+from serve_app.engine.members import EVERYONE, Finder, Positions
 from serve_app.spec import TensorSpec
 
 
 class _Slab:
     """The outputs of one step, [B, k, *shape] each. Once less than half of them are needed, only those are kept."""
 
-    __slots__ = ("_place", "k", "members", "num_live", "starts", "values")
+    __slots__ = ("_place", "k", "num_live", "rows", "starts", "values")
 
     def __init__(self, rows: np.ndarray, starts: np.ndarray, values: list[np.ndarray]) -> None:
-        self.members = Members(rows)
+        self.rows = rows
         self.starts = starts
         self.values = values
         self.k = values[0].shape[1]
@@ -51,6 +51,7 @@ class OutputStore:
         #: The slab with the first outputs that each row has here, 0 without any; further ones wait in _later.
         self._slab_of = np.zeros(max_rows, np.int64)
         self._later: dict[int, deque[int]] = {}
+        self._finder = Finder(max_rows)
         self.timesteps = 0
 
     def append(self, rows: np.ndarray, starts: np.ndarray, values: list[np.ndarray]) -> None:
@@ -73,11 +74,11 @@ class OutputStore:
                 continue
             mine: Positions = EVERYONE if len(found) == 1 else numbers == number
             slab, some, below = self._slabs[number], rows[mine], acked[mine]
-            at = slab.members.find(some)
+            at = self._finder.find(some, slab.rows)
             done = slab.starts[at] + slab.k <= below
             if not done.all():
                 some, below = some[done], below[done]
-                at = slab.members.find(some)
+                at = self._finder.find(some, slab.rows)
             have_more = bool(self._later)
             self._release(number, some, at)
             if have_more and len(some):
@@ -87,7 +88,7 @@ class OutputStore:
         """Forget the outputs of a row."""
         one = np.array([row])
         while number := int(self._slab_of[row]):
-            self._release(number, one, self._slabs[number].members.find(one))
+            self._release(number, one, self._finder.find(one, self._slabs[number].rows))
 
     def holds(self, row: int) -> bool:
         """Whether a row has outputs here."""
@@ -98,7 +99,7 @@ class OutputStore:
         for number in (int(self._slab_of[row]), *self._later.get(row, ())):
             if number > 0:
                 slab = self._slabs[number]
-                at = slab.members.find(np.array([row]))
+                at = self._finder.find(np.array([row]), slab.rows)
                 begin = int(slab.starts[at][0])
                 if begin + slab.k > start:
                     yield [value[slab.places(at)][0, max(0, start - begin) :] for value in slab.values]
@@ -109,7 +110,7 @@ class OutputStore:
         found = distinct(numbers)
         if len(found) == 1 and found[0] > 0:
             slab = self._slabs[found[0]]
-            at = slab.members.find(rows)
+            at = self._finder.find(rows, slab.rows)
             if (lengths == slab.k).all() and (starts == slab.starts[at]).all():
                 places = slab.places(at)
                 # Mostly it is the whole step in its order: not even copied.
@@ -124,9 +125,9 @@ class OutputStore:
                 continue
             mine = (numbers == number).nonzero()[0]
             slab = self._slabs[number]
-            whole = (slab.starts[slab.members.find(rows[mine])] == starts[mine]) & (lengths[mine] == slab.k)
+            whole = (slab.starts[self._finder.find(rows[mine], slab.rows)] == starts[mine]) & (lengths[mine] == slab.k)
             if len(mine := mine[whole]):
-                places = slab.places(slab.members.find(rows[mine]))
+                places = slab.places(self._finder.find(rows[mine], slab.rows))
                 for output, value in zip(outputs, slab.values, strict=True):
                     output[first[mine][:, None] + np.arange(slab.k)] = value[places]
                 others[mine] = False
