@@ -95,6 +95,8 @@ class Frame:
             raise InvalidInput(f"frame columns are {columns.dtype} {columns.shape}, expected int64 ({len(COLUMNS)}, n)")
         if len(self) and columns[:3].min() < 0:
             raise InvalidInput("a frame with a negative epoch, start or length arrived")
+        if len(self) and self.length.max() > len(self.x):
+            raise InvalidInput(f"a frame with {len(self.x)} timesteps has an entry of {self.length.max()}")
         total = int(self.length.sum())
         if self.x.shape != (total, *shape) or self.x.dtype != dtype:
             raise InvalidInput(f"frame data is {self.x.dtype} {self.x.shape}, expected {dtype} {(total, *shape)}")

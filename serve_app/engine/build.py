@@ -40,7 +40,8 @@ def _run_once(engine: Engine) -> None:
         x=x[:0],
     )  # fmt: skip
     engine.receive(first, 0, now)
-    engine.step(now)
+    while engine.ready:
+        engine.step(now)
     engine.receive(last, 1, now)
     for _, answer in engine.answers(now + engine.answer_within_s):
         for notice in answer.notices:

@@ -29,7 +29,9 @@ class Calibration:
     or written is reported, and does without.
     """
 
-    def __init__(self, model: RecurrentModel, device: torch.device, file: str) -> None:
+    def __init__(self, model: RecurrentModel, device: torch.device, file: str, spare: int = 0) -> None:
+        """spare: multiprocessors that a step leaves to states that move beside it, where its forward can."""
+        self.spare = spare
         self._model = model
         self._device = device
         self._file = Path(file).expanduser() if file else None
@@ -37,7 +39,7 @@ class Calibration:
         self.forwards: dict[str, Forward] = {REFERENCE: model.forward, **alternatives()}
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         kind = f"{type(model).__module__}.{type(model).__qualname__}"
-        self._where = f"{name}, torch {torch.__version__}, {kind}, {getattr(model, 'options', '')}"
+        self._where = f"{name}, torch {torch.__version__}, {kind}, {getattr(model, 'options', '')}, {spare} spare"
         self._chosen = self._read()
 
     def choose(self, k: int, size: int, time_s: Callable[[Forward], float]) -> Forward:
@@ -77,13 +79,24 @@ class Calibration:
         x = torch.randn((k, size, *spec.shape), device=self._device).to(getattr(torch, spec.dtype))
         like = self._model.initial_state(size)
         state = pytree.tree_map(lambda leaf: torch.randn(leaf.shape, device=self._device).to(leaf.dtype) / 2, like)
-        expected, found = (pytree.tree_leaves(run(x, state)) for run in (self._model.forward, self.forwards[name]))
+        expected, found = (
+            pytree.tree_leaves(self._run(forward, x, state)) for forward in (self._model.forward, self.forwards[name])
+        )
         errors = [
             float((a.double() - b.double()).norm() / b.double().norm())
             for a, b in zip(found, expected, strict=True)
             if b.is_floating_point()  # indices of nearly equal values may change places
         ]
         return max(math.inf if math.isnan(error) else error for error in errors)
+
+    def _run(self, forward: Forward, x: torch.Tensor, state: Any) -> tuple[Any, Any]:
+        """As steps do: in slots where it can, with a session's timesteps together."""
+        in_slots = getattr(forward, "in_slots", None)
+        if in_slots is None:
+            return forward(x, state)
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        states = pytree.tree_map(torch.clone, state)
+        return in_slots(x, states, torch.arange(x.shape[1], device=x.device), self.spare), states
 
     def _read(self) -> dict[str, str]:
         try:

@@ -30,19 +30,15 @@ class CudaRunner:
 
     A graph reads the states by slot, runs the model and writes them back. Its inputs and outputs lie in memory of its
     own, packed, so that one copy brings them; there is a graph for each step that may be on its way, so that the next
-    one's upload and this one's download run beside the compute. Where they are small, the graph does them itself. All
-    that touches the states runs on the device's default stream, in order.
+    one's upload and this one's download run beside the compute. Where they are small, the graph does them itself. Steps
+    run on the device's default stream, in order; states that move (StatePool.moving) wait for them and they for those.
     """
 
     depth = 3
     takes_views = False
 
-    def __init__(
-        self, model: RecurrentModel, pool: StatePool, device: torch.device, calibration: Calibration, spare: int = 0
-    ) -> None:
-        """spare: multiprocessors that a step leaves to states that move beside it, where its forward can."""
+    def __init__(self, model: RecurrentModel, pool: StatePool, device: torch.device, calibration: Calibration) -> None:
         self._model = model
-        self._spare = spare
         self._pool = pool
         self._device = device
         self._calibration = calibration
@@ -140,7 +136,7 @@ class CudaRunner:
         return program
 
     def _make(self, k: int, size: int, forward: Forward, *, beside: bool) -> "_Program":
-        return _Program(self._model, forward, self._spare, self._pool, k, size, self._device, beside)
+        return _Program(self._model, forward, self._calibration.spare, self._pool, k, size, self._device, beside)
 
 
 class _Program:

@@ -60,7 +60,7 @@ class Engine:
         self._flights: deque[_Flight] = deque()  # steps on their way
         self._inputs = InputStore(max_sessions)
         self._outputs = OutputStore(model.outputs, max_sessions)
-        self._acks: list[tuple[np.ndarray, np.ndarray]] = []  # rows, and what they hold, that `_outputs` can yet drop
+        self._acked: tuple[np.ndarray, np.ndarray] | None = None  # rows, and what they hold: to be dropped
         self._mailboxes: dict[str, int] = {}
         self._mail: dict[int, Mailbox] = {}
         self._last_sender = 0
@@ -113,10 +113,10 @@ class Engine:
             self._inputs.add(frame.x, rows, offset, take)
             self._scheduler.add(rows, take, now)
             self.stats.segments += len(rows)
-        if accepted.verdict is None:
-            self._acks.append((accepted.rows, accepted.acked))
-        else:
+        if accepted.verdict is not None:
             self._receive_odd(frame, accepted.rows, accepted.verdict, mailbox)
+        elif len(frame):
+            self._acked = accepted.rows, accepted.acked
         mailbox.calls.append((ticket, now + self.answer_within_s))
 
     def answers(self, now: float) -> list[tuple[Ticket, Answer]]:
@@ -143,15 +143,14 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether `step` has something to do."""
-        return self._scheduler.ready or bool(self._flights)
+        return self._scheduler.ready or bool(self._flights) or self._acked is not None
 
     def wake_at(self) -> float:
         """When `answers` or `expire` has something to do even if nothing arrives."""
         return min([self._expire_at, *(mail.calls[0][1] for mail in self._mail.values() if mail.calls)])
 
     def gauges(self) -> dict[str, float]:
-        """How full everything with a bound is, by name."""
-        self._drop_acked()
+        """How full everything with a bound is, by name. Changes nothing: other threads ask."""
         return {
             "sessions_open": self._sessions.num_open,
             "sessions_running": int((self._scheduler.left > 0).sum()),
@@ -176,8 +175,8 @@ class Engine:
 
     def _open(self, ask: Open, sender: int, now: float) -> Notice:
         try:
-            if ask.epoch < 0:
-                raise InvalidInput(f"a session with the negative epoch {ask.epoch} was opened")
+            if not 0 <= ask.epoch < 2**63:
+                raise InvalidInput(f"a session with the epoch {ask.epoch} was opened: it must have 63 bits, no sign")
             if ask.initial_state is not None:
                 self._pool.check_initial(ask.initial_state)
             if not self._sessions.holds(ask.epoch):
@@ -200,9 +199,9 @@ class Engine:
         self._end_some(frame, rows, known)
 
     def _drop_acked(self) -> None:
-        for rows, acked in self._acks:
-            self._outputs.ack(rows, acked)
-        self._acks.clear()
+        if self._acked is not None:
+            self._outputs.ack(*self._acked)
+            self._acked = None
 
     def _room(self, frame: Frame) -> int:
         """Timesteps that may still be accepted: within the bounds on inputs held and on outputs kept."""
@@ -268,7 +267,7 @@ class Engine:
             rows, values = rows[there], [value[there] for value in values]
             close_at, progress, sender = close_at[there], progress[there], sender[there]
         if len(rows):
-            self._outputs.append(rows, progress, values)
+            self._outputs.append(rows, progress.copy(), values)
             after = progress + batch.k
             self._sessions.progress[rows] = after
             self._sessions.active_at[rows] = now
@@ -381,9 +380,8 @@ def make_runner(model: RecurrentModel, pool: StatePool, config: AppConfig, devic
     """What runs steps on that device."""
     if device.type == "cpu":
         return EagerRunner(model, pool)
-    calibration = Calibration(model, device, config.engine.calibration_file)
     spare = MOVERS if config.session.max_sessions > config.engine.slots else 0
-    return CudaRunner(model, pool, device, calibration, spare)
+    return CudaRunner(model, pool, device, Calibration(model, device, config.engine.calibration_file, spare))
 
 
 def step_timesteps(config: EngineConfig, device: torch.device) -> Sequence[int]:

@@ -13,7 +13,7 @@ from serve_app.spec import TensorSpec
 class _Slab:
     """The outputs of one step, [B, k, *shape] each. Once less than half of them are needed, only those are kept."""
 
-    __slots__ = ("_place", "k", "num_live", "rows", "starts", "values")
+    __slots__ = ("_live", "k", "num_live", "rows", "starts", "values")
 
     def __init__(self, rows: np.ndarray, starts: np.ndarray, values: list[np.ndarray]) -> None:
         self.rows = rows
@@ -21,24 +21,20 @@ class _Slab:
         self.values = values
         self.k = values[0].shape[1]
         self.num_live = len(rows)
-        self._place: np.ndarray | None = None  # in `values`, by position in the step; -1: not needed; None: all are
-
-    def places(self, at: Positions) -> Positions:
-        """Where in `values` those at these positions are."""
-        return at if self._place is None else self._place[at]
+        self._live: np.ndarray | None = None  # whether each is needed; None: all are
 
     def release(self, at: Positions, count: int) -> None:
-        """The `count` sessions at these positions do not need theirs any more."""
+        """The `count` sessions at these positions do not need theirs any more. Positions may change."""
         self.num_live -= count
         if self.num_live == 0:
             return
-        if self._place is None:
-            self._place = np.arange(len(self.starts))
-        self._place[at] = -1
-        if 2 * self.num_live < len(self.values[0]):
-            live = self._place >= 0
-            self.values = [value[self._place[live]] for value in self.values]
-            self._place[live] = np.arange(self.num_live)
+        if self._live is None:
+            self._live = np.ones(len(self.rows), bool)
+        self._live[at] = False
+        if 2 * self.num_live < len(self.rows):
+            self.rows, self.starts = self.rows[self._live], self.starts[self._live]
+            self.values = [value[self._live] for value in self.values]
+            self._live = None
 
 
 class OutputStore:
@@ -67,22 +63,27 @@ class OutputStore:
 
     def ack(self, rows: np.ndarray, acked: np.ndarray) -> None:
         """The clients of `rows` (distinct) hold what is below `acked`."""
-        numbers = self._slab_of[rows]
-        found = distinct(numbers)
-        for number in found:
-            if number == 0:
-                continue
-            mine: Positions = EVERYONE if len(found) == 1 else numbers == number
-            slab, some, below = self._slabs[number], rows[mine], acked[mine]
-            at = self._finder.find(some, slab.rows)
-            done = slab.starts[at] + slab.k <= below
-            if not done.all():
-                some, below = some[done], below[done]
+        while len(rows):
+            numbers = self._slab_of[rows]
+            found = distinct(numbers)
+            rows_go_on, acked_go_on = [rows[:0]], [acked[:0]]
+            for number in found:
+                if number == 0:
+                    continue
+                mine: Positions = EVERYONE if len(found) == 1 else numbers == number
+                slab, some, below = self._slabs[number], rows[mine], acked[mine]
                 at = self._finder.find(some, slab.rows)
-            have_more = bool(self._later)
-            self._release(number, some, at)
-            if have_more and len(some):
-                self.ack(some, below)
+                done = slab.starts[at] + slab.k <= below
+                if not done.all():
+                    some, below = some[done], below[done]
+                    if not len(some):
+                        continue
+                    at = self._finder.find(some, slab.rows)
+                if self._later:
+                    rows_go_on.append(some)
+                    acked_go_on.append(below)
+                self._release(number, some, at)
+            rows, acked = np.concatenate(rows_go_on), np.concatenate(acked_go_on)
 
     def drop(self, row: int) -> None:
         """Forget the outputs of a row."""
@@ -102,7 +103,7 @@ class OutputStore:
                 at = self._finder.find(np.array([row]), slab.rows)
                 begin = int(slab.starts[at][0])
                 if begin + slab.k > start:
-                    yield [value[slab.places(at)][0, max(0, start - begin) :] for value in slab.values]
+                    yield [value[at][0, max(0, start - begin) :] for value in slab.values]
 
     def read_all(self, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
         """Timesteps [starts, starts + lengths) of each of `rows`, row after row: [sum(lengths), *shape] by output."""
@@ -112,10 +113,8 @@ class OutputStore:
             slab = self._slabs[found[0]]
             at = self._finder.find(rows, slab.rows)
             if (lengths == slab.k).all() and (starts == slab.starts[at]).all():
-                places = slab.places(at)
                 # Mostly it is the whole step in its order: not even copied.
-                values = slab.values if places is EVERYONE else [value[places] for value in slab.values]
-                return self._named([value.reshape(-1, *value.shape[2:]) for value in values])
+                return self._named([value[at].reshape(-1, *value.shape[2:]) for value in slab.values])
 
         outputs = [np.empty((int(lengths.sum()), *spec.shape), spec.dtype) for spec in self._specs.values()]
         first = lengths.cumsum() - lengths
@@ -127,9 +126,9 @@ class OutputStore:
             slab = self._slabs[number]
             whole = (slab.starts[self._finder.find(rows[mine], slab.rows)] == starts[mine]) & (lengths[mine] == slab.k)
             if len(mine := mine[whole]):
-                places = slab.places(self._finder.find(rows[mine], slab.rows))
+                at = self._finder.find(rows[mine], slab.rows)
                 for output, value in zip(outputs, slab.values, strict=True):
-                    output[first[mine][:, None] + np.arange(slab.k)] = value[places]
+                    output[first[mine][:, None] + np.arange(slab.k)] = value[at]
                 others[mine] = False
         for i in others.nonzero()[0].tolist():
             filled, end = int(first[i]), int(first[i] + lengths[i])

@@ -20,7 +20,7 @@ class Placement(NamedTuple):
 
 
 class SlotTable:
-    """`num_slots` slots, lent to sessions. Every lending has a generation: a late write can be told from a due one."""
+    """`num_slots` slots, lent to sessions. Every lending has a generation."""
 
     def __init__(self, num_slots: int, max_rows: int) -> None:
         #: Slot of each row, -1 without one; row of each slot, -1 when free.

@@ -44,6 +44,8 @@ class StatePool:
         #: Pages that are free, at its start; as long as there are pages.
         self._free = np.empty(0, np.int64)
         self._num_free = 0
+        if self._aside is not None:
+            self._aside.wait_stream(torch.cuda.current_stream(device))  # which has yet to fill the slots
 
     @property
     def state_bytes(self) -> int:

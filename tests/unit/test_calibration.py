@@ -50,6 +50,28 @@ def test_the_fastest_is_taken_but_nothing_wrong(caplog: pytest.LogCaptureFixture
     assert choose(Model(), "", seconds | {"same": 3.0})[0] == "torch"
 
 
+@pytest.mark.parametrize("off", [0.0, 0.001])
+def test_what_runs_in_slots_is_checked_there(off: float) -> None:
+    class InSlots:
+        def __call__(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return FloatSumModel().forward(x, state)
+
+        def in_slots(self, x: torch.Tensor, states: torch.Tensor, slots: torch.Tensor, spare: int) -> torch.Tensor:
+            assert x.transpose(0, 1).is_contiguous()
+            assert spare == 3
+            y, states[slots] = FloatSumModel().forward(x, states[slots])
+            states += off
+            return y
+
+    class Model(FloatSumModel):
+        def alternatives(self) -> Mapping[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
+            return {"in_slots": InSlots()}
+
+    calibration = Calibration(Model(), CPU, "", spare=3)
+    chosen = calibration.choose(4, 8, lambda forward: 1.0 if hasattr(forward, "in_slots") else 2.0)
+    assert hasattr(chosen, "in_slots") == (off == 0)
+
+
 def test_a_way_that_fails_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
     class Failing(Model):
         def same(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

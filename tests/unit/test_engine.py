@@ -211,6 +211,7 @@ def test_outputs_stay_until_acknowledged() -> None:
     sender.run()
     assert sender.engine.gauges()["retained_bytes"] == 4 * 16
     sender.send({"epoch": 1, "start": 4, "acked": 4})
+    sender.run()
     assert sender.engine.gauges()["retained_bytes"] == 0
 
 
@@ -465,8 +466,10 @@ def test_frames_for_another_owner_or_out_of_shape_change_nothing() -> None:
     with pytest.raises(InvalidInput, match="twice"):
         sender.send({"epoch": 1, "x": ramp(0, 1)}, {"epoch": 1, "start": 1, "x": ramp(1, 1)})
     columns = np.array([[1], [1], [0], [0], [NO_CLOSE], [0]])
+    overflow = np.array([[2**63 - 1, 2**63 - 1, 2], [1, 2, 3], *[[0, 0, 0]] * 4])  # of lengths that seem to sum to 0
     for torn, message in (
         (Frame("local", "test", columns, np.ones((1, 3), np.int64)), r"expected int64 \(1, 2\)"),
+        (Frame("local", "test", overflow, np.ones((0, 2), np.int64)), "an entry of"),
         (Frame("local", "test", columns[1:], np.ones((1, 2), np.int64)), r"expected int64 \(6, n\)"),
         (Frame("local", "test", columns.astype(np.int32), np.ones((1, 2), np.int64)), r"expected int64 \(6, n\)"),
     ):
@@ -487,6 +490,8 @@ def test_epochs_that_nobody_has_are_refused() -> None:
     assert len(sender.line(1)) == 1
     with pytest.raises(InvalidInput, match="negative epoch"):
         sender.send({"epoch": -1, "x": ramp(0, 1)})
+    sender.send(opens=(Open(2**63, "too large"), Open(-1, "too small")))
+    assert [sender.notices[epoch] for epoch in (2**63, -1)] == [["refused"]] * 2
     sender.open(far)
     sender.send({"epoch": 1, "start": 1, "x": ramp(1, 1)}, {"epoch": far, "x": ramp(0, 2, 7)})
     sender.run()

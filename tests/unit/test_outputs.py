@@ -65,3 +65,23 @@ def test_a_slab_is_compacted_more_than_once() -> None:
         left = rows[:kept]
         assert store.read_all(left, left * 0, left * 0 + 3)["b"].tolist() == left.repeat(3).tolist()
         assert sum(value.nbytes for slab in store._slabs.values() for value in slab.values) <= 2 * kept * 3 * 8
+
+
+def test_as_many_steps_as_a_window_has_are_acknowledged_at_once() -> None:
+    store = OutputStore({"b": TensorSpec((), "int64")}, 4)
+    rows, steps = np.array([2, 0]), 4096
+    for t in range(steps):
+        store.append(rows, np.full(2, t), [np.full((2, 1), t)])
+    store.ack(rows, np.array([steps, steps - 1]))
+    assert (store.holds(2), store.holds(0), store.timesteps) == (False, True, 1)
+    assert [piece[0].tolist() for piece in store.read(0, 0)] == [[steps - 1]]
+
+
+def test_an_acknowledgement_of_nothing_leaves_a_step_whole() -> None:
+    store = OutputStore({"b": TensorSpec((), "int64")}, 8)
+    rows, values = np.array([5, 1, 3]), np.arange(6).reshape(3, 2)
+    store.append(rows, rows * 0, [values])
+    store.ack(rows[:2], np.array([1, 0]))
+    found = store.read_all(rows, rows * 0, rows * 0 + 2)["b"]
+    assert found.tolist() == values.ravel().tolist()
+    assert np.shares_memory(found, values)
