@@ -26,6 +26,7 @@ class SumModel:
     outputs = {"total": TensorSpec((2,), "int64")}
 
     def __init__(self, poison: int = -(2**62)) -> None:
+        self.takes_views = False
         self.poison = poison
         self.ended: list[tuple[str, str]] = []
         self.batch_sizes: list[int] = []

@@ -69,10 +69,11 @@ SIZES = {"slots": st.integers(1, 40), "batch": st.integers(1, 16), "step": st.in
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**32), st.fixed_dictionaries(SIZES), st.booleans())
-def test_any_interleaving_equals_alone(seed: int, sizes: dict[str, int], overlap: bool) -> None:
+@given(st.integers(0, 2**32), st.fixed_dictionaries(SIZES), st.booleans(), st.booleans())
+def test_any_interleaving_equals_alone(seed: int, sizes: dict[str, int], overlap: bool, takes_views: bool) -> None:
     rng = random.Random(seed)
     model = SumModel()
+    model.takes_views = takes_views
     sender = Sender(model, config(**sizes), overlap=overlap)
     x = {epoch: ramp(0, rng.randint(0, 40), epoch) for epoch in range(1, 121)}
     interleave(sender, x, rng)
