@@ -4,7 +4,7 @@
 
 "Engine" is host to host: a frame of numpy arrays in, a step, an answer of numpy arrays out, everything acknowledged
 with the next frame. "Model" is RecurrentModel.forward on a tensor that lies ready, with its state kept. They take turns
-of some rounds in one process, on one thread, so a busy machine slows both; the ratio is the median over the turns.
+of a few rounds in one process, on one thread, so a busy machine slows both; the ratio is the median over the turns.
 """
 
 import itertools
@@ -33,9 +33,7 @@ MODELS = {"lstm": ModelConfig("rnn"), "silero": ModelConfig("silero_vad")}  # 2x
 BATCH_SIZES = (1, 16, 64, 256)
 TIMESTEPS = (1, 10)
 CLAIMED = (64, 10)  # batch size and timesteps of the ratios that are claimed
-ROUNDS = 16
-"""Of a turn, each with another input, which is not in the cache from the round before. The first few of a turn are
-slower, most for the engine: it comes back to caches full of the model's. A short turn would measure that."""
+ROUNDS = 8  # of a turn, each with another input, which is not in the cache from the round before
 NUM_PARTS = 5  # whose medians show the spread
 READY_SESSIONS = 4096
 
