@@ -116,7 +116,6 @@ def measure_turns(model: RecurrentModel, device: str, batch_size: int, k: int, s
 def _finish(device: str) -> None:
     """Wait for all that was launched."""
     if device == "cuda":
-        torch.set_num_threads(engine_cuda.THREADS)
         torch.cuda.synchronize()
 
 
