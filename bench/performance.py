@@ -48,8 +48,9 @@ REST = """## Where the rest goes
 
 - Within the model: the first table has the share of a large product's rate that our step reaches. Small batches are
   held by reading the weights, large ones are near that rate.
-- Between model and engine, on the device: states are read by slot and written back (two kernels a tensor), inputs are
-  transposed, outputs packed.
+- Between model and engine, on the device: our step reads and writes c, and writes h, where the states lie; h of before
+  is gathered by slot (one kernel), outputs are packed. With any other forward all states are gathered and written back
+  (two kernels a tensor), and inputs are transposed.
 - On the host: receiving, scheduling, launching and answering run while the device computes. A step cannot be shorter
   than they take, which is what limits steps of one timestep and small batches: there the step is faster than the
   host's work for it.

@@ -168,7 +168,7 @@ class Engine:
         self._slots.check()
         left = self._sessions.next - self._sessions.progress
         for flight in self._flights:
-            left[self._still_there(flight)] -= flight.batch.k
+            left[flight.rows[flight.still_there(self._sessions.numbers(flight.rows))]] -= flight.batch.k
         assert (left == self._scheduler.left).all(), "accepted and ready timesteps differ"
         assert self._pool.num_pages_used == (self._page_of >= 0).sum(), "a page is lost"
         assert not ((self._page_of >= 0) & (self._slots.slot_of >= 0)).any(), "a state is in two places"
@@ -249,21 +249,16 @@ class Engine:
             self._flights.append(_Flight(batch, self._sessions.epoch[rows], step, began, now))
         return True
 
-    def _still_there(self, flight: "_Flight") -> np.ndarray:
-        """Which rows [B] of a step have not ended since it was launched; a row may have got another session."""
-        rows = flight.rows
-        there = (self._sessions.epoch[rows] == flight.epochs) & (self._sessions.status[rows] == Status.OPEN)
-        return rows if there.all() else rows[there]
-
     def _complete(self, flight: "_Flight", now: float) -> None:
         batch, rows = flight.batch, flight.rows
         values = flight.step.outputs()
         took_s = time.monotonic() - flight.began
         self.stats.graph_steps += flight.step.captured
         self.stats.add_step(StepRecord(len(rows), batch.k, batch.waited_s, took_s))
-        epoch, _, _, close_at, _, _, progress, sender = self._sessions.numbers(rows)
+        numbers = self._sessions.numbers(rows)
+        _, _, _, close_at, _, _, progress, sender = numbers
         # With steps one at a time no session can have ended since.
-        if self._runner.depth > 1 and not (there := (epoch == flight.epochs) & (close_at != OVER)).all():
+        if self._runner.depth > 1 and not (there := flight.still_there(numbers)).all():
             rows, values = rows[there], [value[there] for value in values]
             close_at, progress, sender = close_at[there], progress[there], sender[there]
         if len(rows):
@@ -374,6 +369,12 @@ class _Flight(NamedTuple):
     @property
     def rows(self) -> np.ndarray:
         return self.batch.rows
+
+    def still_there(self, numbers: np.ndarray) -> np.ndarray:
+        """Which of its sessions [B] have not ended since; a row may have got another. numbers: of the rows, as now."""
+        epoch, _, _, close_at, *_ = numbers
+        there: np.ndarray = (epoch == self.epochs) & (close_at != OVER)
+        return there
 
 
 def make_runner(model: RecurrentModel, pool: StatePool, config: AppConfig, device: torch.device) -> StepRunner:

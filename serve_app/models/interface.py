@@ -18,8 +18,8 @@ class RecurrentModel(Protocol):
     A `torch.nn.Module` is moved to the device and put into eval mode by the engine; `forward` runs in inference mode.
     Optional: `sample_rate: int` where a timestep is a run of audio samples;
     `session_ended(session: str, reason: str)`, called when a session ends (closed, idle, aborted);
-    `takes_views = True` where `forward` only reads x once and never writes it, so that on a CPU it may be a view into
-    what arrived, its timesteps not in one piece: that spares a copy; and
+    `takes_views = True` where `forward` never writes x and does not need it in one piece, so that on a CPU it may be a
+    view into what arrived: that spares a copy; and
     `alternatives() -> Mapping[str, forward]`, other ways to compute `forward` on the device where the model lies, of
     which the engine takes the fastest that gives the same. One that has `in_slots(x, states, slots, spare) -> y` runs
     on the engine's own tensors of all states, batched over slots: it reads and writes those of `slots` [B], and leaves
