@@ -559,3 +559,23 @@ def test_calls_of_a_sender_do_not_pile_up() -> None:
         sender.engine.receive(frame, ticket, sender.now)
     answered = [ticket for ticket, _ in sender.engine.answers(sender.now)]
     assert answered == tickets[: len(tickets) - MAX_WAITING]
+
+
+def test_outputs_in_a_row_that_changed_hands_go_to_who_has_it_now() -> None:
+    """A session ends with outputs to send; another sender's gets its row, and outputs, before the first is answered."""
+    engine = Engine(SumModel(), config())
+
+    def send(sender: str, epoch: int, x: np.ndarray, close: int = NO_CLOSE, opens: tuple[Open, ...] = ()) -> None:
+        columns = np.array([[len(x)], [epoch], [0], [0], [close], [0]])
+        engine.receive(Frame("local", sender, columns, x, opens), sender, 0.0)
+        while engine.ready:
+            engine.step(0.0)
+
+    send("first", 1, ramp(0, 3, 1), opens=(Open(1, "one"),))
+    send("first", 1, ramp(0, 0), close=ABORT)
+    send("second", 2, ramp(0, 3, 2), opens=(Open(2, "two"),))
+    assert engine._sessions.epoch[0] == 2
+    answers = dict(engine.answers(0.0))
+    assert answers["first"].epoch.tolist() == []
+    assert answers["second"].epoch.tolist() == [2]
+    assert answers["second"].outputs["total"].tolist() == totals(3, 2).tolist()
