@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from serve_app.errors import InvalidInput
-
 NO_CLOSE = -1
 """`close` of a session that stays open."""
 ABORT = -2
@@ -87,24 +85,6 @@ class Frame:
 
     def __len__(self) -> int:
         return int(self.columns.shape[1])
-
-    def check(self, shape: tuple[int, ...], dtype: str) -> None:
-        """Raise InvalidInput unless the columns belong together and `x` fits the model."""
-        columns = self.columns
-        if columns.dtype != np.int64 or columns.ndim != 2 or len(columns) != len(COLUMNS):
-            raise InvalidInput(f"frame columns are {columns.dtype} {columns.shape}, expected int64 ({len(COLUMNS)}, n)")
-        if len(self) and columns[:3].min() < 0:
-            raise InvalidInput("a frame with a negative epoch, start or length arrived")
-        if len(self) and self.length.max() > len(self.x):
-            raise InvalidInput(f"a frame with {len(self.x)} timesteps has an entry of {self.length.max()}")
-        total = int(self.length.sum())
-        if self.x.shape != (total, *shape) or self.x.dtype != dtype:
-            raise InvalidInput(f"frame data is {self.x.dtype} {self.x.shape}, expected {dtype} {(total, *shape)}")
-        epochs = self.epoch
-        if not (epochs[1:] > epochs[:-1]).all():
-            epochs = np.sort(epochs)
-        if not (epochs[1:] > epochs[:-1]).all():
-            raise InvalidInput("a frame names a session twice: send its timesteps as one entry")
 
 
 @dataclass(frozen=True, slots=True)

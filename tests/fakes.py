@@ -66,18 +66,20 @@ class OverlappingRunner(EagerRunner):
     """
 
     depth = 3
-    takes_views = False
 
     def __init__(self, model: RecurrentModel, pool: StatePool) -> None:
         super().__init__(model, pool)
+        self.takes_views, self.time_major = False, True  # as on a GPU: views would be of inputs that are gone
         self.model, self.num_launched, self.late = model, 0, deque[LateStep]()
         pool.moving = self.moving  # type: ignore[method-assign]
 
-    def launch(self, x: np.ndarray, slots: np.ndarray) -> "LateStep":
+    def launch(self, x: np.ndarray, k: int, slots: np.ndarray) -> "LateStep":
         assert self.num_launched < self.depth, "more steps on their way than may be"
+        spec, batch = self.model.input, len(slots)
         with torch.inference_mode():
-            self.model.forward(torch.from_numpy(x), self.model.initial_state(x.shape[1]))  # a bad one raises here
-        step = LateStep(self, x, slots)
+            sent = torch.from_numpy(x.view(spec.dtype).reshape(k, batch, *spec.shape))
+            self.model.forward(sent, self.model.initial_state(batch))  # a bad one raises here
+        step = LateStep(self, x, k, slots)
         self.late.append(step)
         self.num_launched += 1
         return step
@@ -85,7 +87,7 @@ class OverlappingRunner(EagerRunner):
     def run(self) -> None:
         """The oldest step."""
         step = self.late.popleft()
-        step.found = super().launch(step.x, step.slots).outputs()
+        step.found = super().launch(step.x, step.k, step.slots).outputs()
 
     @contextmanager
     def moving(self, *, after_steps: bool) -> Iterator[None]:
@@ -99,8 +101,8 @@ class LateStep:
 
     captured = False
 
-    def __init__(self, runner: OverlappingRunner, x: np.ndarray, slots: np.ndarray) -> None:
-        self.runner, self.x, self.slots = runner, x, slots.copy()
+    def __init__(self, runner: OverlappingRunner, x: np.ndarray, k: int, slots: np.ndarray) -> None:
+        self.runner, self.x, self.k, self.slots = runner, x, k, slots.copy()
         self.found: list[np.ndarray] | None = None
 
     def outputs(self) -> list[np.ndarray]:

@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from serve_app.engine.distinct import distinct
-
 MOVERS = 4
 """Multiprocessors that move pages: enough for the bus. A step beside them leaves them free, where its forward can."""
 
@@ -97,7 +95,7 @@ def _by_chunk(pages: Any, size: int) -> list[tuple[int, torch.Tensor, torch.Tens
     """(chunk, positions in `pages` that lie in it, where those lie in it), for each chunk."""
     numbers = pages if isinstance(pages, np.ndarray) else pages.cpu().numpy()
     chunks = numbers // size
-    positions = [(chunk, np.flatnonzero(chunks == chunk)) for chunk in distinct(chunks)]
+    positions = [(chunk, np.flatnonzero(chunks == chunk)) for chunk in np.unique(chunks).tolist()]
     return [(chunk, torch.from_numpy(at), torch.from_numpy(numbers[at] % size)) for chunk, at in positions]
 
 

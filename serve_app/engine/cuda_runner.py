@@ -35,7 +35,7 @@ class CudaRunner:
     """
 
     depth = 3
-    takes_views = False
+    time_major = takes_views = False
 
     def __init__(self, model: RecurrentModel, pool: StatePool, device: torch.device, calibration: Calibration) -> None:
         self._model = model
@@ -57,23 +57,22 @@ class CudaRunner:
             self._captured(k, self._size(batch))
 
     def buffer(self, k: int, batch: int) -> np.ndarray:
-        """See StepRunner; in pinned memory, a session's timesteps together, as frames have them."""
+        """See StepRunner; in pinned memory."""
         self._turn = (self._turn + 1) % self.depth  # whose last step has been asked for its outputs
         with inference_mode():
             programs = self._captured(k, self._size(batch))
-        spec = self._model.input
         self._next = programs[self._turn] if programs else None
-        x = np.empty((batch, k, *spec.shape), spec.dtype) if self._next is None else self._next.x[:batch]
-        return x.swapaxes(0, 1)
+        nbytes = batch * k * self._model.input.nbytes
+        return np.empty(nbytes, np.uint8) if self._next is None else self._next.x[:nbytes]
 
-    def launch(self, x: np.ndarray, slots: np.ndarray) -> "_Launched":
+    def launch(self, x: np.ndarray, k: int, slots: np.ndarray) -> "_Launched":
         """See StepRunner."""
-        k, batch = x.shape[:2]
+        batch = len(slots)
         with inference_mode():
             program = self._next
             if program is None:
                 program = self._make(k, batch, self._model.forward, beside=False)
-                program.x[:] = x.swapaxes(0, 1)
+                program.x[:] = x
             program.index[:batch], program.index[batch:] = slots, self._pool.padding_slot
             outputs = program.host_outputs
             if outputs is None:  # then it goes with the answers
@@ -142,7 +141,7 @@ class CudaRunner:
 class _Program:
     """A step of k timesteps of `size` sessions: from packed inputs to packed outputs, on the device.
 
-    `index` [size] and `x` [size, k, *features] are its inputs in pinned memory.
+    `index` [size] and `x`, bytes of [size, k, *features], are its inputs in pinned memory.
     """
 
     def __init__(
@@ -166,7 +165,7 @@ class _Program:
         self.host_inputs = torch.zeros(start + size * k * spec.nbytes, dtype=torch.uint8, pin_memory=True)
         packed = self.host_inputs.numpy()
         self.index: np.ndarray = packed[: size * 8].view(np.int64)
-        self.x: np.ndarray = packed[start:].view(spec.dtype).reshape(size, k, *spec.shape)
+        self.x: np.ndarray = packed[start:]
         self.index[:] = pool.padding_slot
         self.inputs = self.host_inputs.to(device)
         self._index = self.inputs[: size * 8].view(torch.int64)

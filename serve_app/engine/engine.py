@@ -13,16 +13,14 @@ from serve_app.config import AppConfig, EngineConfig
 from serve_app.engine.calibration import Calibration
 from serve_app.engine.columns import MOVERS
 from serve_app.engine.cuda_runner import CudaRunner
-from serve_app.engine.distinct import distinct
-from serve_app.engine.inputs import InputStore
 from serve_app.engine.mailbox import Mailbox, Ticket
-from serve_app.engine.outputs import OutputStore
 from serve_app.engine.runner import EagerRunner, Step, StepRunner
 from serve_app.engine.scheduler import Batch, Scheduler
-from serve_app.engine.sessions import OVER, SessionTable, Status, Verdict
+from serve_app.engine.sessions import SessionTable, Status, Verdict, check_frame
 from serve_app.engine.slots import SlotTable
 from serve_app.engine.state_pool import StatePool
 from serve_app.engine.stats import Stats, StepRecord
+from serve_app.engine.timesteps import TimestepStore
 from serve_app.errors import ConfigError, InvalidInput, LockstepError, NotOwner, StepFailed
 from serve_app.frame import ABORT, Answer, Frame, Notice, Open
 from serve_app.models.interface import RecurrentModel
@@ -58,8 +56,9 @@ class Engine:
         self._pool = StatePool(model, config.engine.slots, device)
         self._runner = make_runner(model, self._pool, config, device)
         self._flights: deque[_Flight] = deque()  # steps on their way
-        self._inputs = InputStore(max_sessions)
-        self._outputs = OutputStore(model.outputs, max_sessions)
+        self._in_flight = 0  # timesteps
+        self._inputs = TimestepStore([model.input.nbytes], max_sessions, compacts=False)
+        self._outputs = TimestepStore([spec.nbytes for spec in model.outputs.values()], max_sessions, compacts=True)
         self._acked: tuple[np.ndarray, np.ndarray] | None = None  # rows, and what they hold: to be dropped
         self._mailboxes: dict[str, int] = {}
         self._mail: dict[int, Mailbox] = {}
@@ -100,18 +99,16 @@ class Engine:
         """Take a frame in; `ticket` comes back from `answers`. Raises InvalidInput or NotOwner, having done nothing."""
         if frame.owner != self.owner:
             raise NotOwner(f"the frame is for owner {frame.owner!r}, this is {self.owner!r}: ask the directory")
-        frame.check(self.spec.input.shape, self.spec.input.dtype)
+        check_frame(frame, self.spec.input)
         sender, mailbox = self._mailbox(frame.sender)
         for ask in frame.opens:
             mailbox.notices.append(self._open(ask, sender, now))
         self._drop_acked()
         accepted = self._sessions.accept(frame, now, self._room(frame))
-        rows, offset, take = accepted.rows, accepted.offset, accepted.take
-        if not (runs := take > 0).all():
-            rows, offset, take = rows[runs], offset[runs], take[runs]
+        rows = accepted.running
         if len(rows):
-            self._inputs.add(frame.x, rows, offset, take)
-            self._scheduler.add(rows, take, now)
+            self._inputs.add([frame.x], rows, np.zeros_like(rows), accepted.offset, accepted.take)
+            self._scheduler.add(rows, accepted.take, now)
             self.stats.segments += len(rows)
         if accepted.verdict is not None:
             self._receive_odd(frame, accepted.rows, accepted.verdict, mailbox)
@@ -126,7 +123,7 @@ class Engine:
             mailbox = self._mail[sender]
             while mailbox.due(now):
                 ticket, _ = mailbox.calls.popleft()
-                answer = mailbox.write_answer(self._sessions, self._outputs, self._max_answered)
+                answer = mailbox.write_answer(self._sessions, self._outputs, self.spec.outputs, self._max_answered)
                 answers.append((ticket, answer))
             if mailbox.idle:
                 del self._mailboxes[name], self._mail[sender]
@@ -143,7 +140,7 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether `step` has something to do."""
-        return self._scheduler.ready or bool(self._flights) or self._acked is not None
+        return self._scheduler.total > 0 or bool(self._flights) or self._acked is not None
 
     def wake_at(self) -> float:
         """When `answers` or `expire` has something to do even if nothing arrives."""
@@ -166,9 +163,11 @@ class Engine:
         self._sessions.check()
         self._scheduler.check()
         self._slots.check()
+        self._inputs.check()
+        self._outputs.check()
         left = self._sessions.next - self._sessions.progress
         for flight in self._flights:
-            left[flight.rows[flight.still_there(self._sessions.numbers(flight.rows))]] -= flight.batch.k
+            left[flight.batch.rows[self._sessions.running(flight.batch.rows, flight.epochs)]] -= flight.batch.k
         assert (left == self._scheduler.left).all(), "accepted and ready timesteps differ"
         assert self._pool.num_pages_used == (self._page_of >= 0).sum(), "a page is lost"
         assert not ((self._page_of >= 0) & (self._slots.slot_of >= 0)).any(), "a state is in two places"
@@ -192,7 +191,7 @@ class Engine:
     def _receive_odd(self, frame: Frame, rows: np.ndarray, verdict: np.ndarray, mailbox: Mailbox) -> None:
         """What a frame with resends, refusals or closes asks for beside running its timesteps."""
         known = rows[rows >= 0]
-        self._outputs.ack(known, self._sessions.acked[known])
+        self._outputs.drop_below(known, self._sessions.acked[known])
         mailbox.mark(known[self._sessions.sent[known] < self._sessions.progress[known]])
         for i in verdict.nonzero()[0].tolist():
             mailbox.notices.append(self._refuse(int(verdict[i]), frame, i, int(rows[i])))
@@ -200,15 +199,14 @@ class Engine:
 
     def _drop_acked(self) -> None:
         if self._acked is not None:
-            self._outputs.ack(*self._acked)
+            self._outputs.drop_below(*self._acked)
             self._acked = None
 
     def _room(self, frame: Frame) -> int:
         """Timesteps that may still be accepted: within the bounds on inputs held and on outputs kept."""
         if self._inputs.nbytes + frame.x.nbytes > self._config.engine.max_pending_bytes:
             return 0
-        in_flight = sum(flight.batch.k * len(flight.rows) for flight in self._flights)
-        return self._max_retained - self._outputs.timesteps - self._scheduler.total - in_flight
+        return self._max_retained - self._outputs.timesteps - self._scheduler.total - self._in_flight
 
     def _bring_in(self, rows: np.ndarray, now: float) -> None:
         """Give every row a slot with its state in it."""
@@ -235,10 +233,10 @@ class Engine:
             return False
         rows = batch.rows
         self._bring_in(rows, now)
-        x = self._inputs.take(rows, batch.k, self._runner.buffer, self._runner.takes_views)
+        x = self._take_inputs(rows, batch.k)
         began = time.monotonic()
         try:
-            step = self._runner.launch(x, self._slots.slot_of[rows])
+            step = self._runner.launch(x, batch.k, self._slots.slot_of[rows])
         except torch.AcceleratorError:
             raise  # the device is in an unknown state: this process can serve nobody any more
         except Exception as error:
@@ -247,27 +245,32 @@ class Engine:
             self._fail(batch, error)
         else:
             self._flights.append(_Flight(batch, self._sessions.epoch[rows], step, began, now))
+            self._in_flight += batch.k * len(rows)
         return True
 
+    def _take_inputs(self, rows: np.ndarray, k: int) -> np.ndarray:
+        """The next k timesteps of each of `rows`, as bytes in the order that the runner takes; they have run now."""
+        runner, counts = self._runner, np.full(len(rows), k)
+        across = len(rows) if runner.time_major else 1
+        plan = self._inputs.plan(rows, np.zeros_like(rows), counts, across)
+        if runner.takes_views and plan.at >= 0:
+            x = self._inputs.view(plan, 0)
+        else:
+            x = runner.buffer(k, len(rows))
+            self._inputs.copy(plan, 0, x, across)
+        self._inputs.drop_first(rows, counts)
+        return x
+
     def _complete(self, flight: "_Flight", now: float) -> None:
-        batch, rows = flight.batch, flight.rows
-        values = flight.step.outputs()
-        took_s = time.monotonic() - flight.began
+        (rows, k, waited_s), values = flight.batch, flight.step.outputs()
+        self._in_flight -= k * len(rows)
         self.stats.graph_steps += flight.step.captured
-        self.stats.add_step(StepRecord(len(rows), batch.k, batch.waited_s, took_s))
-        numbers = self._sessions.numbers(rows)
-        _, _, _, close_at, _, _, progress, sender = numbers
-        # With steps one at a time no session can have ended since.
-        if self._runner.depth > 1 and not (there := flight.still_there(numbers)).all():
-            rows, values = rows[there], [value[there] for value in values]
-            close_at, progress, sender = close_at[there], progress[there], sender[there]
+        self.stats.add_step(StepRecord(len(rows), k, waited_s, time.monotonic() - flight.began))
+        members, rows, starts, closing, sender = self._sessions.advance(rows, flight.epochs, k, now)
         if len(rows):
-            self._outputs.append(rows, progress.copy(), values)
-            after = progress + batch.k
-            self._sessions.progress[rows] = after
-            self._sessions.active_at[rows] = now
+            self._outputs.add(values, rows, starts, members * k, np.full(len(rows), k))
             self._mark(rows, sender)
-            for row in rows[after == close_at].tolist():
+            for row in closing.tolist():
                 self._end(row, "closed")
 
     def _fail(self, batch: Batch, error: Exception) -> None:
@@ -318,7 +321,7 @@ class Engine:
     def _free(self, row: int) -> None:
         mailbox = self._mail[int(self._sessions.sender[row])]
         mailbox.num_sessions -= 1
-        self._outputs.drop(row)
+        self._outputs.drop(np.array([row]))
         self._sessions.sender[row] = 0
         self._sessions.free(row)
 
@@ -348,10 +351,14 @@ class Engine:
         sender = self._mailboxes[name]
         return sender, self._mail[sender]
 
-    def _mark(self, rows: np.ndarray, senders: np.ndarray) -> None:
-        found = distinct(senders)
-        for sender in found:
-            self._mail[sender].mark(rows if len(found) == 1 else rows[senders == sender])
+    def _mark(self, rows: np.ndarray, sender: int) -> None:
+        """These rows have outputs to send, to that sender, or -1: to several."""
+        if sender >= 0:
+            self._mail[sender].mark(rows)
+        else:
+            senders = self._sessions.sender[rows]
+            for each in np.unique(senders).tolist():
+                self._mail[each].mark(rows[senders == each])
 
     def _notify(self, row: int, notice: Notice) -> None:
         self._mail[int(self._sessions.sender[row])].notices.append(notice)
@@ -365,16 +372,6 @@ class _Flight(NamedTuple):
     step: Step
     began: float
     launched_at: float
-
-    @property
-    def rows(self) -> np.ndarray:
-        return self.batch.rows
-
-    def still_there(self, numbers: np.ndarray) -> np.ndarray:
-        """Which of its sessions [B] have not ended since; a row may have got another. numbers: of the rows, as now."""
-        epoch, _, _, close_at, *_ = numbers
-        there: np.ndarray = (epoch == self.epochs) & (close_at != OVER)
-        return there
 
 
 def make_runner(model: RecurrentModel, pool: StatePool, config: AppConfig, device: torch.device) -> StepRunner:

@@ -1,13 +1,15 @@
 """What waits for one sender: sessions with outputs to send, notices, and the calls that can carry them."""
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from serve_app.engine.outputs import OutputStore
 from serve_app.engine.sessions import SessionTable
+from serve_app.engine.timesteps import TimestepStore
 from serve_app.frame import Answer, Notice
+from serve_app.spec import TensorSpec
 
 MAX_WAITING = 3
 """Calls of one sender that wait for mail: one for each frame on its way, and one more. Others are answered at once."""
@@ -18,7 +20,7 @@ Ticket = object
 
 @dataclass(slots=True)
 class Mailbox:
-    """The mail of sender number `sender`. Outputs stay in the OutputStore; only rows are kept here."""
+    """The mail of sender number `sender`. Outputs stay in the store; only rows are kept here."""
 
     sender: int
     marked: list[np.ndarray] = field(default_factory=list)
@@ -46,36 +48,25 @@ class Mailbox:
         if len(rows):
             self.marked.append(rows)
 
-    def write_answer(self, sessions: SessionTable, store: OutputStore, room: int) -> Answer:
-        """All there is, up to `room` timesteps; what is left goes with a later call. Notices follow the last output."""
-        rows = self._take_marked()
-        epoch, due, rewind, _, _, start, progress, sender = sessions.numbers(rows)
-        length = progress - start
-        if not (here := (length > 0) & (sender == self.sender)).all():  # others were answered, or have ended
-            rows, epoch, due, rewind, start, length = (
-                column[here] for column in (rows, epoch, due, rewind, start, length)
-            )
-        if length.sum() > room:
-            before = length.cumsum() - length
-            fit = before < room
-            given = np.minimum(length, room - before)
-            self.mark(rows[given < length])
-            rows, epoch, due, rewind, start, length = (
-                column[fit] for column in (rows, epoch, due, rewind, start, given)
-            )
-        sessions.sent[rows] = start + length
-        outputs = store.read_all(rows, start, length)
+    def write_answer(
+        self, sessions: SessionTable, store: TimestepStore, specs: Mapping[str, TensorSpec], room: int
+    ) -> Answer:
+        """All there is, up to `room` timesteps; what is left goes with a later call. Notices follow the last output.
+
+        store: the outputs, which are as `specs` says.
+        """
+        marked = self.marked or [np.empty(0, np.int64)]
+        unsent = sessions.take_unsent(marked[0] if len(marked) == 1 else np.concatenate(marked), self.sender, room)
+        self.marked = []
+        self.mark(unsent.left)
+        values = store.read(unsent.rows, unsent.start, unsent.length)
+        outputs = {
+            name: value.view(spec.dtype).reshape(-1, *spec.shape)
+            for (name, spec), value in zip(specs.items(), values, strict=True)
+        }
         notices: tuple[Notice, ...] = ()
-        if not self.marked:
+        if self.notices and not self.marked:
             notices = tuple(self.notices)
             self.notices.clear()
-        return Answer(epoch, due, rewind, start, length, outputs, notices)
-
-    def _take_marked(self) -> np.ndarray:
-        """Each marked row once, in the order in which they were first marked; none is marked then."""
-        marked, self.marked = self.marked, []
-        if len(marked) == 1:
-            return marked[0]
-        rows = np.concatenate([np.empty(0, np.int64), *marked])
-        _, first = np.unique(rows, return_index=True)
-        return rows[np.sort(first)]
+        _, epoch, following, rewind, start, length, _ = unsent
+        return Answer(epoch, following, rewind, start, length, outputs, notices)

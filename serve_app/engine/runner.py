@@ -27,21 +27,23 @@ class StepRunner(Protocol):
 
     depth: int
     """Steps that may be on their way: launched, and their outputs not asked for."""
+    time_major: bool
+    """How inputs are ordered: by timestep [k, B], else by session [B, k]."""
     takes_views: bool
-    """Whether `launch` also takes inputs that lie elsewhere, and not in one piece."""
+    """Whether `launch` also takes inputs that lie elsewhere."""
 
     def prepare(self, k: int, batch: int) -> None:
         """Set up what a step of that size needs at its first use."""
         ...
 
     def buffer(self, k: int, batch: int) -> np.ndarray:
-        """Host memory [k, batch, *features] for the inputs of the next step."""
+        """Host memory for the inputs of the next step, as bytes [k * batch * bytes of a timestep]."""
         ...
 
-    def launch(self, x: np.ndarray, slots: np.ndarray) -> Step:
-        """Run x [k, B, *features] from the states in `slots` [B], and write the new states there.
+    def launch(self, x: np.ndarray, k: int, slots: np.ndarray) -> Step:
+        """Run k timesteps from the states in `slots` [B], and write the new states there.
 
-        x is `buffer` filled, or a view that may not be written.
+        x is `buffer` filled, or a view of as much that may not be written.
 
         Whatever is raised here has changed nothing.
         """
@@ -55,24 +57,30 @@ class EagerRunner:
 
     def __init__(self, model: RecurrentModel, pool: StatePool) -> None:
         self.takes_views = getattr(model, "takes_views", False)
+        self.time_major = not self.takes_views
         self._model = model
         self._outputs = dict(model.outputs)
         self._pool = pool
-        self._dtype = np.dtype(model.input.dtype)
 
     def prepare(self, k: int, batch: int) -> None:
         """See StepRunner: nothing."""
 
     def buffer(self, k: int, batch: int) -> np.ndarray:
         """See StepRunner."""
-        return np.empty((k, batch, *self._model.input.shape), self._dtype)
+        return np.empty(k * batch * self._model.input.nbytes, np.uint8)
 
-    def launch(self, x: np.ndarray, slots: np.ndarray) -> Step:
+    def launch(self, x: np.ndarray, k: int, slots: np.ndarray) -> Step:
         """See StepRunner."""
+        spec, batch = self._model.input, len(slots)
+        x = x.view(spec.dtype)
+        if self.time_major:
+            x = x.reshape(k, batch, *spec.shape)
+        else:
+            x = x.reshape(batch, k, *spec.shape).swapaxes(0, 1)
         with inference_mode():
             index = self._pool.index(slots)
             y, state = self._model.forward(torch.from_numpy(x), self._pool.gather(index))
-            values = check_outputs(y, self._outputs, x.shape[:2])
+            values = check_outputs(y, self._outputs, (k, batch))
             outputs = [value.numpy().swapaxes(0, 1).copy() for value in values]
             self._pool.scatter(index, state)
         return _Finished(outputs)

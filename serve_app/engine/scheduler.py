@@ -1,15 +1,16 @@
 """Who runs next: a queue of sessions with timesteps ready. Pure; sessions are row numbers."""
 
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from serve_app.compiled import array, compiled
 from serve_app.policy.batching import choose_batch
 
 LOOK_AHEAD = 4
 """Full batches that are looked at, to find one of sessions with as many timesteps each."""
+HEAD, SIZE, TOTAL = range(3)
 
 
 class Batch(NamedTuple):
@@ -25,8 +26,7 @@ class Scheduler:
 
     `timesteps`: how many a step may take of each session, rising from 1.
 
-    A session waits at most once in the queue, so it is at most once in a batch, and its order needs no care. Sessions
-    that became ready together stay one entry.
+    A session waits at most once in the queue, so it is at most once in a batch, and its order needs no care.
     """
 
     def __init__(self, max_batch_size: int, timesteps: Sequence[int], max_rows: int) -> None:
@@ -34,92 +34,121 @@ class Scheduler:
         self.timesteps = np.array(timesteps, np.int64)
         #: Timesteps ready, by row.
         self.left = np.zeros(max_rows, np.int64)
-        #: The same of all rows together.
-        self.total = 0
         self._since = np.zeros(max_rows)
-        self._queue: deque[tuple[int, np.ndarray]] = deque()  # numbered entries, each of some rows
-        self._last_entry = 0
-        #: The entry that each row waits in, 0 when it does not; in any other it is stale.
-        self._entry_of = np.zeros(max_rows, np.int64)
+        #: A ring of rows, and whether each is in it; one that has nothing left is passed over when its turn comes.
+        self._queue = np.zeros(max_rows, np.int64)
+        self._queued = np.zeros(max_rows, np.bool_)
+        self._numbers = np.zeros(3, np.int64)
+        self._window = np.zeros((2, LOOK_AHEAD * max_batch_size), np.int64)
+        self._chosen = np.zeros(max_batch_size, np.int64)
 
     def add(self, rows: np.ndarray, counts: np.ndarray, now: float) -> None:
-        """Let each of `rows` (distinct) have `counts` further timesteps ready."""
-        self.left[rows] += counts
-        self.total += int(counts.sum())
-        if (waiting := self._entry_of[rows] > 0).any():
-            rows = rows[~waiting]
-        self._wait(rows, now)
+        """Let each of `rows` (distinct) have `counts` further timesteps ready; none where that is 0."""
+        _add(self._numbers, self._queue, self._queued, self.left, self._since, array(rows), array(counts), now)
 
     def schedule(self, now: float) -> Batch | None:
         """Take the next step; None when nothing is ready. What it leaves of its sessions' timesteps waits again."""
-        waiting = self._next_entry()
-        if waiting is None:
+        if not self.total:
             return None
-        number, rows = waiting
-        left = self.left[rows]
-        if len(rows) < self.max_batch_size or (left[: self.max_batch_size] != left[0]).any():
-            number, rows = self._more(number, rows)
-            left = self.left[rows]
-        chosen, k = choose_batch(left, self.max_batch_size, self.timesteps)
-        if len(chosen) < len(rows):
-            stay = np.ones(len(rows), bool)
-            stay[chosen] = False
-            self._queue.appendleft((number, rows[stay]))
-            rows, left = rows[chosen], left[chosen]
-        batch = Batch(rows, k, now - float(self._since[rows[0]]))
-        left = left - k
-        self.left[rows] = left
-        self.total -= k * len(rows)
-        self._entry_of[rows] = 0
-        if left.any():
-            self._wait(rows[left > 0], now)
-        return batch
+        rows = np.empty(self.max_batch_size, np.int64)
+        batch, k, since = _schedule(
+            self._numbers, self._queue, self._queued, self.left, self._since, self.timesteps, self._window,
+            self._chosen, rows, now,
+        )  # fmt: skip
+        return Batch(rows[:batch], k, now - since)
 
     def drop(self, rows: np.ndarray) -> None:
         """Forget everything that `rows` have ready."""
-        self.total -= int(self.left[rows].sum())
+        self._numbers[TOTAL] -= self.left[rows].sum()
         self.left[rows] = 0
-        self._entry_of[rows] = 0
 
     @property
-    def ready(self) -> bool:
-        """Whether a step could run now. May be True once too often, for a queue of stale entries."""
-        return bool(self._queue)
-
-    def _wait(self, rows: np.ndarray, now: float) -> None:
-        if len(rows):
-            self._last_entry += 1
-            self._queue.append((self._last_entry, rows))
-            self._entry_of[rows] = self._last_entry
-            self._since[rows] = now
-
-    def _next_entry(self) -> tuple[int, np.ndarray] | None:
-        """The entry at the head without what is stale in it, taken out; None when there is none left."""
-        while self._queue:
-            number, rows = self._queue.popleft()
-            if not (current := self._entry_of[rows] == number).all():
-                rows = rows[current]
-            if len(rows):
-                return number, rows
-        return None
-
-    def _more(self, number: int, rows: np.ndarray) -> tuple[int, np.ndarray]:
-        """An entry, with those behind it: enough to find a full batch of one length in, never all of them."""
-        parts, size = [rows], len(rows)
-        while size < LOOK_AHEAD * self.max_batch_size and (waiting := self._next_entry()) is not None:
-            parts.append(waiting[1])
-            size += len(waiting[1])
-        if len(parts) == 1:
-            return number, rows
-        rows = np.concatenate(parts)
-        self._last_entry += 1
-        self._entry_of[rows] = self._last_entry
-        return self._last_entry, rows
+    def total(self) -> int:
+        """Timesteps ready, of all rows together."""
+        return int(self._numbers[TOTAL])
 
     def check(self) -> None:
         """Assert what must always hold between steps."""
-        rows = [row for number, rows in self._queue for row in rows[self._entry_of[rows] == number].tolist()]
+        head, size, total = self._numbers.tolist()
+        rows = self._queue[(head + np.arange(size)) % len(self._queue)].tolist()
         assert len(rows) == len(set(rows)), "a session waits twice"
-        assert set(rows) == set(np.flatnonzero(self.left > 0).tolist()), "a session with timesteps does not wait"
+        assert set(rows) == set(np.flatnonzero(self._queued).tolist())
+        assert set(rows) >= set(np.flatnonzero(self.left > 0).tolist()), "a session with timesteps does not wait"
         assert (self.left >= 0).all()
-        assert self.left.sum() == self.total
+        assert self.left.sum() == total
+
+
+@compiled
+def _push(numbers: np.ndarray, queue: np.ndarray, queued: np.ndarray, row: int) -> None:
+    queue[(numbers[HEAD] + numbers[SIZE]) % len(queue)] = row
+    queued[row] = True
+    numbers[SIZE] += 1
+
+
+@compiled
+def _add(
+    numbers: np.ndarray,
+    queue: np.ndarray,
+    queued: np.ndarray,
+    left: np.ndarray,
+    since: np.ndarray,
+    rows: np.ndarray,
+    counts: np.ndarray,
+    now: float,
+) -> None:
+    for i in range(len(rows)):
+        row = rows[i]
+        if counts[i] and not left[row]:
+            since[row] = now
+            if not queued[row]:
+                _push(numbers, queue, queued, row)
+        left[row] += counts[i]
+        numbers[TOTAL] += counts[i]
+
+
+@compiled
+def _schedule(
+    numbers: np.ndarray,
+    queue: np.ndarray,
+    queued: np.ndarray,
+    left: np.ndarray,
+    since: np.ndarray,
+    timesteps: np.ndarray,
+    window: np.ndarray,
+    chosen: np.ndarray,
+    rows: np.ndarray,
+    now: float,
+) -> tuple[int, int, float]:
+    """Fill `rows` from the head of the queue; returns how many they are, their timesteps, and since when it waited."""
+    looked_at, ready = window[0], window[1]
+    count, alike = 0, True
+    while numbers[SIZE] and count < len(ready) and not (alike and count == len(chosen)):
+        row = queue[numbers[HEAD]]
+        numbers[HEAD] = (numbers[HEAD] + 1) % len(queue)
+        numbers[SIZE] -= 1
+        if left[row]:
+            looked_at[count], ready[count] = row, left[row]
+            alike = alike and ready[count] == ready[0]
+            count += 1
+        else:
+            queued[row] = False
+    batch, k = choose_batch(ready[:count], len(chosen), timesteps, chosen)
+    first_since = since[looked_at[0]]
+    which = batch - 1
+    for i in range(count - 1, -1, -1):  # those that are not chosen are where they were
+        if which >= 0 and chosen[which] == i:
+            which -= 1
+        else:
+            numbers[HEAD] = (numbers[HEAD] - 1) % len(queue)
+            numbers[SIZE] += 1
+            queue[numbers[HEAD]] = looked_at[i]
+    for i in range(batch):
+        row = rows[i] = looked_at[chosen[i]]
+        left[row] -= k
+        if left[row]:
+            since[row] = now
+            _push(numbers, queue, queued, row)
+        else:
+            queued[row] = False
+    numbers[TOTAL] -= k * batch
+    return batch, k, first_since

@@ -6,11 +6,14 @@ A session's timesteps lie on one line: acked <= sent <= progress <= next. `acked
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 
+from serve_app.compiled import array, compiled
 from serve_app.errors import (
+    InvalidInput,
     LockstepError,
     NotOwner,
     Overloaded,
@@ -20,24 +23,25 @@ from serve_app.errors import (
     TooManySessions,
     WindowFull,
 )
-from serve_app.frame import NO_CLOSE, Frame
+from serve_app.frame import COLUMNS, NO_CLOSE, Frame
+from serve_app.spec import TensorSpec
 
 MAX_TOMBSTONES = 65536
-
-
+EPOCH, NEXT, REWIND, CLOSE_AT, ACKED, SENT, PROGRESS, SENDER = range(8)
+"""Columns of the table of all sessions."""
 OVER = -3
 """`close_at` of a session that does not run any more."""
 
 
-class Status:
-    """Of a row. ENDED: nothing runs any more, some outputs are not acknowledged yet. (numpy is slow with an Enum.)"""
+class Status(IntEnum):
+    """Of a row. ENDED: nothing runs any more, some outputs are not acknowledged yet."""
 
     FREE = 0
     OPEN = 1
     ENDED = 2
 
 
-class Verdict:
+class Verdict(IntEnum):
     """What becomes of a frame's entry: taken, or why not."""
 
     OK = 0
@@ -60,16 +64,44 @@ class Tombstone:
 
 
 class Accepted(NamedTuple):
-    """By entry [n]: its row (-1: unknown), where in the frame's data it goes on, timesteps to run, and what is acked.
+    """By entry [n]: its row (-1: unknown), and below which timestep outputs are acknowledged.
 
-    `verdict` is None where all is as it nearly always is: what comes next in sessions that are open and not closing.
+    Those that bring timesteps to run, columns [m]: `take` timesteps of `running`, from `offset` of the frame's data on.
+
+    `verdict` [n] is None where all is as it nearly always is: what comes next in sessions that are open, not closing.
     """
 
     rows: np.ndarray
+    acked: np.ndarray
+    running: np.ndarray
     offset: np.ndarray
     take: np.ndarray
-    acked: np.ndarray
     verdict: np.ndarray | None = None
+
+
+class Advanced(NamedTuple):
+    """Of the sessions of a step, those that are still there: which they were, their rows, and their first timesteps.
+
+    `closing`: the rows of those that are to close now; `sender`: of all of them, -1 when there are several.
+    """
+
+    members: np.ndarray
+    rows: np.ndarray
+    starts: np.ndarray
+    closing: np.ndarray
+    sender: int
+
+
+class Unsent(NamedTuple):
+    """Outputs to be sent, columns [n]: `length` timesteps from `start` of each of `rows`; `left`: rows without room."""
+
+    rows: np.ndarray
+    epoch: np.ndarray
+    next: np.ndarray
+    rewind: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    left: np.ndarray
 
 
 class SessionTable:
@@ -78,7 +110,6 @@ class SessionTable:
     def __init__(self, max_sessions: int, max_window: int) -> None:
         self.max_sessions = max_sessions
         self.max_window = max_window
-        #: What most is done with, together for each row: see `numbers`. The first four are what a frame has to name.
         self._table = np.zeros((max_sessions, 8), np.int64)
         self.epoch, self.next, self.rewind, self.close_at, *others = self._table.T
         self.acked, self.sent, self.progress, self.sender = others
@@ -86,22 +117,21 @@ class SessionTable:
         self.active_at = np.zeros(max_sessions)
         self.names: dict[int, str] = {}
         self.tombstones: OrderedDict[int, Tombstone] = OrderedDict()
-        self._row_of: dict[int, int] = {}
-        #: The same for most sessions, by the low bits of the epoch: rows of many at once.
-        self._row_near = np.zeros(1 << (4 * max_sessions - 1).bit_length(), np.int64)
+        #: Rows by epoch: each lies at the low bits of its epoch or as near behind as there was a place, which are -1.
+        self._row_near = np.full(1 << (4 * max_sessions - 1).bit_length(), -1, np.int64)
         self.epoch[:] = -1
         self._free: list[int] = []
         self._num_rows = 0  # rows ever used
 
     def holds(self, epoch: int) -> bool:
         """Whether the session of that epoch has a row."""
-        return epoch in self._row_of
+        return bool(_find(self._row_near, self._table, epoch) >= 0)
 
     def open(self, epoch: int, name: str, sender: int, now: float) -> int:
         """A row for a new session. Raises TooManySessions, SessionEnded."""
         if epoch in self.tombstones:
             raise self.ended_error(epoch)
-        if len(self._row_of) >= self.max_sessions:
+        if len(self.names) >= self.max_sessions:
             raise TooManySessions(
                 f"{self.max_sessions} sessions are open, the limit of this replica: try again later, or raise "
                 "session.max_sessions"
@@ -115,73 +145,39 @@ class SessionTable:
             column[row] = 0
         self.epoch[row], self.close_at[row], self.sender[row] = epoch, NO_CLOSE, sender
         self.active_at[row], self.status[row] = now, Status.OPEN
-        self.names[row], self._row_of[epoch] = name, row
-        self._row_near[epoch % len(self._row_near)] = row
+        self.names[row] = name
+        _insert(self._row_near, self._table, row)
         return row
 
-    def numbers(self, rows: np.ndarray) -> np.ndarray:
-        """A copy [8, n]: epoch, next, rewind, close_at, acked, sent, progress and sender of each row."""
-        return self._table.take(rows, 0).T
-
     def accept(self, frame: Frame, now: float, room: int) -> Accepted:
-        """Judge every entry of a frame and move the numbers of those that are taken.
+        """Judge every entry of a frame, which `check_frame` has seen, and move the numbers of those that are taken.
 
         room: timesteps of outputs that there is still space for, in all sessions together.
         """
-        length = frame.length
-        ends = length.cumsum()
-        rows = self._row_near[frame.epoch & (len(self._row_near) - 1)]
-        numbers = self._table.take(rows, 0)
-        due, acked, sent, progress = numbers[:, 1], numbers[:, 4], numbers[:, 5], numbers[:, 6]
-        usual = (frame.columns[1:5] == numbers[:, :4].T).all() and (frame.close == NO_CLOSE).all()
-        due += length
-        np.maximum(acked, np.minimum(frame.acked, progress), out=acked)
-        np.maximum(sent, acked, out=sent)
-        if len(rows) and not (usual and ends[-1] <= room and (due - acked).max() <= self.max_window):
-            return self._judge(frame, self._rows_of(frame.epoch), ends - length, now, room)
-        self._table[rows] = numbers
-        self.active_at[rows if length.all() else rows[length > 0]] = now
-        return Accepted(rows, ends - length, length, acked)
+        rows, acked, verdict, running, offset, take = found = np.empty((6, len(frame)), np.int64)
+        count, usual = _accept(
+            np.require(frame.columns, np.int64, ("C", "A", "W")), self._row_near, self._table, self.status,
+            self.active_at, now, room, self.max_window, found,
+        )  # fmt: skip
+        return Accepted(rows, acked, running[:count], offset[:count], take[:count], None if usual else verdict)
 
-    def _rows_of(self, epochs: np.ndarray) -> np.ndarray:
-        """The row of each epoch, -1 where there is none."""
-        rows: np.ndarray = self._row_near[epochs % len(self._row_near)]
-        for i in (self.epoch[rows] != epochs).nonzero()[0].tolist():
-            rows[i] = self._row_of.get(int(epochs[i]), -1)
-        return rows
+    def advance(self, rows: np.ndarray, epochs: np.ndarray, k: int, now: float) -> Advanced:
+        """Sessions [B] have run k timesteps; those that have ended since, or whose row has another, are left out."""
+        members, running, starts, closing = found = np.empty((4, len(rows)), np.int64)
+        count, num_closing, sender = _advance(self._table, self.active_at, array(rows), array(epochs), k, now, found)
+        return Advanced(members[:count], running[:count], starts[:count], closing[:num_closing], sender)
 
-    def _judge(self, frame: Frame, rows: np.ndarray, offset: np.ndarray, now: float, room: int) -> Accepted:
-        known = rows >= 0
-        held = rows[known]
-        self.acked[held] = np.maximum(self.acked[held], np.minimum(frame.acked[known], self.progress[held]))
-        self.sent[held] = np.maximum(self.sent[held], self.acked[held])
-        due = self.next[rows]
-        skip = np.minimum(np.maximum(due - frame.start, 0), frame.length)
-        take = frame.length - skip
-        runs, after, closing = take > 0, due + take, frame.close >= 0
-        brings = (frame.length > 0) | closing
-        close_at = self.close_at[rows]
-        verdict = np.zeros(len(rows), np.int64)
-        for reason, applies in (  # the last that applies stands
-            (Verdict.WINDOW_FULL, runs & (after - self.acked[rows] > self.max_window)),
-            (Verdict.OVERLOADED, runs & (take.cumsum() > room)),
-            (Verdict.CLOSE_BEHIND, closing & (frame.close < after)),
-            (Verdict.CLOSING, runs & (close_at >= 0) & (after > close_at)),
-            (Verdict.AHEAD, (frame.length > 0) & (frame.start > due)),
-            (Verdict.REWOUND, brings & (frame.rewind != self.rewind[rows])),
-            (Verdict.ENDED, brings & (self.status[rows] != Status.OPEN)),
-            (Verdict.UNKNOWN, ~known),
-        ):
-            verdict[applies] = reason
-        good = verdict == Verdict.OK
-        take[~good] = 0
-        ok, start = rows[good], frame.start[good]
-        self.next[ok] += take[good]
-        self.sent[ok] = np.maximum(np.minimum(self.sent[ok], start), self.acked[ok])  # a resend is answered again
-        self.active_at[rows[good & brings]] = now
-        closes = good & closing
-        self.close_at[rows[closes]] = frame.close[closes]
-        return Accepted(rows, offset + skip, take, self.acked[rows], verdict)
+    def take_unsent(self, rows: np.ndarray, sender: int, room: int) -> Unsent:
+        """What `rows` of this sender have computed and not sent, up to `room` timesteps: it is sent now."""
+        found = np.empty((6, len(rows)), np.int64)
+        count, looked_at = _take_unsent(self._table, array(rows), sender, room, found)
+        running, epoch, following, rewind, start, length = found[:, :count]
+        return Unsent(running, epoch, following, rewind, start, length, rows[looked_at:])
+
+    def running(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """Which of `rows` [B] still have the session of that epoch, and run it."""
+        there: np.ndarray = (self.epoch[rows] == epochs) & (self.close_at[rows] != OVER)
+        return there
 
     def refusal(self, verdict: int, frame: Frame, i: int, row: int) -> LockstepError:
         """The error for entry i of a frame, whose verdict is not OK."""
@@ -248,7 +244,8 @@ class SessionTable:
 
     def free(self, row: int) -> None:
         """Give the row of an ended session to the next."""
-        del self._row_of[int(self.epoch[row])], self.names[row]
+        del self.names[row]
+        _remove(self._row_near, self._table, row)
         self.status[row], self.epoch[row] = Status.FREE, -1
         self.next[row] = self.progress[row] = self.sent[row] = self.acked[row] = 0
         self._free.append(row)
@@ -269,9 +266,214 @@ class SessionTable:
 
     def check(self) -> None:
         """Assert what must always hold."""
-        held = np.array(list(self._row_of.values()), np.int64)
+        held = np.array(list(self.names), np.int64)
         assert set(held.tolist()) == set(np.flatnonzero(self.status != Status.FREE).tolist())
+        assert [_find(self._row_near, self._table, epoch) for epoch in self.epoch[held].tolist()] == held.tolist()
+        assert (self._row_near >= 0).sum() == len(held)
         assert (self.acked[held] <= self.sent[held]).all(), "acknowledged before sent"
         assert (self.sent[held] <= self.progress[held]).all(), "sent before computed"
         assert (self.progress[held] <= self.next[held]).all(), "computed before accepted"
         assert (self.next[held] - self.acked[held] <= self.max_window).all(), "window exceeded"
+
+
+def check_frame(frame: Frame, spec: TensorSpec) -> None:
+    """Raise InvalidInput unless the columns belong together and the data fits the model's input."""
+    columns, x = frame.columns, frame.x
+    if columns.dtype != np.int64 or columns.ndim != 2 or len(columns) != len(COLUMNS):
+        raise InvalidInput(f"frame columns are {columns.dtype} {columns.shape}, expected int64 ({len(COLUMNS)}, n)")
+    total, rising = _check_columns(np.require(columns, np.int64, ("C", "A", "W")), len(x))
+    if total == NEGATIVE:
+        raise InvalidInput("a frame with a negative epoch, start or length arrived")
+    if total == TOO_LONG:
+        raise InvalidInput(f"a frame with {len(x)} timesteps has an entry of {frame.length.max()}")
+    if x.shape != (total, *spec.shape) or x.dtype != spec.dtype:
+        raise InvalidInput(f"frame data is {x.dtype} {x.shape}, expected {spec.dtype} {(total, *spec.shape)}")
+    if not rising and _repeats(array(frame.epoch)):
+        raise InvalidInput("a frame names a session twice: send its timesteps as one entry")
+
+
+NEGATIVE, TOO_LONG = -1, -2
+"""What `_check_columns` says instead of how many timesteps there are."""
+
+
+@compiled
+def _check_columns(columns: np.ndarray, limit: int) -> tuple[int, bool]:
+    """How many timesteps a frame has, and whether its epochs rise."""
+    total, rising = 0, True
+    for i in range(columns.shape[1]):
+        length, epoch, start = columns[0, i], columns[1, i], columns[2, i]
+        if length < 0 or epoch < 0 or start < 0:
+            return NEGATIVE, False
+        if length > limit:
+            return TOO_LONG, False
+        total += length
+        rising = rising and (i == 0 or epoch > columns[1, i - 1])
+    return total, rising
+
+
+@compiled
+def _repeats(epochs: np.ndarray) -> bool:
+    """Whether one is there twice."""
+    size = 2
+    while size < 2 * len(epochs):
+        size *= 2
+    seen = np.full(size, -1)  # each at its low bits or the first free place behind
+    for epoch in epochs:
+        place = epoch & (size - 1)
+        while seen[place] >= 0:
+            if seen[place] == epoch:
+                return True
+            place = (place + 1) & (size - 1)
+        seen[place] = epoch
+    return False
+
+
+@compiled
+def _find(row_near: np.ndarray, table: np.ndarray, epoch: int) -> int:
+    """The row of an epoch, -1 when there is none."""
+    place = epoch & (len(row_near) - 1)
+    row: int = row_near[place]
+    while row >= 0 and table[row, EPOCH] != epoch:
+        place = (place + 1) & (len(row_near) - 1)
+        row = row_near[place]
+    return row
+
+
+@compiled
+def _insert(row_near: np.ndarray, table: np.ndarray, row: int) -> None:
+    place = table[row, EPOCH] & (len(row_near) - 1)
+    while row_near[place] >= 0:
+        place = (place + 1) & (len(row_near) - 1)
+    row_near[place] = row
+
+
+@compiled
+def _remove(row_near: np.ndarray, table: np.ndarray, row: int) -> None:
+    """Empty the place of a row; others behind it move up as near to their own as they can."""
+    mask = len(row_near) - 1
+    place = table[row, EPOCH] & mask
+    while row_near[place] != row:
+        place = (place + 1) & mask
+    behind = place
+    while True:
+        behind = (behind + 1) & mask
+        other = row_near[behind]
+        if other < 0:
+            break
+        if (behind - table[other, EPOCH]) & mask >= (behind - place) & mask:
+            row_near[place] = other
+            place = behind
+    row_near[place] = -1
+
+
+@compiled
+def _accept(
+    columns: np.ndarray,
+    row_near: np.ndarray,
+    table: np.ndarray,
+    status: np.ndarray,
+    active_at: np.ndarray,
+    now: float,
+    room: int,
+    max_window: int,
+    found: np.ndarray,
+) -> tuple[int, bool]:
+    """Fill `found` with what Accepted has; returns how many run, and whether all is usual."""
+    for i in range(columns.shape[1]):  # on its own, so that many are looked up at once
+        found[0, i] = _find(row_near, table, columns[1, i])
+    end, running, usual = 0, 0, True
+    for i in range(columns.shape[1]):
+        length, start = columns[0, i], columns[2, i]
+        rewind, close, acked = columns[3, i], columns[4, i], columns[5, i]
+        offset = end
+        end += length
+        row = found[0, i]
+        if row < 0:
+            found[1, i], found[2, i], usual = 0, Verdict.UNKNOWN.value, False
+            continue
+        line = table[row]
+        line[ACKED] = max(line[ACKED], min(acked, line[PROGRESS]))
+        line[SENT] = max(line[SENT], line[ACKED])
+        due, close_at = line[NEXT], line[CLOSE_AT]
+        usual = usual and start == due and rewind == line[REWIND] and close == NO_CLOSE == close_at
+        skip = min(max(due - start, 0), length)
+        take = length - skip
+        closing = close >= 0
+        brings = length > 0 or closing
+        if brings and status[row] != Status.OPEN:
+            verdict = Verdict.ENDED
+        elif brings and rewind != line[REWIND]:
+            verdict = Verdict.REWOUND
+        elif length > 0 and start > due:
+            verdict = Verdict.AHEAD
+        elif take > 0 and close_at >= 0 and due + take > close_at:
+            verdict = Verdict.CLOSING
+        elif closing and close < due + take:
+            verdict = Verdict.CLOSE_BEHIND
+        elif take > room:
+            verdict = Verdict.OVERLOADED
+        elif take > 0 and due + take - line[ACKED] > max_window:
+            verdict = Verdict.WINDOW_FULL
+        else:
+            verdict = Verdict.OK
+            room -= take
+            line[NEXT] += take
+            line[SENT] = max(min(line[SENT], start), line[ACKED])  # a resend is answered again
+            if brings:
+                active_at[row] = now
+            if closing:
+                line[CLOSE_AT] = close
+            if take > 0:
+                found[3, running], found[4, running], found[5, running] = row, offset + skip, take
+                running += 1
+        found[1, i], found[2, i], usual = line[ACKED], verdict.value, usual and verdict == Verdict.OK
+    return running, usual
+
+
+@compiled
+def _advance(
+    table: np.ndarray,
+    active_at: np.ndarray,
+    rows: np.ndarray,
+    epochs: np.ndarray,
+    k: int,
+    now: float,
+    found: np.ndarray,
+) -> tuple[int, int, int]:
+    """Fill `found` with the columns of Advanced; returns how many there are, how many close, and the sender."""
+    count, closing, sender = 0, 0, -1
+    for i in range(len(rows)):
+        row = rows[i]
+        line = table[row]
+        if line[EPOCH] != epochs[i] or line[CLOSE_AT] == OVER:
+            continue
+        sender = line[SENDER] if count == 0 or sender == line[SENDER] else -1
+        found[:3, count] = i, row, line[PROGRESS]
+        count += 1
+        line[PROGRESS] += k
+        active_at[row] = now
+        if line[PROGRESS] == line[CLOSE_AT]:
+            found[3, closing] = row
+            closing += 1
+    return count, closing, sender
+
+
+@compiled
+def _take_unsent(table: np.ndarray, rows: np.ndarray, sender: int, room: int, found: np.ndarray) -> tuple[int, int]:
+    """Fill `found` with the columns of Unsent; returns how many there are, and how many of `rows` need no further."""
+    count = 0
+    for i in range(len(rows)):
+        line = table[rows[i]]
+        start = line[SENT]
+        length = line[PROGRESS] - start
+        if line[SENDER] != sender or length <= 0:
+            continue
+        given = min(length, room)
+        if given > 0:
+            found[:, count] = rows[i], line[EPOCH], line[NEXT], line[REWIND], start, given
+            count += 1
+        line[SENT] += given
+        room -= given
+        if given < length:
+            return count, i
+    return count, len(rows)

@@ -1,26 +1,36 @@
 """Which sessions a step takes, how many timesteps of each, and what size it is padded to."""
 
-from bisect import bisect_right
-
 import numpy as np
 
+from serve_app.compiled import compiled
 
-def choose_batch(left: np.ndarray, max_batch_size: int, timesteps: np.ndarray) -> tuple[np.ndarray, int]:
-    """Choose members of a step among waiting sessions.
+
+@compiled
+def choose_batch(left: np.ndarray, max_batch_size: int, timesteps: np.ndarray, chosen: np.ndarray) -> tuple[int, int]:
+    """Choose members of a step among waiting sessions: B of them, their indices in order in `chosen` [:B].
 
     left [n]: timesteps that each has ready, longest waiting first, each at least 1; timesteps: how many a step may take
-    of each, rising from 1. Returns the chosen indices, in order, and k: every member gives the same k timesteps, so
-    nothing is padded. The longest waiting session is always in, so nobody starves; under that, k is the one that gives
-    the step the most timesteps.
+    of each, rising from 1. Returns B and k: every member gives the same k timesteps, so nothing is padded. The longest
+    waiting session is always in, so nobody starves; under that, k is the one that gives the step the most timesteps.
     """
-    if (left == left[0]).all():
-        chosen = np.arange(min(len(left), max_batch_size))
-        return chosen, int(timesteps[bisect_right(timesteps, left[0]) - 1])
-    capped = np.minimum(left, timesteps[-1])
-    ready = np.bincount(capped)[::-1].cumsum()[::-1]  # [k]: how many have at least k timesteps
-    ks = timesteps[: timesteps.searchsorted(capped[0], "right")]
-    k = int(ks[(ks * np.minimum(ready[ks], max_batch_size)).argmax()])
-    return (capped >= k).nonzero()[0][:max_batch_size], k
+    last, of_first = len(timesteps) - 1, 0
+    enough = np.zeros(len(timesteps), np.int64)  # how many have as many as each of `timesteps`, first: and no more
+    for i in range(len(left)):
+        which = last if left[i] >= timesteps[last] else np.searchsorted(timesteps, left[i], "right") - 1
+        enough[which] += 1
+        if i == 0:
+            of_first = which
+    for i in range(last, 0, -1):
+        enough[i - 1] += enough[i]
+    most, k, batch = 0, 0, 0
+    for i in range(of_first + 1):
+        if timesteps[i] * min(enough[i], max_batch_size) > most:
+            most, k = timesteps[i] * min(enough[i], max_batch_size), timesteps[i]
+    for i in range(len(left)):
+        if left[i] >= k and batch < max_batch_size:
+            chosen[batch] = i
+            batch += 1
+    return batch, k
 
 
 def powers_of_two(limit: int) -> tuple[int, ...]:

@@ -2,20 +2,25 @@
 
 import numpy as np
 
+from serve_app.compiled import compiled
 
-def choose_victims(used_at: np.ndarray, waiting: np.ndarray, count: int) -> np.ndarray:
-    """The `count` of n sessions to evict: those without work before those with, the longest unused of them.
 
-    used_at [n]: when each was last in a step; waiting [n]: whether it has timesteps ready. Returns indices, unordered.
+@compiled
+def choose_victims(newer: np.ndarray, row_of: np.ndarray, waiting: np.ndarray, limit: int, victims: np.ndarray) -> None:
+    """Fill `victims` with slots: free ones, then those of sessions without work, then others; the longest unused first.
+
+    newer [n + 1]: the slot that was used next after each, of slot n the one that was used before all; row_of [n]: the
+    session in each, -1 in none; waiting: timesteps that each session has ready. Only the first `limit` slots in the
+    order of use may leave, at least as many as there are victims.
     """
-    of_idle = np.where(waiting, np.inf, used_at)
-    victims = _lowest(of_idle, count)
-    if (of_idle[victims] < np.inf).all():
-        return victims
-    idle, busy = np.flatnonzero(~waiting), np.flatnonzero(waiting)
-    return np.concatenate([idle, busy[_lowest(used_at[busy], count - len(idle))]])
-
-
-def _lowest(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` lowest."""
-    return np.argpartition(values, count - 1)[:count] if 0 < count < len(values) else np.arange(count)
+    count = 0
+    for busy in (False, True):
+        slot = len(row_of)
+        for _ in range(limit):
+            if count == len(victims):
+                return
+            slot = newer[slot]
+            row = row_of[slot]
+            if (row >= 0 and waiting[row] > 0) == busy:
+                victims[count] = slot
+                count += 1

@@ -17,8 +17,9 @@ from serve_app.policy.batching import choose_batch, pad_batch, powers_of_two
 def test_a_step_has_the_first_waiting_session_and_the_most_timesteps_with_it(
     left: list[int], max_batch_size: int, timesteps: list[int]
 ) -> None:
-    chosen, k = choose_batch(np.array(left), max_batch_size, np.array(timesteps))
-    members = chosen.tolist()
+    chosen = np.zeros(max_batch_size, np.int64)
+    batch, k = choose_batch(np.array(left), max_batch_size, np.array(timesteps), chosen)
+    members = chosen[:batch].tolist()
     assert k in timesteps
     assert members[0] == 0
     assert members == sorted(set(members))

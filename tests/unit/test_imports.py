@@ -15,7 +15,7 @@ OWN = {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()}
 SHARED = {
     f"serve_app.{path.stem}" for path in (ROOT / "serve_app").glob("*.py") if path.stem not in ("app", "__init__")
 }
-PURE = {"serve_app.errors", "serve_app.spec", "serve_app.segment", "serve_app.frame"}
+PURE = {"serve_app.compiled", "serve_app.errors", "serve_app.spec", "serve_app.segment", "serve_app.frame"}
 NOT_PURE = {"torch", "ray"}
 
 # Module or package, the most specific first: what it may import of this repository, and which packages it may not.
