@@ -81,7 +81,7 @@ def make_graph(model: RecurrentModel, batch: int, k: int, forward: Forward) -> C
         forward(x, state)
 
     def replay() -> None:
-        assert inputs is not None  # they live as long as this does
+        assert inputs and forward  # what the graph works on lives as long as this does
         graph.replay()
 
     return replay

@@ -50,10 +50,10 @@ def commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def save(figures: Mapping[str, float], json_file: Path | None) -> None:
-    """Write the figures, where and of what they are, into a file if one is wanted."""
+def save(figures: Mapping[str, float], json_file: Path | None, **more: object) -> None:
+    """Write the figures, where and of what they are, and what else there is, into a file if one is wanted."""
     if json_file is not None:
-        report = {"hardware": hardware(), "commit": commit(), "figures": dict(figures)}
+        report = {"hardware": hardware(), "commit": commit(), "figures": dict(figures), **more}
         json_file.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -43,9 +43,7 @@ class Engine:
         device = choose_device(config.engine.device)
         if isinstance(model, torch.nn.Module):
             model.to(device).eval().requires_grad_(False)
-            for module in model.modules():
-                if isinstance(module, torch.nn.RNNBase):
-                    module.flatten_parameters()  # or cuDNN copies the weights at every call
+            flatten_weights(model)
         self._model = model
         max_sessions = config.session.max_sessions
         self._sessions = SessionTable(max_sessions, config.session.max_window_timesteps)
@@ -388,6 +386,14 @@ def step_timesteps(config: EngineConfig, device: torch.device) -> Sequence[int]:
         return config.step_timesteps
     limit = config.max_step_timesteps
     return range(1, limit + 1) if device.type == "cpu" else powers_of_two(limit)
+
+
+def flatten_weights(model: torch.nn.Module) -> None:
+    """Put the weights of each of torch's RNNs in one piece, or cuDNN copies them at every call."""
+    torch.backends.cudnn.CUDNN_TENSOR_DTYPES.add(torch.bfloat16)  # cuDNN takes it, flatten_parameters asks here
+    for module in model.modules():
+        if isinstance(module, torch.nn.RNNBase):
+            module.flatten_parameters()
 
 
 def choose_device(name: str) -> torch.device:
