@@ -50,6 +50,7 @@ bench: venv
 bench-gpu: venv
 	$(BIN)/python -m bench.step --json bench/results/step_cuda.json
 	$(BIN)/python -m bench.engine --device cuda --json bench/results/engine_cuda.json
+	$(BIN)/python -m bench.saturation --json bench/results/saturation_cuda.json
 	$(BIN)/python -m bench.evict --json bench/results/evict_cuda.json
 	$(BIN)/python -m bench.s9422 --json bench/results/s9422_cuda.json
 	$(BIN)/python -m bench.performance

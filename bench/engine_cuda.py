@@ -81,8 +81,9 @@ def make_graph(model: RecurrentModel, batch: int, k: int, forward: Forward) -> C
         forward(x, state)
 
     def replay() -> None:
-        assert inputs and forward  # what the graph works on lives as long as this does
         graph.replay()
+
+    replay.works_on = inputs, forward  # type: ignore[attr-defined]  # which live as long as it does
 
     return replay
 

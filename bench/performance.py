@@ -9,11 +9,15 @@ import click
 
 from bench.engine_cuda import COLUMNS
 from bench.s9422 import DTYPES, INSTANCES, T4
+from bench.saturation import BATCH_SIZES, ROWS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 DOCUMENT = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "s9422.png"
+TIMELINE = ROOT / "docs" / "saturation.png"
+H100_TFLOPS = 989.4
+"""Of dense fp16 products, as NVIDIA's data sheet of the H100 SXM has it."""
 
 INTRODUCTION = """# Performance on a GPU
 
@@ -44,22 +48,62 @@ segments of 10, the next when the last is answered. Beside it the talk's T4, by 
 
 ![Throughput and request time against instances](s9422.png)
 """
-REST = """## Where the rest goes
+SATURATION = """## Where the time goes at saturation
 
-- Within the model: the first table has the share of a large product's rate that our step reaches. Small batches are
-  held by reading the weights, large ones are near that rate.
+`python -m bench.saturation --json bench/results/saturation_cuda.json`. `model_share` is the time of the model alone, in
+a graph, of the time of the engine's step, in turns, without a profiler. Below it the profiler's trace of other steps,
+in us of a step: the kernel of the LSTM, all other kernels (linear layer, top-k, states by slot), and no kernel at all;
+copies run beside. `product_us` is what the step's operations take at a large product's rate.
+
+![What runs on the device in four steps of 1024 sessions](saturation.png)
+"""
+
+
+def _rest(figures: dict[str, float]) -> str:
+    """The account of what is between an engine's step and the physical limit."""
+    step, model, traced, main, other, none, product = (
+        figures[f"{name}_1024"]
+        for name in (
+            "step_us", "model_us", "traced_step_us", "main_kernel_us", "other_kernels_us", "no_kernel_us", "product_us",
+        )
+    )  # fmt: skip
+    sheet_us = product * figures["product_tflops"] / H100_TFLOPS
+    return f"""## Where the rest of the physical limit goes
+
+A step of 1024 sessions and 10 timesteps, from the data sheet's rate down to what a client gets, in us:
+
+| | us | what it is |
+| --- | --- | --- |
+| the data sheet's rate | {sheet_us:.0f} | {H100_TFLOPS:.0f} TFLOP/s of dense fp16 products, at the highest clock |
+| a large product | {product:.0f} | {figures["product_tflops"]:.0f} TFLOP/s: under such load the GPU lowers its clock, to \
+keep within its power |
+| the model alone | {model:.0f} | in a graph: the layers' kernel, the linear layer, top-k |
+| the engine's step | {step:.0f} | host to host, with states by slot: {model / step:.1%} of it is the model \
+`[model_share_1024]` |
+| traced: the layers' kernel | {main:.0f} | {main / traced:.1%} of a traced step |
+| traced: other kernels | {other:.0f} | {other / traced:.1%}: linear layer, top-k, h gathered by slot |
+| traced: no kernel | {none:.0f} | {none / traced:.1%}: between two kernels, and from one graph to the next |
+
+- The model: at batch 512 and above the layers' kernel keeps the tensor cores about as busy as a large product does.
+  Below that a step is held by the way from cell to cell: a diagonal has at most as many cells as layers, and each needs
+  the one before it. One session is held by reading all weights at each timestep.
 - Between model and engine, on the device: our step reads and writes c, and writes h, where the states lie; h of before
-  is gathered by slot (one kernel), outputs are packed. With any other forward all states are gathered and written back
-  (two kernels a tensor), and inputs are transposed.
-- On the host: receiving, scheduling, launching and answering run while the device computes. A step cannot be shorter
-  than they take, which is what limits steps of one timestep and small batches: there the step is faster than the
-  host's work for it.
+  is gathered by slot in the kernel that also clears the counters, and the outputs are written where they are copied
+  from. With any other forward all states are gathered and written back (two kernels a tensor), inputs are transposed
+  and outputs packed.
+- Copies run beside the kernels, on streams of their own, of this step's outputs and the next one's inputs; where both
+  are small the graph has them, which saves the host more than it costs the device.
+- On the host: receiving, scheduling, launching and answering run while the device computes, up to three steps ahead. A
+  step cannot be shorter than they take, which is what limits steps of one timestep and small batches: there the step is
+  faster than the host's work for it.
 """
 
 
 def rendered() -> str:
     """The document with the figures of now."""
-    step, engine, evict, s9422 = (_load(f"{name}_cuda.json") for name in ("step", "engine", "evict", "s9422"))
+    step, engine, evict, s9422, saturation = (
+        _load(f"{name}_cuda.json") for name in ("step", "engine", "evict", "s9422", "saturation")
+    )
     parts = [INTRODUCTION, STEP, _source(step), _step_table(step["figures"]), ENGINE, _source(engine)]
     parts += [_engine_table(engine["figures"], "top8", "With the 8 largest outputs")]
     parts += [_engine_table(engine["figures"], "full", "With all 1024 outputs")]
@@ -67,16 +111,47 @@ def rendered() -> str:
     parts += [
         f"One session alone, one timestep: {idle_us:.0f} µs to the answer beyond the graph `[idle_overhead_us]`.\n"
     ]
+    parts += [SATURATION, _source(saturation), _saturation_table(saturation["figures"])]
     parts += [EVICT, _source(evict), _evict_table(evict["figures"])]
-    parts += [S9422, _source(s9422), _instances_table(s9422["figures"]), REST]
+    parts += [S9422, _source(s9422), _instances_table(s9422["figures"])]
+    parts += [_rest(saturation["figures"])]
     return "\n".join(parts)
 
 
 def draw() -> None:
-    """The picture of throughput and request time against the number of instances."""
+    """The pictures."""
     import matplotlib
 
     matplotlib.use("agg")
+    _draw_instances()
+    _draw_timeline()
+
+
+def _draw_timeline() -> None:
+    """What runs on the device, against time."""
+    from matplotlib import pyplot
+
+    report = _load("saturation_cuda.json")
+    batches = list(report["traces"])
+    picture, axes = pyplot.subplots(len(batches), 1, figsize=(11, 2.2 * len(batches)), layout="constrained")
+    for batch, axis in zip(batches, axes, strict=True):
+        figures = {name: report["figures"][f"{name}_{batch}"] for name in ("traced_step_us", "no_kernel_us")}
+        events = report["traces"][batch]
+        main = max(events, key=lambda event: event[3])[1]
+        for row, name, start, duration in events:
+            place = ROWS[::-1].index(row)
+            color = "tab:green" if name == main else ("tab:blue", "tab:purple", "tab:orange")[place]
+            axis.broken_barh([(start, duration)], (place - 0.35, 0.7), color=color, linewidth=0)
+        axis.set(yticks=range(len(ROWS)), yticklabels=ROWS[::-1], xlabel="us")
+        idle = figures["no_kernel_us"] / figures["traced_step_us"]
+        axis.set_title(
+            f"batch {batch}: a step is {figures['traced_step_us']:.0f} us, without a kernel {idle:.1%} of it"
+        )
+    picture.savefig(TIMELINE, dpi=110, metadata={"Software": None})
+
+
+def _draw_instances() -> None:
+    """Throughput and request time against the number of instances."""
     from matplotlib import pyplot
 
     report = _load("s9422_cuda.json")
@@ -128,6 +203,22 @@ def _step_table(figures: dict[str, float]) -> str:
     head = ("batch", "timesteps", "cuDNN graph ms", "ours ms", "ratio", "of a large product's rate")
     claimed = f"At batch 1024 and 10 timesteps: {figures['step_vs_cudnn_1024']:.2f} times cuDNN `[step_vs_cudnn_1024]`."
     return f"{_table(head, rows)}\n{claimed}\n"
+
+
+def _saturation_table(figures: dict[str, float]) -> str:
+    columns = {
+        "model alone": "model_us", "engine": "step_us", "traced step": "traced_step_us", "LSTM": "main_kernel_us",
+        "other kernels": "other_kernels_us", "no kernel": "no_kernel_us", "product_us": "product_us",
+    }  # fmt: skip
+    rows = [
+        [
+            batch,
+            f"{figures[f'model_share_{batch}']:.3f} `[model_share_{batch}]`",
+            *(f"{figures[f'{name}_{batch}']:.0f}" for name in columns.values()),
+        ]
+        for batch in BATCH_SIZES
+    ]
+    return _table(["batch", "model_share", *columns], rows)
 
 
 def _evict_table(figures: dict[str, float]) -> str:

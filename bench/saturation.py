@@ -5,7 +5,8 @@
 Model, steps and load are those of bench.engine_cuda: 7x1024 LSTM in fp16 with the 8 largest outputs, segments of 10
 timesteps. `model_share`: what the model alone, in a graph, needs for a step, of the time that the engine needs for one,
 as turns of both in one run, without the profiler. The trace, of other steps, says what the rest is; the profiler slows
-the host down, so there can be gaps in it that are not there otherwise.
+the host down, so there can be gaps in it that are not there otherwise. `product_us`: what the step's operations would
+take at the rate of a large product.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import click
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.engine_cuda import LSTM, THREADS, TURNS, ClosedLoop, make_engine, make_graph, time_s
+from bench.engine_cuda import FLOP, LSTM, THREADS, TURNS, ClosedLoop, make_engine, make_graph, product_flops, time_s
 from bench.report import json_option, save, show_hardware, table
 from serve_app.config import ModelConfig
 from serve_app.models import registry
@@ -108,11 +109,13 @@ def main(seconds: float, json_file: Path | None) -> None:
     model = registry.load(ModelConfig("rnn", {**LSTM, "top_k": 8}))
     assert isinstance(model, Rnn)
     model.cuda().eval()
-    figures: dict[str, float] = {}
+    flops = product_flops()
+    figures: dict[str, float] = {"product_tflops": flops / 1e12}
     traces: dict[str, object] = {}
     rows: list[tuple[object, ...]] = []
     for batch in BATCH_SIZES:
         found, events = measure(model, batch, seconds)
+        found["product_us"] = FLOP * batch * SEGMENT / flops * 1e6
         figures |= {f"{name}_{batch}": value for name, value in found.items()}
         traces[str(batch)] = drawn(events)
         rows.append((batch, *found.values()))

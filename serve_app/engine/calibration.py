@@ -96,7 +96,12 @@ class Calibration:
             return forward(x, state)
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
         states = pytree.tree_map(torch.clone, state)
-        return in_slots(x, states, torch.arange(x.shape[1], device=x.device), self.spare), states
+        outputs = {
+            name: x.new_empty(x.shape[1], len(x), *spec.shape, dtype=getattr(torch, spec.dtype)).transpose(0, 1)
+            for name, spec in self._model.outputs.items()
+        }
+        in_slots(x, states, torch.arange(x.shape[1], device=x.device), list(outputs.values()), self.spare)
+        return (outputs if len(outputs) > 1 else next(iter(outputs.values()))), states
 
     def _read(self) -> dict[str, str]:
         try:

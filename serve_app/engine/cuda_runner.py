@@ -1,7 +1,6 @@
 """Steps on a GPU: captured as CUDA graphs, with uploads and downloads on streams beside the compute."""
 
 import logging
-import math
 from statistics import median
 from typing import Any
 
@@ -177,6 +176,14 @@ class _Program:
             self.forms.append((end, (size, k, *output.shape), output))
             end = _aligned(end + size * k * output.nbytes)
         self.outputs = torch.empty(end, dtype=torch.uint8, device=device)
+        #: The same as [k, size, *shape].
+        self._outputs = [
+            self.outputs[first : first + size * k * output.nbytes]
+            .view(getattr(torch, output.dtype))
+            .view(shape)
+            .transpose(0, 1)
+            for first, shape, output in self.forms
+        ]
         #: Whether the inputs are brought by others, beside the step before; else the step itself does.
         self.uploads = beside and self.inputs.nbytes >= WORTH_A_STREAM
         #: Where the step brings its outputs; None: others do, beside the next.
@@ -234,14 +241,11 @@ class _Program:
         x = self._x.transpose(0, 1)
         in_slots = getattr(self._forward, "in_slots", None)
         if in_slots is not None:
-            y = in_slots(x, self._pool.states(), self._index, self._spare)
+            in_slots(x, self._pool.states(), self._index, self._outputs, self._spare)
         else:
             y, state = self._forward(x.contiguous(), self._pool.gather(self._index))
-        values = check_outputs(y, self._model.outputs, x.shape[:2])
-        for value, (start, shape, spec) in zip(values, self.forms, strict=True):
-            packed = self.outputs[start : start + math.prod(shape) * value.element_size()]
-            packed.view(getattr(torch, spec.dtype)).view(shape).copy_(value.transpose(0, 1))
-        if in_slots is None:
+            for output, value in zip(self._outputs, check_outputs(y, self._model.outputs, x.shape[:2]), strict=True):
+                output.copy_(value)
             self._pool.scatter(self._index, state)
         if self.host_outputs is not None:
             self.host_outputs.copy_(self.outputs, non_blocking=True)

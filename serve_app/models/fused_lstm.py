@@ -16,7 +16,7 @@ accelerator, one or two warpgroups multiply, 64 rows each, and one warp counts w
 
 # mypy: ignore-missing-imports, allow-untyped-decorators
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -118,20 +118,30 @@ class FusedLstm:
         """x [T, B, input], (h, c) [layers, B, hidden] -> as `Rnn.forward`."""
         with torch.cuda.device(x.device):
             y, state = self.layers(x.to(self.model.dtype), state)
-            return self._head(y, x.dtype), state
+            specs = self.model.outputs
+            dtypes = (getattr(torch, spec.dtype) for spec in specs.values())
+            outputs = [
+                x.new_empty(*x.shape[:2], *spec.shape, dtype=dtype)
+                for spec, dtype in zip(specs.values(), dtypes, strict=True)
+            ]
+            self._head(y, outputs)
+            return (dict(zip(specs, outputs, strict=True)) if len(outputs) > 1 else outputs[0]), state
 
     def in_slots(
-        self, x: torch.Tensor, states: State, slots: torch.Tensor, spare: int = 0
-    ) -> torch.Tensor | Mapping[str, torch.Tensor]:
-        """x [T, B, input], states (h, c) [layers, slots, hidden], slots [B] -> y; the states in these slots go on.
+        self,
+        x: torch.Tensor,
+        states: State,
+        slots: torch.Tensor,
+        outputs: Sequence[torch.Tensor],
+        spare: int = 0,
+    ) -> None:
+        """x [T, B, input], states (h, c) [layers, slots, hidden], slots [B]: the states in these slots go on.
 
-        spare: multiprocessors that are left to others.
+        outputs: y or values and indices, [T, B, ...], are written there. spare: multiprocessors left to others.
         """
         with torch.cuda.device(x.device):
             h, c = states
-            # by 8 bytes: torch copies what an index selects value by value
-            h_0 = h.view(torch.float64).index_select(1, slots).view(h.dtype)
-            return self._head(self._run(x.to(self.model.dtype), h_0, h, c, slots, spare), x.dtype)
+            self._head(self._run(x.to(self.model.dtype), None, h, c, slots, spare), outputs)
 
     def layers(self, x: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
         """x [T, B, input] -> h of the last layer [T, B, hidden], state after T."""
@@ -144,23 +154,23 @@ class FusedLstm:
             self._orders[batch] = torch.arange(batch, device=self._bias.device)
         return self._orders[batch]
 
-    def _head(self, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Mapping[str, torch.Tensor]:
-        y = self.model.head(y)
-        if not self.model.options.top_k:
-            return y.to(dtype)
-        values, indices = top_k(y, self.model.options.top_k)
-        return {"values": values.to(dtype), "indices": indices}
+    def _head(self, h: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
+        y = self.model.head(h)
+        if self.model.options.top_k:
+            top_k(y, *outputs)
+        else:
+            outputs[0].copy_(y)
 
     def _run(
         self,
         x: torch.Tensor,
-        h_0: torch.Tensor,
+        h_0: torch.Tensor | None,
         h_n: torch.Tensor,
         c: torch.Tensor,
         slots: torch.Tensor,
         spare: int = 0,
     ) -> torch.Tensor:
-        """h of the last layer [T, B, hidden], from h_0 [layers, B, hidden].
+        """h of the last layer [T, B, hidden], from h_0 [layers, B, hidden], or else from what is in `slots` of h_n.
 
         h after T goes to `slots` of h_n [layers, num_slots, hidden], and c goes on in those of c.
         """
@@ -174,7 +184,14 @@ class FusedLstm:
         most = self._multiprocessors - spare
         tiles = tiles_for(layers, hidden, num_timesteps, batch, most)
         row_blocks = -(-batch // (ROWS * tiles.warpgroups))
-        ready = torch.zeros(layers, num_timesteps, row_blocks, dtype=torch.int32, device=x.device)
+        ready = torch.empty(layers, num_timesteps, row_blocks, dtype=torch.int32, device=x.device)
+        if h_0 is None:
+            h_0 = h.new_empty(layers, batch, hidden)
+            _begin[(batch, layers)](
+                h_n, slots, h_0, ready, ready.numel(), num_slots, hidden, HIDDEN=triton.next_power_of_2(hidden)
+            )
+        else:
+            ready.zero_()
         blocks = min(most, layers * num_timesteps * tiles.count(hidden, batch))
         _lstm[(blocks,)](
             _matrix(x, ROWS),
@@ -204,17 +221,21 @@ class FusedLstm:
         return h[-1]
 
 
-def top_k(y: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [..., outputs] of 16 bits -> its k largest, largest first, and their indices (int32); of equals, the first."""
-    *shape, outputs = y.shape
+def top_k(y: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> None:
+    """Write the k largest of y [T, B, outputs] of 16 bits, largest first, and where they are; of equals, the first.
+
+    values and indices (int32) are [T, B, k], ordered in any way but for the last dimension.
+    """
+    (num_timesteps, batch, outputs), k = y.shape, values.shape[-1]
     if k > MAX_TOP_K or outputs > MAX_OUTPUTS:
-        values, indices = y.topk(k)
-        return values, indices.to(torch.int32)
-    y = y.contiguous()
-    values, indices = y.new_empty(*shape, k), y.new_empty(*shape, k, dtype=torch.int32)
-    padded = max(triton.next_power_of_2(outputs), 32)
-    _top_k[(y.numel() // outputs,)](y, values, indices, outputs, k, OUTPUTS=padded, num_warps=1)
-    return values, indices
+        found = y.topk(k)
+        values.copy_(found.values)
+        indices.copy_(found.indices)
+    else:
+        _top_k[(batch, num_timesteps)](
+            y.contiguous(), values, indices, *values.stride()[:2], *indices.stride()[:2], outputs, k,
+            OUTPUTS=max(triton.next_power_of_2(outputs), 32), num_warps=1,
+        )  # fmt: skip
 
 
 def _up(value: int, step: int) -> int:
@@ -600,14 +621,44 @@ def _count(
         mbarrier.arrive(counted, count=1)
 
 
+@triton.jit(do_not_specialize=["num_ready", "num_slots"])
+def _begin(
+    h: tl.tensor,
+    slots: tl.tensor,
+    h_0: tl.tensor,
+    ready: tl.tensor,
+    num_ready: tl.tensor,
+    num_slots: tl.tensor,
+    hidden: tl.tensor,
+    HIDDEN: tl.constexpr,
+) -> None:
+    """h_0 [layers, B, hidden] out of the slots of h [layers, num_slots, hidden]; `ready` is 0."""
+    row, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    unit = tl.arange(0, HIDDEN)
+    begin = (layer * num_slots + tl.load(slots + row)) * hidden
+    value = tl.load(h + begin + unit, unit < hidden)
+    tl.store(h_0 + (layer * tl.num_programs(0) + row) * hidden + unit, value, unit < hidden)
+    for i in range(layer * tl.num_programs(0) + row, num_ready, tl.num_programs(0) * tl.num_programs(1)):
+        tl.store(ready + i, 0)
+
+
 @triton.jit
 def _top_k(
-    y: tl.tensor, values: tl.tensor, indices: tl.tensor, outputs: tl.tensor, k: tl.tensor, OUTPUTS: tl.constexpr
+    y: tl.tensor,
+    values: tl.tensor,
+    indices: tl.tensor,
+    values_t: tl.tensor,
+    values_b: tl.tensor,
+    indices_t: tl.tensor,
+    indices_b: tl.tensor,
+    outputs: tl.tensor,
+    k: tl.tensor,
+    OUTPUTS: tl.constexpr,
 ) -> None:
     """One row: takes k times the largest of numbers whose upper half orders the values; the lower is -index."""
-    row = tl.program_id(0).to(tl.int64)
+    b, t = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     index = tl.arange(0, OUTPUTS)
-    value = tl.load(y + row * outputs + index, index < outputs, other=0.0)
+    value = tl.load(y + (t * tl.num_programs(0) + b) * outputs + index, index < outputs, other=0.0)
     bits = value.to(tl.int16, bitcast=True).to(tl.int32)
     order = tl.where(value != value, 32767, tl.where(bits < 0, bits ^ 0x7FFF, bits))  # NaN is the largest
     left = tl.where(index < outputs, order * 65536 + (65535 - index), -(2**31))
@@ -615,6 +666,7 @@ def _top_k(
         best = tl.max(left, 0)
         left = tl.where(left == best, -(2**31), left)
         best_order = best >> 16
-        best_bits = tl.where(best_order < 0, best_order ^ 0x7FFF, best_order)
-        tl.store(values + row * k + place, best_bits.to(tl.int16).to(values.dtype.element_ty, bitcast=True))
-        tl.store(indices + row * k + place, 65535 - (best & 0xFFFF))
+        best_bits = tl.where(best_order < 0, best_order ^ 0x7FFF, best_order).to(tl.int16)
+        best_value = best_bits.to(y.dtype.element_ty, bitcast=True)
+        tl.store(values + t * values_t + b * values_b + place, best_value.to(values.dtype.element_ty))
+        tl.store(indices + t * indices_t + b * indices_b + place, 65535 - (best & 0xFFFF))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import report
+from bench.saturation import Event, drawn, row_of, shares
 from bench.sender import Sender
 from serve_app.config import AppConfig, EngineConfig
 from serve_app.engine.engine import Engine
@@ -65,3 +66,19 @@ def test_the_engine_bench_writes_all_figures(tmp_path: Path) -> None:
     claimed = {"engine_vs_module_lstm", "engine_vs_module_silero", "scheduler_us", "idle_bytes_ratio"}
     assert figures.keys() >= {*claimed, "engine_p50_ms_lstm_b1_k1", "engine_timesteps_per_ms_silero_b16_k10"}
     assert figures["idle_max_error"] <= 1e-5
+
+
+def test_a_trace_is_split_into_the_longest_kernel_the_others_and_nothing() -> None:
+    events = [
+        event
+        for step in range(8)
+        for event in (
+            Event("kernels", "lstm", 100.0 * step, 70.0),
+            Event("to the device", "Memcpy HtoD (Pinned -> Device)", 100.0 * step + 10, 30.0),
+            Event("kernels", "top_k", 100.0 * step + 75, 20.0),
+        )
+    ]
+    expected = {"traced_step_us": 100.0, "main_kernel_us": 70.0, "other_kernels_us": 20.0, "no_kernel_us": 10.0}
+    assert shares(events) == expected
+    assert drawn(events)[:3] == [(row, name, start - 200, us) for row, name, start, us in events[6:9]]
+    assert row_of("Memcpy DtoH (Device -> Pinned)") == "to the host"

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -56,12 +56,18 @@ def test_what_runs_in_slots_is_checked_there(off: float) -> None:
         def __call__(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return FloatSumModel().forward(x, state)
 
-        def in_slots(self, x: torch.Tensor, states: torch.Tensor, slots: torch.Tensor, spare: int) -> torch.Tensor:
+        def in_slots(
+            self,
+            x: torch.Tensor,
+            states: torch.Tensor,
+            slots: torch.Tensor,
+            outputs: Sequence[torch.Tensor],
+            spare: int,
+        ) -> None:
             assert x.transpose(0, 1).is_contiguous()
             assert spare == 3
-            y, states[slots] = FloatSumModel().forward(x, states[slots])
+            outputs[0][:], states[slots] = FloatSumModel().forward(x, states[slots])
             states += off
-            return y
 
     class Model(FloatSumModel):
         def alternatives(self) -> Mapping[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
