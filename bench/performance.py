@@ -75,18 +75,18 @@ A step of 1024 sessions and 10 timesteps, from the data sheet's rate down to wha
 | | us | what it is |
 | --- | --- | --- |
 | the data sheet's rate | {sheet_us:.0f} | {H100_TFLOPS:.0f} TFLOP/s of dense fp16 products, at the highest clock |
-| a large product | {product:.0f} | {figures["product_tflops"]:.0f} TFLOP/s: under such load the GPU lowers its clock, to \
-keep within its power |
+| a large product | {product:.0f} | {figures["product_tflops"]:.0f} TFLOP/s: under such load the GPU lowers its clock, \
+to keep within its power |
 | the model alone | {model:.0f} | in a graph: the layers' kernel, the linear layer, top-k |
-| the engine's step | {step:.0f} | host to host, with states by slot: {model / step:.1%} of it is the model \
+| the engine's step | {step:.0f} | host to host, with states by slot; the model is {figures["model_share_1024"]:.1%} of it \
 `[model_share_1024]` |
 | traced: the layers' kernel | {main:.0f} | {main / traced:.1%} of a traced step |
 | traced: other kernels | {other:.0f} | {other / traced:.1%}: linear layer, top-k, h gathered by slot |
 | traced: no kernel | {none:.0f} | {none / traced:.1%}: between two kernels, and from one graph to the next |
 
-- The model: at batch 512 and above the layers' kernel keeps the tensor cores about as busy as a large product does.
-  Below that a step is held by the way from cell to cell: a diagonal has at most as many cells as layers, and each needs
-  the one before it. One session is held by reading all weights at each timestep.
+- The model: at batch 512 and above the layers' kernel is near a large product's rate (the first table), held by the
+  power that both need. Below that a step is held by the way from cell to cell: a diagonal has at most as many cells as
+  layers, and each needs the one before it. One session is held by reading all weights at each timestep.
 - Between model and engine, on the device: our step reads and writes c, and writes h, where the states lie; h of before
   is gathered by slot in the kernel that also clears the counters, and the outputs are written where they are copied
   from. With any other forward all states are gathered and written back (two kernels a tensor), inputs are transposed
