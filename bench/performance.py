@@ -67,7 +67,7 @@ def _rest(figures: dict[str, float]) -> str:
             "step_us", "model_us", "traced_step_us", "main_kernel_us", "other_kernels_us", "no_kernel_us", "product_us",
         )
     )  # fmt: skip
-    sheet_us = product * figures["product_tflops"] / H100_TFLOPS
+    sheet_us, share = product * figures["product_tflops"] / H100_TFLOPS, figures["model_share_1024"]
     return f"""## Where the rest of the physical limit goes
 
 A step of 1024 sessions and 10 timesteps, from the data sheet's rate down to what a client gets, in us:
@@ -78,8 +78,7 @@ A step of 1024 sessions and 10 timesteps, from the data sheet's rate down to wha
 | a large product | {product:.0f} | {figures["product_tflops"]:.0f} TFLOP/s: under such load the GPU lowers its clock, \
 to keep within its power |
 | the model alone | {model:.0f} | in a graph: the layers' kernel, the linear layer, top-k |
-| the engine's step | {step:.0f} | host to host, with states by slot; the model is {figures["model_share_1024"]:.1%} of it \
-`[model_share_1024]` |
+| the engine's step | {step:.0f} | host to host, states by slot; the model is {share:.1%} of it `[model_share_1024]` |
 | traced: the layers' kernel | {main:.0f} | {main / traced:.1%} of a traced step |
 | traced: other kernels | {other:.0f} | {other / traced:.1%}: linear layer, top-k, h gathered by slot |
 | traced: no kernel | {none:.0f} | {none / traced:.1%}: between two kernels, and from one graph to the next |
