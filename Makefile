@@ -10,7 +10,7 @@ FIND_PYTHON = for python in "$(PYTHON)" python3.13 python3.12 python3.11; do \
 	test -n "$$python" || { echo "Python 3.11 or newer with its venv module is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 		"On Debian and Ubuntu: apt install python3.12-venv. Another interpreter: make venv PYTHON=/path/to/python3" >&2; exit 1; }
 
-.PHONY: venv fmt check test demo bench bench-gpu lock clean
+.PHONY: venv fmt check test demo bench bench-gpu protos lock clean
 
 venv: .venv/.installed
 
@@ -54,6 +54,14 @@ bench-gpu: venv
 	$(BIN)/python -m bench.evict --json bench/results/evict_cuda.json
 	$(BIN)/python -m bench.s9422 --json bench/results/s9422_cuda.json
 	$(BIN)/python -m bench.performance
+
+# The modules of serve_app/ingress/protos/oip.proto, by a compiler in an environment of its own: it wants an older protobuf.
+protos:
+	rm -rf .venv-protos
+	@$(FIND_PYTHON); "$$python" -m venv .venv-protos
+	.venv-protos/bin/python -m pip install $(PIP_ARGS) 'grpcio-tools==1.81.1'
+	.venv-protos/bin/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. serve_app/ingress/protos/oip.proto
+	rm -rf .venv-protos
 
 # What pyproject.toml resolves to today, without local suffixes (+cpu) and without the CUDA parts, which torch pins itself.
 lock:

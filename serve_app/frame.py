@@ -5,7 +5,7 @@ grant a number of its own, so the number says session, owner and whether the gra
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,8 @@ class Answer:
     """What an owner has for one sender; columns are [n], each of `outputs` is [sum(length), *shape].
 
     Entry i brings the outputs of timesteps start[i] … start[i] + length[i] of session epoch[i], whose inputs below
-    `next` are accepted after `rewind` failed steps. Notices come after the outputs.
+    `next` are accepted after `rewind` failed steps. Notices come after the outputs. `timing` [3, n]: us that those
+    timesteps waited for their steps, us that these took, and the sessions of the last of them.
     """
 
     epoch: np.ndarray
@@ -101,4 +102,5 @@ class Answer:
     start: np.ndarray
     length: np.ndarray
     outputs: Mapping[str, np.ndarray]
-    notices: Sequence[Notice] = field(default=())
+    notices: Sequence[Notice]
+    timing: np.ndarray

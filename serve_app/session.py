@@ -6,7 +6,8 @@ is a Carrier's business. Everything here runs on one event loop.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -53,6 +54,21 @@ class Entry(NamedTuple):
     close: int
 
 
+@dataclass(slots=True)
+class Timing:
+    """Where the time of outputs went: waiting for steps, in steps, and how many sessions were in the last of these."""
+
+    queue_us: int = 0
+    compute_us: int = 0
+    batch_size: int = 0
+
+    def add(self, queue_us: int, compute_us: int, batch_size: int) -> None:
+        """More outputs have come."""
+        self.queue_us += queue_us
+        self.compute_us += compute_us
+        self.batch_size = batch_size
+
+
 class Session:
     """One session on the number line: acked <= progress <= accepted <= handed <= next.
 
@@ -84,6 +100,10 @@ class Session:
         #: Why the session ended (closed, idle, aborted, …), None while it lives.
         self.end_reason: str | None = None
         self.carrier = carrier
+        #: Of all outputs since whoever reads it has put a new one here.
+        self.timing = Timing()
+        #: Called, on the event loop, whenever there are more outputs, or a failure, or the session has ended.
+        self.changed: Callable[[], None] | None = None
         self._ack_on_receipt = ack_on_receipt
         self._close = NO_CLOSE
         self._close_told = False
@@ -165,6 +185,12 @@ class Session:
             self._raise_if_ended()
             await self._change()
         return True
+
+    def check(self) -> None:
+        """Raise the error that ended the session, or once what rewound it; nothing when it has closed in order."""
+        self._raise_failure()
+        if self._error is not None:
+            raise self._error
 
     async def outputs(self) -> AsyncIterator[Outputs]:
         """Outputs in order, each timestep once, as they come; ends with the session."""
@@ -416,6 +442,8 @@ class Session:
         await changed
 
     def _wake(self) -> None:
+        if self.changed is not None:
+            self.changed()
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []

@@ -27,7 +27,7 @@ class ModelSpec:
     """A served model, as its clients see it.
 
     `sample_rate` (Hz) is set where a timestep is a run of audio samples; clients then take any number of samples
-    and cut them into timesteps themselves.
+    and cut them into timesteps themselves. `input_name` is what protocols call the input that name their tensors.
     """
 
     name: str
@@ -35,6 +35,7 @@ class ModelSpec:
     outputs: Mapping[str, TensorSpec] = field(default_factory=dict)
     state_bytes: int = 0
     sample_rate: int | None = None
+    input_name: str = "x"
 
     @property
     def output_bytes(self) -> int:

@@ -29,7 +29,7 @@ def encode_reply(reply: Answer | LockstepError) -> bytes:
     columns = (reply.epoch, reply.next, reply.rewind, reply.start, reply.length)
     outputs = {name: _pack_array(values) for name, values in reply.outputs.items()}
     notices = [(notice.epoch, notice.kind, notice.error, notice.reason, notice.progress) for notice in reply.notices]
-    return _pack((None, _pack_array(np.stack(columns)), outputs, notices))
+    return _pack((None, _pack_array(np.concatenate([columns, reply.timing])), outputs, notices))
 
 
 def decode_reply(data: bytes) -> Answer | LockstepError:
@@ -38,8 +38,10 @@ def decode_reply(data: bytes) -> Answer | LockstepError:
     if error is not None:
         return from_wire(error)
     values = {name: _unpack_array(array) for name, array in outputs.items()}
-    epoch, following, rewind, start, length = _unpack_array(columns)
-    return Answer(epoch, following, rewind, start, length, values, tuple(Notice(*notice) for notice in notices))
+    table = _unpack_array(columns)
+    epoch, following, rewind, start, length = table[:5]
+    told = tuple(Notice(*notice) for notice in notices)
+    return Answer(epoch, following, rewind, start, length, values, told, table[5:])
 
 
 def _pack(message: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""The way in for clients that know nothing of Ray: HTTP and WebSocket."""
+"""The way in for clients that know nothing of Ray: HTTP, WebSocket and gRPC."""
 
 from typing import Any
 
@@ -8,18 +8,21 @@ from ray import serve
 from serve_app.deployments.transport import RayDirectory
 from serve_app.ingress.http import build_http
 from serve_app.ingress.hub import Hub
+from serve_app.ingress.oip import InferenceServer
+from serve_app.ingress.oip_grpc import InferenceService
 
 
 @serve.ingress()
-class Ingress:
+class Ingress(InferenceService):
     """Protocol adapters over a hub. `recurrent` is there for Serve to deploy the owners, whom the directory names."""
 
     async def __init__(self, recurrent: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         self._recurrent = recurrent
         self._hub = Hub(RayDirectory(serve.get_replica_context().app_name), ack_on_receipt=False)
+        self.inference = InferenceServer(self._hub)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_http(self._hub)
+        return build_http(self._hub, self.inference)
 
     async def __del__(self) -> None:
         await self._hub.stop()

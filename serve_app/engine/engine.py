@@ -70,6 +70,7 @@ class Engine:
             dict(model.outputs),
             self._pool.state_bytes,
             getattr(model, "sample_rate", None),
+            getattr(model, "input_name", "x"),
         )
         output_bytes = max(1, self.spec.output_bytes)
         self._max_retained = config.engine.max_retained_bytes // output_bytes  # timesteps
@@ -260,11 +261,14 @@ class Engine:
         return x
 
     def _complete(self, flight: "_Flight", now: float) -> None:
-        (rows, k, waited_s), values = flight.batch, flight.step.outputs()
+        (rows, k, waited_us), values = flight.batch, flight.step.outputs()
         self._in_flight -= k * len(rows)
         self.stats.graph_steps += flight.step.captured
-        self.stats.add_step(StepRecord(len(rows), k, waited_s, time.monotonic() - flight.began))
-        members, rows, starts, closing, sender = self._sessions.advance(rows, flight.epochs, k, now)
+        took_s = time.monotonic() - flight.began
+        self.stats.add_step(StepRecord(len(rows), k, float(waited_us[0]) / 1e6, took_s))
+        members, rows, starts, closing, sender = self._sessions.advance(
+            rows, flight.epochs, k, waited_us, int(took_s * 1e6), now
+        )
         if len(rows):
             self._outputs.add(values, rows, starts, members * k, np.full(len(rows), k))
             self._mark(rows, sender)

@@ -68,5 +68,5 @@ class Mailbox:
         if self.notices and not self.marked:
             notices = tuple(self.notices)
             self.notices.clear()
-        _, epoch, following, rewind, start, length, _ = unsent
-        return Answer(epoch, following, rewind, start, length, outputs, notices)
+        _, epoch, following, rewind, start, length, timing, _ = unsent
+        return Answer(epoch, following, rewind, start, length, outputs, notices, timing)

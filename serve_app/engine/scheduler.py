@@ -14,11 +14,11 @@ HEAD, SIZE, TOTAL = range(3)
 
 
 class Batch(NamedTuple):
-    """One step: `k` timesteps of each session in `rows` [B]. `waited_s`: how long the first of them waited for it."""
+    """One step: `k` timesteps of each session in `rows` [B]. `waited_us` [B]: how long each has waited for it."""
 
     rows: np.ndarray
     k: int
-    waited_s: float
+    waited_us: np.ndarray
 
 
 class Scheduler:
@@ -50,12 +50,12 @@ class Scheduler:
         """Take the next step; None when nothing is ready. What it leaves of its sessions' timesteps waits again."""
         if not self.total:
             return None
-        rows = np.empty(self.max_batch_size, np.int64)
-        batch, k, since = _schedule(
+        rows, waited_us = found = np.empty((2, self.max_batch_size), np.int64)
+        batch, k = _schedule(
             self._numbers, self._queue, self._queued, self.left, self._since, self.timesteps, self._window,
-            self._chosen, rows, now,
+            self._chosen, now, found,
         )  # fmt: skip
-        return Batch(rows[:batch], k, now - since)
+        return Batch(rows[:batch], k, waited_us[:batch])
 
     def drop(self, rows: np.ndarray) -> None:
         """Forget everything that `rows` have ready."""
@@ -116,10 +116,10 @@ def _schedule(
     timesteps: np.ndarray,
     window: np.ndarray,
     chosen: np.ndarray,
-    rows: np.ndarray,
     now: float,
-) -> tuple[int, int, float]:
-    """Fill `rows` from the head of the queue; returns how many they are, their timesteps, and since when it waited."""
+    found: np.ndarray,
+) -> tuple[int, int]:
+    """Fill `found` with rows from the head of the queue and how long they waited; returns how many, and timesteps."""
     looked_at, ready = window[0], window[1]
     count, alike = 0, True
     while numbers[SIZE] and count < len(ready) and not (alike and count == len(chosen)):
@@ -133,7 +133,6 @@ def _schedule(
         else:
             queued[row] = False
     batch, k = choose_batch(ready[:count], len(chosen), timesteps, chosen)
-    first_since = since[looked_at[0]]
     which = batch - 1
     for i in range(count - 1, -1, -1):  # those that are not chosen are where they were
         if which >= 0 and chosen[which] == i:
@@ -143,7 +142,8 @@ def _schedule(
             numbers[SIZE] += 1
             queue[numbers[HEAD]] = looked_at[i]
     for i in range(batch):
-        row = rows[i] = looked_at[chosen[i]]
+        row = looked_at[chosen[i]]
+        found[0, i], found[1, i] = row, 1e6 * (now - since[row])
         left[row] -= k
         if left[row]:
             since[row] = now
@@ -151,4 +151,4 @@ def _schedule(
         else:
             queued[row] = False
     numbers[TOTAL] -= k * batch
-    return batch, k, first_since
+    return batch, k

@@ -27,7 +27,7 @@ from serve_app.frame import COLUMNS, NO_CLOSE, Frame
 from serve_app.spec import TensorSpec
 
 MAX_TOMBSTONES = 65536
-EPOCH, NEXT, REWIND, CLOSE_AT, ACKED, SENT, PROGRESS, SENDER = range(8)
+EPOCH, NEXT, REWIND, CLOSE_AT, ACKED, SENT, PROGRESS, SENDER, WAITED, TOOK, TOGETHER = range(11)
 """Columns of the table of all sessions."""
 OVER = -3
 """`close_at` of a session that does not run any more."""
@@ -93,7 +93,10 @@ class Advanced(NamedTuple):
 
 
 class Unsent(NamedTuple):
-    """Outputs to be sent, columns [n]: `length` timesteps from `start` of each of `rows`; `left`: rows without room."""
+    """Outputs to be sent, columns [n]: `length` timesteps from `start` of each of `rows`; `left`: rows without room.
+
+    timing [3, n]: us that they waited, us of their steps, sessions of the last of those.
+    """
 
     rows: np.ndarray
     epoch: np.ndarray
@@ -101,6 +104,7 @@ class Unsent(NamedTuple):
     rewind: np.ndarray
     start: np.ndarray
     length: np.ndarray
+    timing: np.ndarray
     left: np.ndarray
 
 
@@ -110,9 +114,10 @@ class SessionTable:
     def __init__(self, max_sessions: int, max_window: int) -> None:
         self.max_sessions = max_sessions
         self.max_window = max_window
-        self._table = np.zeros((max_sessions, 8), np.int64)
+        self._table = np.zeros((max_sessions, 11), np.int64)
         self.epoch, self.next, self.rewind, self.close_at, *others = self._table.T
-        self.acked, self.sent, self.progress, self.sender = others
+        self.acked, self.sent, self.progress, self.sender, *timing = others
+        self._timing = timing  # of what was not sent: us of waiting and of steps, sessions of the last step
         self.status = np.zeros(max_sessions, np.int64)
         self.active_at = np.zeros(max_sessions)
         self.names: dict[int, str] = {}
@@ -141,7 +146,7 @@ class SessionTable:
         else:
             row = self._num_rows
             self._num_rows += 1
-        for column in (self.next, self.progress, self.sent, self.acked, self.rewind):
+        for column in (self.next, self.progress, self.sent, self.acked, self.rewind, *self._timing):
             column[row] = 0
         self.epoch[row], self.close_at[row], self.sender[row] = epoch, NO_CLOSE, sender
         self.active_at[row], self.status[row] = now, Status.OPEN
@@ -161,18 +166,22 @@ class SessionTable:
         )  # fmt: skip
         return Accepted(rows, acked, running[:count], offset[:count], take[:count], None if usual else verdict)
 
-    def advance(self, rows: np.ndarray, epochs: np.ndarray, k: int, now: float) -> Advanced:
+    def advance(
+        self, rows: np.ndarray, epochs: np.ndarray, k: int, waited_us: np.ndarray, took_us: int, now: float
+    ) -> Advanced:
         """Sessions [B] have run k timesteps; those that have ended since, or whose row has another, are left out."""
         members, running, starts, closing = found = np.empty((4, len(rows)), np.int64)
-        count, num_closing, sender = _advance(self._table, self.active_at, array(rows), array(epochs), k, now, found)
+        count, num_closing, sender = _advance(
+            self._table, self.active_at, array(rows), array(epochs), k, array(waited_us), took_us, now, found
+        )
         return Advanced(members[:count], running[:count], starts[:count], closing[:num_closing], sender)
 
     def take_unsent(self, rows: np.ndarray, sender: int, room: int) -> Unsent:
         """What `rows` of this sender have computed and not sent, up to `room` timesteps: it is sent now."""
-        found = np.empty((6, len(rows)), np.int64)
+        found = np.empty((9, len(rows)), np.int64)
         count, looked_at = _take_unsent(self._table, array(rows), sender, room, found)
-        running, epoch, following, rewind, start, length = found[:, :count]
-        return Unsent(running, epoch, following, rewind, start, length, rows[looked_at:])
+        running, epoch, following, rewind, start, length, *_ = found[:, :count]
+        return Unsent(running, epoch, following, rewind, start, length, found[6:, :count], rows[looked_at:])
 
     def running(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Which of `rows` [B] still have the session of that epoch, and run it."""
@@ -437,6 +446,8 @@ def _advance(
     rows: np.ndarray,
     epochs: np.ndarray,
     k: int,
+    waited_us: np.ndarray,
+    took_us: int,
     now: float,
     found: np.ndarray,
 ) -> tuple[int, int, int]:
@@ -451,6 +462,9 @@ def _advance(
         found[:3, count] = i, row, line[PROGRESS]
         count += 1
         line[PROGRESS] += k
+        line[WAITED] += waited_us[i]
+        line[TOOK] += took_us
+        line[TOGETHER] = len(rows)
         active_at[row] = now
         if line[PROGRESS] == line[CLOSE_AT]:
             found[3, closing] = row
@@ -470,7 +484,9 @@ def _take_unsent(table: np.ndarray, rows: np.ndarray, sender: int, room: int, fo
             continue
         given = min(length, room)
         if given > 0:
-            found[:, count] = rows[i], line[EPOCH], line[NEXT], line[REWIND], start, given
+            found[:6, count] = rows[i], line[EPOCH], line[NEXT], line[REWIND], start, given
+            found[6:, count] = line[WAITED], line[TOOK], line[TOGETHER]
+            line[WAITED] = line[TOOK] = 0
             count += 1
         line[SENT] += given
         room -= given

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 
 from serve_app.errors import InvalidInput, LockstepError, Unavailable
+from serve_app.ingress import oip_http
 from serve_app.ingress.codec import (
     JSON,
     MSGPACK,
@@ -29,6 +30,7 @@ from serve_app.ingress.codec import (
     read_raw,
 )
 from serve_app.ingress.hub import Hub
+from serve_app.ingress.oip import InferenceServer
 from serve_app.ingress.websocket import converse
 from serve_app.segment import Outputs
 
@@ -142,13 +144,17 @@ router = APIRouter(
 )
 
 
-def build_http(hub: Hub) -> FastAPI:
-    """The application. `hub` keeps outputs until they are acknowledged (`ack_on_receipt=False`)."""
+def build_http(hub: Hub, inference: InferenceServer | None = None) -> FastAPI:
+    """The application. `hub` keeps outputs until they are acknowledged (`ack_on_receipt=False`).
+
+    inference: what speaks the Open Inference Protocol for that hub (None: a new one).
+    """
     app = FastAPI(
         title="Lockstep", description="Recurrent models for live sessions; docs/protocol.md explains the numbers."
     )
-    app.state.hub = hub
+    app.state.hub, app.state.inference = hub, inference or InferenceServer(hub)
     app.include_router(router)
+    app.include_router(oip_http.router)
     app.add_exception_handler(LockstepError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_parameter)

@@ -110,6 +110,12 @@ class Hub:
         self._sessions[session.name] = session
         return session
 
+    def has_ended(self, session: Session) -> None:
+        """Let the directory know, with the next session that opens, so that the name is free again."""
+        for owner, outbox in self._outboxes.items():
+            if outbox is session.carrier:
+                self._ended.setdefault(owner, []).append(session.epoch)
+
     def _forget(self, owner: str, session: Session) -> None:
         if self._sessions.get(session.name) is session:
             del self._sessions[session.name]

@@ -215,10 +215,11 @@ class Outbox:
 
     def _take_answer(self, answer: Answer) -> None:
         at = 0
-        columns = (answer.epoch, answer.next, answer.rewind, answer.start, answer.length)
-        for epoch, accepted, rewind, start, length in zip(*(column.tolist() for column in columns), strict=True):
+        columns = (answer.epoch, answer.next, answer.rewind, answer.start, answer.length, *answer.timing)
+        for epoch, accepted, rewind, start, length, *timing in zip(*(c.tolist() for c in columns), strict=True):
             if session := self._sessions.get(epoch):
                 run = Run(start, start + length, answer.outputs, at) if length else None
+                session.timing.add(*timing)
                 session.deliver(accepted, rewind, run)
                 self._settle(session)
             at += length

@@ -16,7 +16,8 @@ class RecurrentModel(Protocol):
     """A model whose state is data, never an attribute: who else is in the batch does not change a session's output.
 
     A `torch.nn.Module` is moved to the device and put into eval mode by the engine; `forward` runs in inference mode.
-    Optional: `sample_rate: int` where a timestep is a run of audio samples;
+    Optional: `sample_rate: int` where a timestep is a run of audio samples; `input_name: str`, what the Open Inference
+    Protocol calls the input (x);
     `session_ended(session: str, reason: str)`, called when a session ends (closed, idle, aborted);
     `takes_views = True` where `forward` never writes x and does not need it in one piece, so that on a CPU it may be a
     view into what arrived: that spares a copy; and

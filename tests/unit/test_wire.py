@@ -52,11 +52,11 @@ def test_frame(
     assert_same(decode_frame(encode_frame(frame)), frame)
 
 
-@given(columns(5), st.dictionaries(NAMES, TENSORS, max_size=3), NAMES)
+@given(columns(8), st.dictionaries(NAMES, TENSORS, max_size=3), NAMES)
 def test_answer(ints: list[np.ndarray], outputs: dict[str, np.ndarray], reason: str) -> None:
     error = NotOwner("no", expected=3, hint=None).to_wire()
     notices = (Notice(5, "refused", error), Notice(6, "ended", reason=reason, progress=7))
-    answer = Answer(*ints, outputs, notices)  # type: ignore[arg-type]  # five columns
+    answer = Answer(*ints[:5], outputs, notices, np.stack(ints[5:]))  # type: ignore[arg-type]
     assert_same(decode_reply(encode_reply(answer)), answer)
 
 

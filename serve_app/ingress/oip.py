@@ -1,0 +1,407 @@
+"""The Open Inference Protocol over a hub, in plain values. oip_grpc and oip_http put these into their messages.
+
+A model's input is [T, *features]: any number of timesteps. A leading dimension of 1, as clients of batched models send
+it, is taken as well, and given back.
+"""
+
+import asyncio
+import hashlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownModel
+from serve_app.ingress.hub import Hub
+from serve_app.ingress.sequences import Request, Result, SequenceId, Space
+from serve_app.ingress.shared_memory import SharedMemory
+from serve_app.spec import ModelSpec, TensorSpec
+
+NAME, SERVER_VERSION, MODEL_VERSION, PLATFORM = "lockstep", "2", "1", "lockstep_recurrent"
+EXTENSIONS = (
+    "binary_tensor_data",
+    "logging",
+    "model_configuration",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "sequence",
+    "sequence(string_id)",
+    "statistics",
+    "system_shared_memory",
+    "trace",
+)
+DATATYPES = {
+    "bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "int8": "INT8",
+    "int16": "INT16", "int32": "INT32", "int64": "INT64", "float16": "FP16", "float32": "FP32", "float64": "FP64",
+}  # fmt: skip
+DTYPES = {datatype: np.dtype(name).newbyteorder("<") for name, datatype in DATATYPES.items()}
+MAX_DIMS = 32
+Parameter = bool | int | str | float
+Parameters = Mapping[str, Parameter]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A tensor as it came: its values are `data`, bytes or numbers one after the other."""
+
+    name: str
+    datatype: str
+    shape: Sequence[int]
+    data: bytes | memoryview | Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """An inference request that has been read, and what its answer needs."""
+
+    request: Request
+    spec: ModelSpec
+    id: str
+    outputs: Sequence[str]
+    #: Its input came with a leading dimension of 1.
+    batched: bool
+    #: The client asked to be told with each response whether it is the last.
+    tells_final: bool
+    began_ns: int = field(default_factory=time.monotonic_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a call comes back with."""
+
+    call: Call
+    outputs: Mapping[str, np.ndarray]
+    parameters: Parameters
+
+
+class InferenceServer:
+    """The models behind a hub, as the protocol sees them."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.memory = SharedMemory()
+        #: Settings that clients may read and write, with the values they have here. Nothing is traced.
+        self.trace: dict[str, list[str]] = {"trace_level": ["OFF"], "trace_rate": ["1000"], "trace_count": ["-1"]}
+        self.log: dict[str, bool | int | str] = {"log_info": True, "log_warning": True, "log_error": True}
+        self._hub = hub
+        self._specs: dict[str, ModelSpec] = {}
+        self._unloaded: set[str] = set()
+        self._shared = Space(hub, None)
+        self._named: dict[str, Space] = {}
+        self._statistics: dict[str, Statistics] = {}
+
+    # Health and description.
+
+    async def ready(self) -> bool:
+        """Whether every model that is not unloaded can be asked."""
+        return bool(await self._models())
+
+    async def model_ready(self, name: str, version: str) -> bool:
+        """Whether the model can be asked."""
+        return version in ("", MODEL_VERSION) and name in await self._models() and name not in self._unloaded
+
+    def server_metadata(self) -> dict[str, Any]:
+        """ServerMetadataResponse."""
+        return {"name": NAME, "version": SERVER_VERSION, "extensions": list(EXTENSIONS)}
+
+    async def metadata(self, name: str, version: str) -> dict[str, Any]:
+        """ModelMetadataResponse. Raises UnknownModel."""
+        spec = await self._spec(name, version)
+        return {
+            "name": name,
+            "versions": [MODEL_VERSION],
+            "platform": PLATFORM,
+            "inputs": [_describe(spec.input_name, spec.input)],
+            "outputs": [_describe(output, tensor) for output, tensor in spec.outputs.items()],
+        }
+
+    async def config(self, name: str, version: str) -> dict[str, Any]:
+        """ModelConfig. Raises UnknownModel."""
+        spec = await self._spec(name, version)
+        return {
+            "name": name,
+            "platform": PLATFORM,
+            "backend": NAME,
+            "max_batch_size": 0,
+            "input": [{**_configured(spec.input_name, spec.input), "optional": False, "is_shape_tensor": False}],
+            "output": [_configured(output, tensor) for output, tensor in spec.outputs.items()],
+            "sequence_batching": {"oldest": {}},
+            "parameters": {},
+            "model_transaction_policy": {"decoupled": False},
+        }
+
+    async def statistics(self, name: str, version: str) -> list[dict[str, Any]]:
+        """ModelStatistics of one model, or of all where no name is given. Raises UnknownModel."""
+        names = [name] if name else sorted(await self._models())
+        for each in names:
+            await self._spec(each, version)
+        return [self._of(each).described(each) for each in names]
+
+    async def index(self, *, only_ready: bool) -> list[dict[str, str]]:
+        """The models that are configured."""
+        found = []
+        for name in sorted(await self._models()):
+            loaded = name not in self._unloaded
+            if loaded or not only_ready:
+                state, reason = ("READY", "") if loaded else ("UNAVAILABLE", "unloaded")
+                found.append({"name": name, "version": MODEL_VERSION, "state": state, "reason": reason})
+        return found
+
+    async def load(self, name: str) -> None:
+        """Let new sequences of a configured model be opened (again). Raises UnknownModel."""
+        await self._spec(name, "")
+        self._unloaded.discard(name)
+
+    async def unload(self, name: str) -> None:
+        """Open no new sequences of a model; those that are open go on. Raises UnknownModel."""
+        await self._spec(name, "")
+        self._unloaded.add(name)
+
+    # Inference.
+
+    def space(self, client: str | None) -> Space:
+        """The sequences of a client who has a name, or those that all others share."""
+        if client is None:
+            return self._shared
+        for name, space in list(self._named.items()):
+            if not len(space):
+                del self._named[name]
+        return self._named.setdefault(client, Space(self._hub, f"client {client}"))
+
+    def own_space(self) -> Space:
+        """Sequences that nobody else can name."""
+        return Space(self._hub, f"stream {uuid4().hex}")
+
+    def read(
+        self,
+        model: str,
+        version: str,
+        identity: str,
+        parameters: Parameters,
+        inputs: Sequence[Input],
+        outputs: Sequence[str],
+    ) -> Call:
+        """What a request asks for. Raises InvalidInput, UnknownModel (`know` the model, and read again)."""
+        spec = self._specs.get(model)
+        if spec is None or version not in ("", MODEL_VERSION):
+            raise _unknown(model, version)
+        sequence, start = _sequence_id(parameters, model), _flag(parameters, "sequence_start")
+        if start and model in self._unloaded:
+            raise Unavailable(f"model '{model}' is unloaded: load it before a sequence starts")
+        if len(inputs) != 1:
+            raise InvalidInput(f"expected 1 inputs but got {len(inputs)} inputs for model '{model}'")
+        if inputs[0].name != spec.input_name:
+            raise InvalidInput(
+                f"unexpected inference input '{inputs[0].name}' for model '{model}', it takes '{spec.input_name}'"
+            )
+        for name in outputs:
+            if name not in spec.outputs:
+                raise InvalidInput(
+                    f"unexpected inference output '{name}' for model '{model}', it has {', '.join(spec.outputs)}"
+                )
+        x, batched = _timesteps(inputs[0], spec)
+        end = _flag(parameters, "sequence_end")
+        final = _flag(parameters, "triton_enable_empty_final_response")
+        return Call(Request(model, sequence, start, end, x), spec, identity, outputs or [*spec.outputs], batched, final)
+
+    async def know(self, model: str) -> None:
+        """Look the model up, if it is not known here yet."""
+        if model not in self._specs:
+            await self._models()
+
+    def answer(self, call: Call, result: Result | LockstepError) -> Answer | LockstepError:
+        """What is to be sent; the statistics have it."""
+        statistics, took_ns = self._of(call.request.model), time.monotonic_ns() - call.began_ns
+        if isinstance(result, LockstepError):
+            statistics.fail.add(took_ns)
+            return result
+        timing = result.timing
+        statistics.add(len(call.request.x), took_ns, timing.queue_us * 1000, timing.compute_us * 1000)
+        values = {name: value[None] if call.batched else value for name, value in result.values.items()}
+        parameters: dict[str, Parameter] = {
+            "queue_us": timing.queue_us,
+            "compute_us": timing.compute_us,
+            "batch_size": timing.batch_size,
+            "total_us": took_ns // 1000,
+        }
+        if call.tells_final:
+            parameters["triton_final_response"] = True
+        return Answer(call, {name: values[name] for name in call.outputs}, parameters)
+
+    async def infer(self, call: Call, space: Space) -> Answer:
+        """Run one call. Raises what it fails with."""
+        done: asyncio.Future[Result | LockstepError] = asyncio.get_running_loop().create_future()
+
+        def reply(result: Result | LockstepError) -> None:
+            if not done.done():  # the caller may have gone
+                done.set_result(result)
+
+        try:
+            space.ask(call.request, reply)
+        except LockstepError as error:
+            reply(error)
+        answer = self.answer(call, await done)
+        if isinstance(answer, LockstepError):
+            raise answer
+        return answer
+
+    async def _models(self) -> dict[str, ModelSpec]:
+        self._specs = await self._hub.models()
+        return self._specs
+
+    async def _spec(self, name: str, version: str) -> ModelSpec:
+        await self.know(name)
+        if name not in self._specs or version not in ("", MODEL_VERSION):
+            raise _unknown(name, version)
+        return self._specs[name]
+
+    def _of(self, model: str) -> "Statistics":
+        return self._statistics.setdefault(model, Statistics())
+
+
+@dataclass(slots=True)
+class Duration:
+    """How many, and how long all of them took."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, ns: int) -> None:
+        """One more."""
+        self.count += 1
+        self.ns += ns
+
+    def described(self) -> dict[str, int]:
+        """StatisticDuration."""
+        return {"count": self.count, "ns": self.ns}
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Of one model, since this process has started."""
+
+    timesteps: int = 0
+    last_ms: int = 0
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)
+    queue: Duration = field(default_factory=Duration)
+    compute: Duration = field(default_factory=Duration)
+    output: Duration = field(default_factory=Duration)
+
+    def add(self, timesteps: int, took_ns: int, queue_ns: int, compute_ns: int) -> None:
+        """A request has been answered."""
+        self.timesteps += timesteps
+        self.last_ms = time.time_ns() // 10**6
+        self.success.add(took_ns)
+        self.queue.add(queue_ns)
+        self.compute.add(compute_ns)
+        self.output.add(max(0, took_ns - queue_ns - compute_ns))
+
+    def described(self, name: str) -> dict[str, Any]:
+        """ModelStatistics. What is neither queue nor step is the way there and back: compute_output."""
+        none = Duration().described()
+        return {
+            "name": name,
+            "version": MODEL_VERSION,
+            "last_inference": self.last_ms,
+            "inference_count": self.success.count,
+            "execution_count": self.success.count,
+            "inference_stats": {
+                "success": self.success.described(),
+                "fail": self.fail.described(),
+                "queue": self.queue.described(),
+                "compute_input": {"count": self.success.count, "ns": 0},
+                "compute_infer": self.compute.described(),
+                "compute_output": self.output.described(),
+                "cache_hit": none,
+                "cache_miss": none,
+            },
+            "batch_stats": [],
+            "memory_usage": [],
+            "response_stats": {},
+        }
+
+
+def client_name(headers: Mapping[str, str]) -> str | None:
+    """Who sends, as headers or metadata say; None: nobody in particular."""
+    if name := headers.get("lockstep-client"):
+        return name
+    token = headers.get("authorization")
+    return hashlib.sha256(token.encode()).hexdigest() if token else None
+
+
+def _unknown(model: str, version: str) -> UnknownModel:
+    of_version = f" version {version}" if version not in ("", MODEL_VERSION) else ""
+    return UnknownModel(f"Request for unknown model: '{model}'{of_version} is not found")
+
+
+def _describe(name: str, spec: TensorSpec) -> dict[str, Any]:
+    return {"name": name, "datatype": DATATYPES[spec.dtype], "shape": [-1, *spec.shape]}
+
+
+def _configured(name: str, spec: TensorSpec) -> dict[str, Any]:
+    return {"name": name, "data_type": f"TYPE_{DATATYPES[spec.dtype]}", "dims": [-1, *spec.shape]}
+
+
+def _sequence_id(parameters: Parameters, model: str) -> SequenceId:
+    sequence = parameters.get("sequence_id", 0)
+    if isinstance(sequence, bool | float):
+        raise InvalidInput(f"sequence_id is {sequence!r}, expected an integer or a string")
+    if not sequence:
+        raise InvalidInput(f"inference request to model '{model}' must specify a non-zero or non-empty correlation ID")
+    return sequence
+
+
+def _flag(parameters: Parameters, name: str) -> bool:
+    value = parameters.get(name, False)
+    if not isinstance(value, bool):
+        raise InvalidInput(f"{name} is {value!r}, expected a bool parameter")
+    return value
+
+
+def read_tensor(tensor: Input, where: str) -> np.ndarray:
+    """The values of a tensor, in its shape. Raises InvalidInput."""
+    dtype = DTYPES.get(tensor.datatype)
+    if dtype is None:
+        raise InvalidInput(f"{where} has the datatype '{tensor.datatype}', expected one of {', '.join(DTYPES)}")
+    shape = list(tensor.shape)
+    if len(shape) > MAX_DIMS or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
+        raise InvalidInput(f"{where} has the shape {shape[:MAX_DIMS]}, expected whole numbers from 0 on")
+    count = math.prod(shape)
+    if isinstance(tensor.data, bytes | memoryview):
+        if len(tensor.data) != count * dtype.itemsize:
+            raise InvalidInput(
+                f"unexpected total byte size {len(tensor.data)} for {where}, expecting {count * dtype.itemsize}"
+            )
+        array: np.ndarray = np.frombuffer(tensor.data, dtype)
+        if tensor.datatype == "BOOL":
+            array = array.view(np.uint8) != 0
+    else:
+        try:
+            array = np.array(tensor.data, dtype).reshape(-1)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise InvalidInput(f"{where} holds what is no {tensor.datatype}: {error}") from error
+        if len(array) != count:
+            raise InvalidInput(f"{where} has {len(array)} elements, its shape {shape} takes {count}")
+    return array.reshape(shape)
+
+
+def _timesteps(tensor: Input, spec: ModelSpec) -> tuple[np.ndarray, bool]:
+    where = f"input '{tensor.name}'"
+    if tensor.datatype != DATATYPES[spec.input.dtype]:
+        raise InvalidInput(
+            f"inference input '{tensor.name}' data-type is '{tensor.datatype}', but model '{spec.name}' expects "
+            f"'{DATATYPES[spec.input.dtype]}'"
+        )
+    x = read_tensor(tensor, where)
+    batched = x.ndim == len(spec.input.shape) + 2 and x.shape[0] == 1
+    if batched:
+        x = x[0]
+    if x.ndim == 0 or x.shape[1:] != spec.input.shape:
+        expected = ",".join(map(str, [-1, *spec.input.shape]))
+        got = ",".join(map(str, tensor.shape))
+        raise InvalidInput(f"unexpected shape for {where} for model '{spec.name}'. Expected [{expected}], got [{got}]")
+    return x, batched

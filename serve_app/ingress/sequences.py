@@ -1,0 +1,269 @@
+"""Sequences of the Open Inference Protocol, as sessions: clients name them, and send start and end with the inputs.
+
+A sequence id means something within a space: a stream's own, that of a client who has a name, or the one that all
+others share. Requests of a sequence run and are answered in order; sequences do not wait for each other.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from serve_app.errors import InvalidInput, LockstepError, SessionEnded, SessionExists, WindowFull
+from serve_app.ingress.hub import Hub
+from serve_app.session import Session, Timing
+
+SequenceId = int | str
+MAX_EARLY = 4096
+"""Timesteps of a sequence that may wait for its session to open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Timesteps x [T, *features] of a sequence; T may be 0 where it ends."""
+
+    model: str
+    sequence: SequenceId
+    start: bool
+    end: bool
+    x: np.ndarray
+
+
+class Result(NamedTuple):
+    """The outputs of a request's timesteps, each [T, *shape]."""
+
+    values: dict[str, np.ndarray]
+    timing: Timing
+
+
+Reply = Callable[[Result | LockstepError], None]
+"""Called once, on the event loop, with what came of a request."""
+
+
+class Space:
+    """Sequences by model and id. `name` is None for the one that is shared: a sequence there is nobody's to restart."""
+
+    def __init__(self, hub: Hub, name: str | None) -> None:
+        self._hub = hub
+        self._name = name
+        self._sequences: dict[tuple[str, SequenceId], Sequence] = {}
+
+    def ask(self, request: Request, reply: Reply, stream: object = None) -> None:
+        """Run a request; `reply` gets its outputs, or the error. Raises WindowFull: ask again after `room`.
+
+        stream: what the request came with; while that lasts, no other takes its sequences.
+        """
+        key = request.model, request.sequence
+        sequence = self._sequences.get(key)
+        if sequence is not None and sequence.stream not in (None, stream):
+            reply(
+                SessionExists(
+                    f"sequence {request.sequence!r} of model {request.model!r} is in use on another stream: end it "
+                    "there, or choose another id"
+                )
+            )
+            return
+        if request.start:
+            if sequence is not None and self._name is None and not sequence.ends:
+                reply(
+                    SessionExists(
+                        f"sequence {request.sequence!r} of model {request.model!r} is open already: end it, choose "
+                        "another id, or name your client (metadata or header lockstep-client) so that it has its own"
+                    )
+                )
+                return
+            sequence = self._sequences[key] = Sequence(self._hub, self._session_name(request), request, sequence)
+            sequence.stream = stream
+            sequence.over = lambda: self._forget(key, sequence)
+        elif sequence is None:
+            reply(
+                InvalidInput(
+                    f"inference request for sequence {request.sequence} to model '{request.model}' must specify the "
+                    "START flag on the first request of the sequence"
+                )
+            )
+            return
+        sequence.ask(request, reply)
+
+    async def room(self, request: Request) -> None:
+        """Wait until more of the sequence's inputs may be taken, or it is over."""
+        sequence = self._sequences.get((request.model, request.sequence))
+        if sequence is not None:
+            await sequence.room()
+
+    def leave(self, stream: object) -> None:
+        """The stream is over: its sequences can be gone on with by others of the space."""
+        for sequence in self._sequences.values():
+            if sequence.stream is stream:
+                sequence.stream = None
+
+    def abort(self) -> None:
+        """End all sequences: nobody can ask for them any more."""
+        for sequence in list(self._sequences.values()):
+            sequence.abort()
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def _session_name(self, request: Request) -> str:
+        space = "" if self._name is None else self._name
+        return f"sequence {request.sequence} of {request.model} @{space}"
+
+    def _forget(self, key: tuple[str, SequenceId], sequence: "Sequence") -> None:
+        if self._sequences.get(key) is sequence:
+            del self._sequences[key]
+
+
+class _Asked(NamedTuple):
+    request: Request
+    reply: Reply
+    start: int
+    end: int
+
+
+class Sequence:
+    """One sequence, from its start to its end."""
+
+    def __init__(self, hub: Hub, name: str, first: Request, before: "Sequence | None") -> None:
+        """before: what the id meant until now; unless it ends anyway it is aborted, and it is waited for."""
+        self.stream: object = None
+        #: Its last request has come.
+        self.ends = False
+        self.over: Callable[[], None] = lambda: None
+        self._hub = hub
+        self._name = name
+        self._session: Session | None = None
+        self._early: deque[tuple[Request, Reply]] = deque()  # came before the session was open
+        self._asked: deque[_Asked] = deque()
+        self._is_over = asyncio.get_running_loop().create_future()
+        self._waiting: list[asyncio.Future[None]] = []
+        self._opening = asyncio.create_task(self._open(first.model, before))
+        self._abandoned = False
+
+    def ask(self, request: Request, reply: Reply) -> None:
+        """See Space.ask."""
+        if self.ends:
+            reply(
+                InvalidInput(
+                    f"inference request for sequence {request.sequence} to model '{request.model}' came after its end: "
+                    "specify the START flag on the first request of the next"
+                )
+            )
+        elif self._session is None:
+            if sum(len(early.x) for early, _ in self._early) > MAX_EARLY:
+                raise WindowFull(
+                    f"sequence {request.sequence!r} is not open yet, and {MAX_EARLY} timesteps wait for it"
+                )
+            self.ends = request.end
+            self._early.append((request, reply))
+        else:
+            self._submit(self._session, request, reply)
+            self.ends = request.end
+
+    async def room(self) -> None:
+        """Wait for outputs that can go, or the end."""
+        if not self._is_over.done():
+            changed = asyncio.get_running_loop().create_future()
+            self._waiting.append(changed)
+            await changed
+
+    async def closed(self) -> None:
+        """Wait until it is over."""
+        await asyncio.shield(self._is_over)
+
+    def abort(self) -> None:
+        """End it at once."""
+        self._abandoned = True
+        if self._session is not None:
+            self._session.abort()
+
+    async def _open(self, model: str, before: "Sequence | None") -> None:
+        try:
+            if before is not None:
+                if not before.ends:
+                    before.abort()
+                await before.closed()
+            session = await self._hub.open(self._name, model)
+        except LockstepError as error:
+            self._end(error)
+            return
+        self._session = session
+        session.changed = self._on_change
+        if self._abandoned:
+            session.abort()
+            return
+        early, self._early = self._early, deque()
+        for request, reply in early:
+            try:
+                self._submit(session, request, reply)
+            except LockstepError as error:
+                reply(error)
+
+    def _submit(self, session: Session, request: Request, reply: Reply) -> None:
+        """Raises WindowFull; other errors are the reply."""
+        try:
+            start = session.next
+            end = session.submit(request.x) if len(request.x) or not request.end else start
+            self._asked.append(_Asked(request, reply, start, end))
+            if request.end:
+                session.close()
+        except WindowFull:
+            raise
+        except LockstepError as error:
+            reply(error)
+        else:
+            if start == end:
+                self._on_change()
+
+    def _on_change(self) -> None:
+        session = self._session
+        assert session is not None
+        try:
+            session.check()
+        except LockstepError as error:
+            self._fail(error)
+        else:
+            self._answer(session)
+        if session.end_reason is not None and not self._is_over.done():
+            self._end(None)
+        waiting, self._waiting = self._waiting, []
+        for changed in waiting:
+            if not changed.done():
+                changed.set_result(None)
+
+    def _answer(self, session: Session) -> None:
+        """Reply to those whose outputs are all here."""
+        asked, progress = self._asked, session.progress
+        if not asked or asked[0].end > progress:
+            return
+        first = asked[0].start
+        outputs = session.peek(first)
+        timing, session.timing = session.timing, Timing()
+        while asked and asked[0].end <= progress:
+            _, reply, start, end = asked.popleft()
+            values = (
+                {name: np.empty((0, *spec.shape), spec.dtype) for name, spec in session.spec.outputs.items()}
+                if outputs is None
+                else {name: value[start - first : end - first] for name, value in outputs.values.items()}
+            )
+            reply(Result(values, timing))
+        session.ack(min(end, progress))
+
+    def _fail(self, error: LockstepError) -> None:
+        asked, self._asked = self._asked, deque()
+        for each in asked:
+            each.reply(error)
+
+    def _end(self, error: LockstepError | None) -> None:
+        """The session is over, or there is none."""
+        early, self._early = self._early, deque()
+        for _, reply in early:
+            reply(error or SessionEnded(f"{self._name} has ended: start a new one"))
+        self._fail(error or SessionEnded(f"{self._name} has ended: start a new one"))
+        if self._session is not None:
+            self._hub.has_ended(self._session)
+        self._is_over.set_result(None)
+        self.over()

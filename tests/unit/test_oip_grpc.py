@@ -1,0 +1,438 @@
+"""The Open Inference Protocol over real gRPC, in front of engines in this process: no Ray."""
+
+import asyncio
+import dataclasses
+import random
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from multiprocessing import shared_memory
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+
+from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig
+from serve_app.ingress.oip import InferenceServer
+from serve_app.ingress.oip_grpc import MAX_OUTSTANDING, InferenceService
+from serve_app.ingress.protos import oip_pb2 as pb
+from serve_app.ingress.protos import oip_pb2_grpc
+from tests.fakes import FloatSumModel
+from tests.local import LocalCluster, local
+
+pytestmark = pytest.mark.asyncio
+
+CONFIG = AppConfig(
+    model=ModelConfig("sum"),
+    engine=EngineConfig(device="cpu", slots=16, max_batch_size=8, max_step_timesteps=4),
+    session=SessionConfig(max_sessions=64, max_segment_timesteps=64, max_window_timesteps=256),
+    frame=FrameConfig(answer_within_s=0.2),
+)
+
+
+@asynccontextmanager
+async def served(
+    config: AppConfig = CONFIG, model: FloatSumModel | None = None
+) -> AsyncIterator[tuple[LocalCluster, Any]]:
+    """The service at a port of its own; a cluster, and a stub that calls it."""
+    async with local(model or FloatSumModel(), config=config, ack_on_receipt=False) as (cluster, hub):
+        service = InferenceService()
+        service.inference = InferenceServer(hub)
+        server = grpc.aio.server()
+        oip_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield cluster, oip_pb2_grpc.GRPCInferenceServiceStub(channel)
+        await server.stop(grace=None)
+
+
+def infer(
+    sequence: int | str | None,
+    values: Iterable[float] = (),
+    *,
+    start: bool = False,
+    end: bool = False,
+    identity: str = "",
+    **changes: Any,
+) -> pb.ModelInferRequest:
+    """A request with timesteps of one number each; `changes` are fields of the message, or of its input."""
+    x = np.array(list(values), np.float32).reshape(-1, 1)
+    tensor = {"name": "x", "datatype": "FP32", "shape": x.shape, **changes.pop("tensor", {})}
+    message = {"model_name": "sum", "inputs": [tensor], "raw_input_contents": [x.tobytes()], **changes}
+    request = pb.ModelInferRequest(id=identity, **message)
+    if isinstance(sequence, str):
+        request.parameters["sequence_id"].string_param = sequence
+    elif sequence is not None:
+        request.parameters["sequence_id"].int64_param = sequence
+    request.parameters["sequence_start"].bool_param = start
+    request.parameters["sequence_end"].bool_param = end
+    return request
+
+
+def totals(response: pb.ModelInferResponse) -> list[float]:
+    (tensor,), (raw,) = response.outputs, response.raw_output_contents
+    assert (tensor.name, tensor.datatype) == ("total", "FP32")
+    return list(np.frombuffer(raw, np.float32).reshape(tensor.shape).ravel().tolist())
+
+
+async def refused(call: Any) -> tuple[str, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call
+    return raised.value.code().name, raised.value.details()
+
+
+async def test_what_the_server_says_of_itself() -> None:
+    async with served() as (_, stub):
+        assert (await stub.ServerLive(pb.ServerLiveRequest())).live
+        assert (await stub.ServerReady(pb.ServerReadyRequest())).ready
+        assert (await stub.ModelReady(pb.ModelReadyRequest(name="sum", version="1"))).ready
+        assert not (await stub.ModelReady(pb.ModelReadyRequest(name="sum", version="2"))).ready
+        assert not (await stub.ModelReady(pb.ModelReadyRequest(name="other"))).ready
+        assert "statistics" in (await stub.ServerMetadata(pb.ServerMetadataRequest())).extensions
+        metadata = await stub.ModelMetadata(pb.ModelMetadataRequest(name="sum"))
+        assert [(t.name, t.datatype, list(t.shape)) for t in metadata.inputs] == [("x", "FP32", [-1, 1])]
+        assert [(t.name, t.datatype, list(t.shape)) for t in metadata.outputs] == [("total", "FP32", [-1, 1])]
+        config = (await stub.ModelConfig(pb.ModelConfigRequest(name="sum"))).config
+        assert config.HasField("sequence_batching") and not config.model_transaction_policy.decoupled
+        assert [(i.name, i.data_type, list(i.dims)) for i in config.input] == [("x", pb.TYPE_FP32, [-1, 1])]
+        unknown = await refused(stub.ModelMetadata(pb.ModelMetadataRequest(name="other")))
+        assert unknown == ("NOT_FOUND", "Request for unknown model: 'other' is not found")
+        code, text = await refused(stub.ModelConfig(pb.ModelConfigRequest(name="sum", version="3")))
+        assert (code, "version 3" in text) == ("NOT_FOUND", True)
+        assert "trace_level" in (await stub.TraceSetting(pb.TraceSettingRequest())).settings
+        assert (await stub.LogSettings(pb.LogSettingsRequest())).settings["log_error"].bool_param
+
+
+async def test_a_sequence_of_unary_calls() -> None:
+    async with served() as (_, stub):
+        first = await stub.ModelInfer(infer(7, [1, 2], start=True, identity="a"))
+        assert (first.id, totals(first)) == ("a", [1, 3])
+        assert totals(await stub.ModelInfer(infer(7, [10]))) == [13]
+        assert totals(await stub.ModelInfer(infer(7, [1], end=True))) == [14]
+        code, text = await refused(stub.ModelInfer(infer(7, [1])))
+        assert code == "INVALID_ARGUMENT"
+        assert "sequence 7 to model 'sum' must specify the START flag on the first request" in text
+        assert totals(await stub.ModelInfer(infer(7, [5], start=True, end=True))) == [5]
+        assert totals(await stub.ModelInfer(infer("named", [6], start=True))) == [6]
+        assert totals(await stub.ModelInfer(infer("named", [], end=True))) == []
+
+
+async def test_each_output_tells_its_time() -> None:
+    async with served() as (_, stub):
+        told = (await stub.ModelInfer(infer(1, [1, 2, 3], start=True, end=True))).parameters
+        assert told["batch_size"].int64_param == 1
+        assert told["total_us"].int64_param >= told["compute_us"].int64_param + told["queue_us"].int64_param
+        assert told["compute_us"].int64_param > 0
+        assert "triton_final_response" not in told
+
+
+async def test_a_leading_dimension_of_one_comes_back() -> None:
+    async with served() as (_, stub):
+        response = await stub.ModelInfer(infer(1, [1, 2], start=True, tensor={"shape": [1, 2, 1]}))
+        assert (list(response.outputs[0].shape), totals(response)) == ([1, 2, 1], [1, 3])
+
+
+async def test_values_in_the_message_instead_of_raw() -> None:
+    async with served() as (_, stub):
+        request = infer(1, [], start=True, raw_input_contents=[], tensor={"shape": [2, 1]})
+        request.inputs[0].contents.fp32_contents.extend([1, 4])
+        assert totals(await stub.ModelInfer(request)) == [1, 5]
+
+
+async def stream(stub: Any, requests: Iterable[pb.ModelInferRequest], **call: Any) -> list[Any]:
+    return [response async for response in stub.ModelStreamInfer(iter(requests), **call)]
+
+
+async def test_many_sequences_on_streams_equal_each_alone() -> None:
+    """Cut anywhere, mixed, with ids that repeat after an end and are the same on all streams."""
+
+    async def one(stub: Any, seed: int) -> None:
+        rng = random.Random(seed)
+        requests, expected = list[pb.ModelInferRequest](), dict[str, list[float]]()
+        running: dict[int, float] = {}
+        for i in range(300):
+            sequence = rng.randint(1, 12)
+            values = [float(rng.randint(-9, 9)) for _ in range(rng.randint(1, 12))]
+            start, end = sequence not in running, rng.random() < 0.1
+            total = running.pop(sequence, 0.0)
+            expected[str(i)] = (total + np.cumsum(values)).tolist()
+            if not end:
+                running[sequence] = expected[str(i)][-1]
+            requests.append(infer(sequence, values, start=start, end=end, identity=str(i)))
+        responses = await stream(stub, requests)
+        assert not [r.error_message for r in responses if r.error_message]
+        assert {r.infer_response.id: totals(r.infer_response) for r in responses} == expected
+        of_sequence = {r.id: r.parameters["sequence_id"].int64_param for r in requests}
+        for sequence in range(1, 13):
+            order = [int(r.infer_response.id) for r in responses if of_sequence[r.infer_response.id] == sequence]
+            assert order == sorted(order)
+
+    async with served() as (cluster, stub):
+        await asyncio.gather(*(one(stub, seed) for seed in range(3)))
+        await until(lambda: cluster.engines["owner-0"].gauges()["sessions_open"] == 0)
+
+
+async def until(holds: Any, within_s: float = 5.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+async def test_errors_in_a_stream_name_their_request_and_harm_no_other() -> None:
+    async with served() as (_, stub):
+        responses = await stream(
+            stub,
+            [
+                infer(1, [1], start=True, identity="good"),
+                infer(1, [1], identity="wrong type", tensor={"datatype": "INT32"}),
+                infer(2, [1], identity="no start"),
+                infer(None, [1], identity="no id"),
+                infer(1, [1], identity="model", model_name="other"),
+                infer(1, [1], identity="also good"),
+            ],
+        )
+        found = {r.infer_response.id: r.error_message or totals(r.infer_response) for r in responses}
+        assert (found.pop("good"), found.pop("also good")) == ([1], [2])
+        assert found["no start"].endswith("must specify the START flag on the first request of the sequence")
+        assert found["no id"].endswith("must specify a non-zero or non-empty correlation ID")
+        assert "'other' is not found" in found["model"]
+        assert "data-type is 'INT32', but model 'sum' expects 'FP32'" in found["wrong type"]
+
+
+BAD = {
+    "truncated": ({"raw_input_contents": [b"123"]}, "unexpected total byte size 3 for input 'x', expecting 4"),
+    "oversized": ({"raw_input_contents": [b"12345678"]}, "unexpected total byte size 8 for input 'x', expecting 4"),
+    "overflow": ({"tensor": {"shape": [2**31, 2**31]}}, "expected whole numbers from 0 on"),
+    "huge": ({"tensor": {"shape": [2**31 - 1, 2**31 - 1, 4]}}, "unexpected total byte size 4"),
+    "negative": ({"tensor": {"shape": [-1, 1]}}, "expected whole numbers from 0 on"),
+    "features": ({"tensor": {"shape": [1, 1, 1, 1]}}, "Expected [-1,1], got [1,1,1,1]"),
+    "scalar": ({"tensor": {"shape": []}}, "Expected [-1,1], got []"),
+    "datatype": ({"tensor": {"datatype": "FP99"}}, "data-type is 'FP99'"),
+    "name": ({"tensor": {"name": "y"}}, "unexpected inference input 'y'"),
+    "no input": ({"inputs": [], "raw_input_contents": []}, "expected 1 inputs but got 0"),
+    "no data": ({"inputs": [], "raw_input_contents": [b"1234"]}, "expected 0 raw input contents but got 1"),
+    "output": ({"outputs": [{"name": "other"}]}, "unexpected inference output 'other'"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+async def test_bad_input_is_named_and_the_sequence_goes_on(what: str) -> None:
+    changes, expected = BAD[what]
+    async with served() as (_, stub):
+        assert totals(await stub.ModelInfer(infer(1, [1], start=True))) == [1]
+        code, text = await refused(stub.ModelInfer(infer(1, [1], **changes)))
+        assert code == "INVALID_ARGUMENT"
+        assert expected in text
+        assert totals(await stub.ModelInfer(infer(1, [1], end=True))) == [2]
+
+
+async def test_parameters_of_the_wrong_kind() -> None:
+    async with served() as (_, stub):
+        request = infer(1, [1], start=True)
+        request.parameters["sequence_id"].bool_param = True
+        assert await refused(stub.ModelInfer(request)) == (
+            "INVALID_ARGUMENT",
+            "sequence_id is True, expected an integer or a string",
+        )
+        request = infer(1, [1], start=True)
+        request.parameters["sequence_end"].int64_param = 1
+        assert "sequence_end is 1" in (await refused(stub.ModelInfer(request)))[1]
+
+
+async def test_two_clients_that_pick_the_same_id() -> None:
+    """In the space that all share it is a conflict; with names, and on streams, each has its own."""
+    async with served() as (_, stub):
+        assert totals(await stub.ModelInfer(infer(1, [1], start=True))) == [1]
+        code, text = await refused(stub.ModelInfer(infer(1, [2], start=True)))
+        assert (code, "open already" in text) == ("ALREADY_EXISTS", True)
+        named = [("lockstep-client", "me")]
+        assert totals(await stub.ModelInfer(infer(1, [3], start=True), metadata=named)) == [3]
+        token = [("authorization", "Bearer 5")]
+        assert totals(await stub.ModelInfer(infer(1, [4], start=True), metadata=token)) == [4]
+        assert totals((await stream(stub, [infer(1, [5], start=True)]))[0].infer_response) == [5]
+        assert totals(await stub.ModelInfer(infer(1, [1]))) == [2]
+        assert totals(await stub.ModelInfer(infer(1, [1]), metadata=named)) == [4]
+        assert totals(await stub.ModelInfer(infer(1, [1]), metadata=token)) == [5]
+
+
+async def test_a_second_start_begins_again() -> None:
+    async with served() as (cluster, stub):
+        named = [("lockstep-client", "me")]
+        await stub.ModelInfer(infer(1, [1], start=True), metadata=named)
+        assert totals(await stub.ModelInfer(infer(1, [5], start=True), metadata=named)) == [5]
+        responses = await stream(stub, [infer(1, [1], start=True), infer(1, [9], start=True, identity="b")])
+        assert totals(next(r.infer_response for r in responses if r.infer_response.id == "b")) == [9]
+        await until(lambda: cluster.engines["owner-0"].gauges()["sessions_open"] == 1)
+
+
+async def test_a_sequence_on_two_streams_at_once() -> None:
+    async with served() as (_, stub):
+        named = [("lockstep-client", "me")]
+        first = stub.ModelStreamInfer(metadata=named)
+        await first.write(infer(1, [1], start=True))
+        assert totals((await first.read()).infer_response) == [1]
+        (other,) = await stream(stub, [infer(1, [1])], metadata=named)
+        assert "in use on another stream" in other.error_message
+        await first.done_writing()
+        assert await first.read() == grpc.aio.EOF
+        assert totals((await stream(stub, [infer(1, [1])], metadata=named))[0].infer_response) == [2]
+
+
+async def test_a_stream_that_is_cancelled_leaves_nothing() -> None:
+    async with served() as (cluster, stub):
+        call = stub.ModelStreamInfer()
+        for sequence in range(1, 9):
+            await call.write(infer(sequence, [1], start=True))
+        for _ in range(8):
+            await call.read()
+        call.cancel()
+        await until(lambda: cluster.engines["owner-0"].gauges()["sessions_open"] == 0)
+        assert totals(await stub.ModelInfer(infer(1, [1], start=True, end=True))) == [1]
+
+
+async def test_a_half_closed_stream_gets_all_its_answers() -> None:
+    async with served() as (_, stub):
+        requests = [infer(1 + i % 3, [1] * 20, start=i < 3, identity=str(i)) for i in range(60)]
+        responses = await stream(stub, requests)
+        assert len(responses) == 60 and not any(r.error_message for r in responses)
+
+
+async def test_more_than_the_window_waits_instead_of_failing() -> None:
+    async with served() as (_, stub):
+        count = 2 * MAX_OUTSTANDING
+        responses = await stream(stub, [infer(1, [1], start=i == 0, identity=str(i)) for i in range(count)])
+        assert [r.infer_response.id for r in responses] == [str(i) for i in range(count)]
+        assert totals(responses[-1].infer_response) == [count]
+
+
+async def test_no_room_for_another_sequence() -> None:
+    config = dataclasses.replace(CONFIG, session=dataclasses.replace(CONFIG.session, max_sessions=1))
+    async with served(config) as (_, stub):
+        await stub.ModelInfer(infer(1, [1], start=True))
+        call = stub.ModelInfer(infer(2, [1], start=True))
+        code, _ = await refused(call)
+        assert code == "RESOURCE_EXHAUSTED"
+        assert ("retry-after", "1") in list(await call.trailing_metadata())
+        await stub.ModelInfer(infer(1, [1], end=True))
+
+        async def fits() -> bool:  # once the end has come to the engine
+            try:
+                return totals(await stub.ModelInfer(infer(2, [1], start=True))) == [1]
+            except grpc.aio.AioRpcError:
+                return False
+
+        async with asyncio.timeout(5):
+            while not await fits():
+                await asyncio.sleep(0.01)
+
+
+async def test_an_idle_sequence_ends_and_its_id_is_free() -> None:
+    config = dataclasses.replace(CONFIG, session=dataclasses.replace(CONFIG.session, idle_timeout_s=0.05))
+    async with served(config) as (cluster, stub):
+        await stub.ModelInfer(infer(1, [1], start=True))
+        await until(lambda: cluster.engines["owner-0"].gauges()["sessions_open"] == 0)
+        await until(lambda: cluster.engines["owner-0"].stats.ends["idle"] == 1)
+        await asyncio.sleep(0)
+        code, _ = await refused(stub.ModelInfer(infer(1, [1])))
+        assert code in ("INVALID_ARGUMENT", "FAILED_PRECONDITION")
+        assert totals(await stub.ModelInfer(infer(1, [2], start=True))) == [2]
+
+
+async def test_statistics_count_what_was_asked() -> None:
+    async with served() as (_, stub):
+        await stream(stub, [infer(1, [1, 1, 1], start=i == 0) for i in range(10)])
+        await refused(stub.ModelInfer(infer(9, [1])))
+        (found,) = (await stub.ModelStatistics(pb.ModelStatisticsRequest(name="sum"))).model_stats
+        stats = found.inference_stats
+        assert (stats.success.count, found.inference_count) == (10, 10)
+        assert stats.success.ns >= stats.compute_infer.ns + stats.queue.ns > 0
+        assert stats.fail.count == 1
+        assert [m.name for m in (await stub.ModelStatistics(pb.ModelStatisticsRequest())).model_stats] == ["sum"]
+
+
+async def test_a_model_that_is_unloaded_starts_nothing_and_goes_on() -> None:
+    async with served() as (_, stub):
+        await stub.ModelInfer(infer(1, [1], start=True))
+        await stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="sum"))
+        (entry,) = (await stub.RepositoryIndex(pb.RepositoryIndexRequest())).models
+        assert (entry.name, entry.state, entry.reason) == ("sum", "UNAVAILABLE", "unloaded")
+        assert not (await stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True))).models
+        assert not (await stub.ModelReady(pb.ModelReadyRequest(name="sum"))).ready
+        assert (await refused(stub.ModelInfer(infer(2, [1], start=True))))[0] == "UNAVAILABLE"
+        assert totals(await stub.ModelInfer(infer(1, [1]))) == [2]
+        await stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="sum"))
+        assert totals(await stub.ModelInfer(infer(2, [1], start=True))) == [1]
+        assert (await refused(stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="x"))))[
+            0
+        ] == "NOT_FOUND"
+
+
+async def test_inputs_and_outputs_in_shared_memory() -> None:
+    memory = shared_memory.SharedMemory(create=True, size=64)
+    try:
+        async with served() as (_, stub):
+            register = pb.SystemSharedMemoryRegisterRequest(name="r", key=memory.name, offset=0, byte_size=64)
+            await stub.SystemSharedMemoryRegister(register)
+            assert (await refused(stub.SystemSharedMemoryRegister(register)))[0] == "ALREADY_EXISTS"
+            status = await stub.SystemSharedMemoryStatus(pb.SystemSharedMemoryStatusRequest())
+            assert status.regions["r"].byte_size == 64
+            memory.buf[:8] = np.array([1, 2], np.float32).tobytes()
+
+            def at(offset: int, size: int) -> dict[str, pb.InferParameter]:
+                return {
+                    "shared_memory_region": pb.InferParameter(string_param="r"),
+                    "shared_memory_offset": pb.InferParameter(int64_param=offset),
+                    "shared_memory_byte_size": pb.InferParameter(int64_param=size),
+                }
+
+            def request(start: bool, read: int, write: int) -> pb.ModelInferRequest:
+                return infer(
+                    1, [], start=start, raw_input_contents=[],
+                    tensor={"shape": [2, 1], "parameters": at(read, 8)},
+                    outputs=[{"name": "total", "parameters": at(32, write)}],
+                )  # fmt: skip
+
+            response = await stub.ModelInfer(request(True, 0, 8))
+            assert not response.raw_output_contents
+            assert np.frombuffer(bytes(memory.buf[32:40]), np.float32).tolist() == [1, 3]
+            assert "should be at least 8 bytes" in (await refused(stub.ModelInfer(request(False, 0, 4))))[1]
+            assert "the region has 64" in (await refused(stub.ModelInfer(request(False, 60, 8))))[1]
+            await stub.SystemSharedMemoryUnregister(pb.SystemSharedMemoryUnregisterRequest(name=""))
+            assert (await refused(stub.ModelInfer(request(False, 0, 8))))[0] == "NOT_FOUND"
+            wrong = pb.SystemSharedMemoryRegisterRequest(name="s", key="/no/such", byte_size=1)
+            assert (await refused(stub.SystemSharedMemoryRegister(wrong)))[0] == "INVALID_ARGUMENT"
+    finally:
+        memory.close()
+        memory.unlink()
+
+
+async def test_cuda_memory_is_refused() -> None:
+    async with served() as (_, stub):
+        assert not (await stub.CudaSharedMemoryStatus(pb.CudaSharedMemoryStatusRequest())).regions
+        await stub.CudaSharedMemoryUnregister(pb.CudaSharedMemoryUnregisterRequest())
+        code, text = await refused(stub.CudaSharedMemoryRegister(pb.CudaSharedMemoryRegisterRequest(name="g")))
+        assert (code, "use system shared memory" in text) == ("INVALID_ARGUMENT", True)
+
+
+async def test_a_model_that_fails_tells_the_request_and_harms_no_other() -> None:
+    class Failing(FloatSumModel):
+        def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if (x == 666).any():
+                raise RuntimeError("such a number")
+            return super().forward(x, state)
+
+    async with served(model=Failing()) as (_, stub):
+        assert totals(await stub.ModelInfer(infer(1, [1], start=True))) == [1]
+        assert totals(await stub.ModelInfer(infer(2, [5], start=True))) == [5]
+        code, text = await refused(stub.ModelInfer(infer(1, [666])))
+        assert (code, "such a number" in text) == ("INTERNAL", True)
+        assert totals(await stub.ModelInfer(infer(1, [1]))) == [2]
+        assert totals(await stub.ModelInfer(infer(2, [1]))) == [6]
+
+
+async def test_nan_is_refused() -> None:
+    async with served() as (_, stub):
+        code, text = await refused(stub.ModelInfer(infer(1, [float("nan")], start=True)))
+        assert (code, "NaN or infinity" in text) == ("INVALID_ARGUMENT", True)

@@ -1,0 +1,218 @@
+"""The Open Inference Protocol over HTTP, in front of engines in this process: no ports, no Ray."""
+
+import gzip
+import json
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from multiprocessing import shared_memory
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig
+from serve_app.ingress.http import build_http
+from tests.fakes import FloatSumModel
+from tests.local import local
+
+pytestmark = pytest.mark.asyncio
+
+CONFIG = AppConfig(
+    model=ModelConfig("sum"),
+    engine=EngineConfig(device="cpu", slots=16, max_batch_size=8, max_step_timesteps=4),
+    session=SessionConfig(max_sessions=64, max_segment_timesteps=64, max_window_timesteps=256),
+    frame=FrameConfig(answer_within_s=0.2),
+)
+INFER = "/v2/models/sum/infer"
+LENGTH = "inference-header-content-length"
+
+
+@asynccontextmanager
+async def served() -> AsyncIterator[httpx.AsyncClient]:
+    async with local(FloatSumModel(), config=CONFIG, ack_on_receipt=False) as (_, hub):
+        transport = httpx.ASGITransport(build_http(hub))
+        async with httpx.AsyncClient(transport=transport, base_url="http://lockstep") as client:
+            yield client
+
+
+def body(sequence: int | str = 1, data: Any = (), *, start: bool = False, end: bool = False, **tensor: Any) -> Any:
+    return {
+        "id": "42",
+        "parameters": {"sequence_id": sequence, "sequence_start": start, "sequence_end": end},
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [len(data or ()), 1], "data": data, **tensor}],
+    }
+
+
+def totals(response: httpx.Response) -> list[float]:
+    assert response.status_code == 200, response.text
+    (output,) = response.json()["outputs"]
+    found: list[float] = output["data"]
+    return found
+
+
+async def refused(client: httpx.AsyncClient, path: str, **request: Any) -> tuple[int, str]:
+    response = await client.post(path, **request)
+    error: str = response.json()["error"]
+    return response.status_code, error
+
+
+async def test_what_the_server_says_of_itself() -> None:
+    async with served() as client:
+        assert (await client.get("/v2/health/live")).json() == {"live": True}
+        assert (await client.get("/v2/health/ready")).json() == {"ready": True}
+        for path in ("/v2", "/v2/"):
+            assert (await client.get(path)).json()["name"] == "lockstep"
+        assert (await client.get("/v2/models/sum/ready")).status_code == 200
+        assert (await client.get("/v2/models/sum/versions/2/ready")).status_code == 400
+        metadata = (await client.get("/v2/models/sum")).json()
+        assert metadata["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 1]}]
+        config = (await client.get("/v2/models/sum/versions/1/config")).json()
+        assert config["input"][0]["dims"] == [-1, 1] and "sequence_batching" in config
+        missing = await client.get("/v2/models/other")
+        assert (missing.status_code, missing.json()["error"]) == (
+            404,
+            "Request for unknown model: 'other' is not found",
+        )
+        assert (await client.post("/v2/repository/index", json={})).json()[0]["state"] == "READY"
+        assert (await client.get("/v2/trace/setting")).json()["trace_level"] == ["OFF"]
+        assert (await client.get("/v2/logging")).json()["log_error"] is True
+
+
+async def test_a_sequence_in_json() -> None:
+    async with served() as client:
+        first = await client.post(INFER, json=body("s", [[1], [2]], start=True))
+        assert totals(first) == [1, 3]
+        assert first.json()["id"] == "42"
+        assert first.json()["parameters"]["batch_size"] == 1
+        assert totals(await client.post(INFER, json=body("s", [4], end=True))) == [7]
+        status, error = await refused(client, INFER, json=body("s", [4]))
+        assert (status, "must specify the START flag" in error) == (400, True)
+
+
+@pytest.mark.parametrize("encoding", ["", "gzip", "deflate"])
+async def test_tensors_as_bytes_behind_the_json(encoding: str) -> None:
+    x = np.array([1, 2, 3], "<f4")
+    request = body(7, start=True, shape=[3, 1], parameters={"binary_data_size": 12})
+    del request["inputs"][0]["data"]
+    request["outputs"] = [{"name": "total", "parameters": {"binary_data": True}}]
+    head = json.dumps(request).encode()
+    packed = {"": bytes, "gzip": gzip.compress, "deflate": zlib.compress}[encoding](head + x.tobytes())
+    headers = {LENGTH: str(len(head)), "accept-encoding": encoding or "identity"}
+    if encoding:
+        headers["content-encoding"] = encoding
+    async with served() as client:
+        response = await client.post(INFER, content=packed, headers=headers)
+        assert response.status_code == 200, response.text
+        assert response.headers.get("content-encoding", "") == encoding
+        length = int(response.headers[LENGTH])
+        (output,) = json.loads(response.content[:length])["outputs"]
+        assert output["parameters"] == {"binary_data_size": 12} and "data" not in output
+        assert np.frombuffer(response.content[length:], "<f4").tolist() == [1, 3, 6]
+
+
+async def test_all_outputs_as_bytes() -> None:
+    async with served() as client:
+        request = body(7, [1], start=True)
+        request["parameters"]["binary_data_output"] = True
+        response = await client.post(INFER, json=request)
+        assert np.frombuffer(response.content[int(response.headers[LENGTH]) :], "<f4").tolist() == [1]
+
+
+BAD: dict[str, tuple[dict[str, Any], int, str]] = {
+    "no json": ({"content": b"{"}, 400, "failed to parse the request JSON"),
+    "no object": ({"content": b"[]"}, 400, "has to be an object"),
+    "deep": ({"content": b"[" * 100_000}, 400, "failed to parse the request JSON"),
+    "length": ({"content": b"{}", "headers": {LENGTH: "9"}}, 400, "is 9, the body has 2 bytes"),
+    "length is no number": ({"content": b"{}", "headers": {LENGTH: "-1"}}, 400, "is -1"),
+    "no gzip": ({"content": b"{}", "headers": {"content-encoding": "gzip"}}, 400, "the body is no gzip"),
+    "cut gzip": (
+        {"content": gzip.compress(b"{}" * 99)[:-9], "headers": {"content-encoding": "gzip"}},
+        400,
+        "the body is cut off",
+    ),
+    "encoding": ({"content": b"{}", "headers": {"content-encoding": "br"}}, 415, "expected gzip or deflate"),
+    "inputs": ({"json": {**body(), "inputs": 5}}, 400, "inputs has to be a list"),
+    "no data": ({"json": body(1, None, shape=[1, 1])}, 400, "neither data"),
+    "shape": ({"json": body(1, [1], shape="1")}, 400, "has no shape"),
+    "fewer": ({"json": body(1, [1], shape=[2, 1])}, 400, "has 1 elements, its shape [2, 1] takes 2"),
+    "text": ({"json": body(1, ["a"])}, 400, "holds what is no FP32"),
+    "ragged": ({"json": body(1, [[1], 2])}, 400, "holds what is no FP32"),
+    "binary": ({"json": body(1, [1], parameters={"binary_data_size": 4})}, 400, "0 bytes are left behind the JSON"),
+    "behind": (
+        {
+            "content": json.dumps(body(1, [1])).encode() + b"1234",
+            "headers": {LENGTH: str(len(json.dumps(body(1, [1]))))},
+        },
+        400,
+        "4 bytes behind the JSON belong to no input",
+    ),
+    "id": ({"json": {**body(1, [1]), "id": 5}}, 400, "id is 5, expected a text"),
+    "sequence": ({"json": {**body(1, [1]), "parameters": {"sequence_id": 1.5}}}, 400, "sequence_id is 1.5"),
+    "region": ({"json": body(1, [1], parameters={"shared_memory_region": "r"})}, 400, "needs shared_memory_region"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+async def test_bad_input_is_named_and_the_sequence_goes_on(what: str) -> None:
+    request, status, expected = BAD[what]
+    async with served() as client:
+        assert totals(await client.post(INFER, json=body(1, [1], start=True))) == [1]
+        found, error = await refused(client, INFER, **request)
+        assert found == status, error
+        assert expected in error
+        assert totals(await client.post(INFER, json=body(1, [1], end=True))) == [2]
+
+
+async def test_what_is_not_there() -> None:
+    async with served() as client:
+        assert (await refused(client, "/v2/models/other/infer", json=body(1, [1], start=True)))[0] == 404
+        assert (await client.get("/v2/nothing")).status_code == 404
+
+
+async def test_statistics_have_all_keys() -> None:
+    async with served() as client:
+        await client.post(INFER, json=body(1, [1], start=True))
+        (found,) = (await client.get("/v2/models/sum/stats")).json()["model_stats"]
+        keys = {"success", "fail", "queue", "compute_input", "compute_infer", "compute_output"}
+        assert found["inference_stats"].keys() == keys | {"cache_hit", "cache_miss"}
+        assert found["inference_stats"]["success"]["count"] == 1
+        assert (await client.get("/v2/models/stats")).json()["model_stats"] == [found]
+
+
+async def test_unload_and_load() -> None:
+    async with served() as client:
+        assert (await client.post("/v2/repository/models/sum/unload", json={})).status_code == 200
+        status, error = await refused(client, INFER, json=body(1, [1], start=True))
+        assert (status, "is unloaded" in error) == (503, True)
+        assert (await client.post("/v2/repository/models/sum/load", json={})).status_code == 200
+        assert totals(await client.post(INFER, json=body(1, [1], start=True))) == [1]
+        assert (await client.post("/v2/repository/models/no/load", json={})).status_code == 404
+
+
+async def test_shared_memory() -> None:
+    memory = shared_memory.SharedMemory(create=True, size=16)
+    try:
+        async with served() as client:
+            region = "/v2/systemsharedmemory/region/r/"
+            made = await client.post(f"{region}register", json={"key": f"/{memory.name}", "byte_size": 16})
+            assert made.status_code == 200, made.text
+            assert (await client.get("/v2/systemsharedmemory/status")).json()[0]["byte_size"] == 16
+            assert (
+                await client.post(f"{region}register", json={"key": memory.name, "byte_size": 16})
+            ).status_code == 409
+            memory.buf[:8] = np.array([1, 2], np.float32).tobytes()
+            place = {"shared_memory_region": "r", "shared_memory_byte_size": 8}
+            request = body(1, start=True, shape=[2, 1], parameters=place)
+            request["outputs"] = [{"name": "total", "parameters": {**place, "shared_memory_offset": 8}}]
+            response = await client.post(INFER, json=request)
+            assert response.status_code == 200, response.text
+            assert np.frombuffer(bytes(memory.buf[8:16]), np.float32).tolist() == [1, 3]
+            assert (await client.post("/v2/systemsharedmemory/unregister")).status_code == 200
+            assert (await client.get("/v2/systemsharedmemory/status")).json() == []
+            assert (await client.post("/v2/cudasharedmemory/unregister")).status_code == 200
+            assert (await client.post("/v2/cudasharedmemory/region/g/register", json={})).status_code == 400
+    finally:
+        memory.close()
+        memory.unlink()
