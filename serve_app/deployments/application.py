@@ -18,8 +18,11 @@ MAX_CALLS = 10_000
 QUIET = LoggingConfig(enable_access_log=False)
 """A line a call would cost more than the call."""
 
-OWNER_ENV = {**REPLICA_ENV, "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
-"""Of a process with an engine. That has a thread of its own, so calls need not change to yet another one."""
+ONE_THREAD = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+"""Nothing in these processes blocks, and an engine has a thread of its own: calls need not change to another one."""
+
+OWNER_ENV = {**REPLICA_ENV, **ONE_THREAD}
+"""Of a process with an engine."""
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -41,7 +44,7 @@ def build(args: Mapping[str, Any]) -> Application:
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=10,
         logging_config=QUIET,
-        ray_actor_options={"num_cpus": 0.5},
+        ray_actor_options={"num_cpus": 0.5, "runtime_env": {"env_vars": ONE_THREAD}},
     )(Ingress)
     application: Application = ingress.bind(recurrent.bind(config))
     return application

@@ -1,0 +1,73 @@
+"""`python -m serve_app configs/lstm.yaml`: `serve run`, with HAProxy in front instead of Serve's own proxy.
+
+HAProxy leads clients straight to the ingress replicas: a message costs a tenth of what it costs through the proxy. It
+has to be chosen before Ray starts, and its process can outlive Ray; so it is started here, and ended here.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import psutil
+
+STOP_WITHIN_S = 10
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option("--haproxy/--no-haproxy", default=True, show_default=True, help="--no-haproxy: Serve's own proxy.")
+@click.argument("arguments", nargs=-1, required=True, type=click.UNPROCESSED)
+def main(*, haproxy: bool, arguments: tuple[str, ...]) -> None:
+    """Run what ARGUMENTS of `serve run` say: a configuration file, or an import path and settings."""
+    with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
+        environment = {**os.environ, **(haproxy_env(Path(folder)) if haproxy else {})}
+        command = [str(Path(sys.executable).with_name("serve")), "run", *arguments]
+        for end in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(end, interrupt)
+        running = subprocess.Popen(command, env=environment, start_new_session=True)
+        try:
+            status = running.wait()
+        except KeyboardInterrupt:
+            running.send_signal(signal.SIGTERM)
+            status = running.wait()
+        end_haproxy(folder)
+    sys.exit(status)
+
+
+def interrupt(number: int, frame: object) -> None:
+    """End the program, whether it was asked to by Control-C or by kill."""
+    raise KeyboardInterrupt
+
+
+def haproxy_env(folder: Path) -> dict[str, str]:
+    """What Ray needs in its environment; HAProxy's files lie in `folder`, so that it can be told from others."""
+    prefix = "RAY_SERVE_HAPROXY"
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        f"{prefix}_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        f"{prefix}_SOCKET_PATH": str(folder / "admin.sock"),
+        f"{prefix}_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        f"{prefix}_SERVER_STATE_BASE": str(folder),
+        f"{prefix}_SERVER_STATE_FILE": str(folder / "server-state"),
+    }
+
+
+def end_haproxy(folder: str) -> None:
+    """End the HAProxy whose files lie there, if Ray has left it behind."""
+    left = [
+        process
+        for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"] == "haproxy" and any(folder in part for part in process.info["cmdline"] or ())
+    ]
+    for process in left:
+        process.terminate()
+    _, left = psutil.wait_procs(left, STOP_WITHIN_S)
+    for process in left:
+        process.kill()
+
+
+if __name__ == "__main__":
+    main()
