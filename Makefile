@@ -32,7 +32,13 @@ check: venv
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: venv
+# Triton's clients want an older protobuf than Serve does.
+.venv-tritonclient/.installed: tests/tritonclient/requirements.txt
+	@$(FIND_PYTHON); "$$python" -m venv .venv-tritonclient
+	.venv-tritonclient/bin/python -m pip install $(PIP_ARGS) -r tests/tritonclient/requirements.txt
+	@touch $@
+
+test: venv .venv-tritonclient/.installed
 	$(BIN)/pytest tests/unit
 	$(BIN)/pytest tests/serve
 
