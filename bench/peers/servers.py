@@ -1,0 +1,170 @@
+"""Servers to be measured side by side: Lockstep, and Triton in its configurations. Each runs alone, then stops."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import yaml
+
+from bench.peers.fetch import ROOT, fetch_triton
+from serve_app.ingress.protos import oip_pb2 as pb
+from serve_app.ingress.protos import oip_pb2_grpc
+
+MODEL = {"input": 256, "hidden": 256, "layers": 2, "seed": 0}
+START_WITHIN_S = 120
+SERVICER = "serve_app.ingress.protos.oip_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"
+STRATEGIES = {
+    "oldest": "oldest { max_candidate_sequences: 1024 }",
+    "direct": "direct { }",
+}
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One that runs: its gRPC port, its model's name, its processes."""
+
+    port: int
+    model: str
+    process: psutil.Process
+    #: Processes that its own are not the parents of.
+    others: list[psutil.Process] = field(default_factory=list)
+
+    def cpu_s(self) -> float:
+        """Seconds of CPU that its processes have used."""
+        total = 0.0
+        for process in [self.process, *self.process.children(recursive=True), *self.others]:
+            try:
+                times = process.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            total += times.user + times.system
+        return total
+
+    def count(self) -> int:
+        """Requests answered since it has started, as it says itself."""
+        with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
+            request = pb.ModelStatisticsRequest(name=self.model)
+            (found,) = _stub(channel).ModelStatistics(request).model_stats
+            return int(found.inference_stats.success.count)
+
+
+@contextmanager
+def lockstep(*, haproxy: bool = True, application: str = "serve_app.app:build", **args: object) -> Iterator[Server]:
+    """Lockstep with the model of MODEL, behind HAProxy or Serve's own proxy; or another application."""
+    http, rpc = free_port(), free_port()
+    model = {"name": "rnn", "cell": "lstm", **MODEL}
+    with tempfile.TemporaryDirectory(prefix="lb", dir="/tmp") as folder:
+        config = Path(folder) / "config.yaml"
+        served = {
+            "name": "lockstep",
+            "route_prefix": "/",
+            "import_path": application,
+            "args": args or {"model": model, "engine": {"slots": 1024, "max_batch_size": 256}},
+        }
+        config.write_text(
+            yaml.dump(
+                {
+                    "http_options": {"host": "127.0.0.1", "port": http},
+                    "grpc_options": {"port": rpc, "grpc_servicer_functions": [SERVICER]},
+                    "applications": [served],
+                }
+            )
+        )
+        environment = {
+            **os.environ,
+            "RAY_TMPDIR": folder,
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        }
+        command = [sys.executable, "-m", "serve_app", "--haproxy" if haproxy else "--no-haproxy", str(config)]
+        with _running(command, environment, rpc, "rnn", Path(folder) / "log") as server:
+            yield server
+
+
+@contextmanager
+def triton(version: str, strategy: str, *, ragged: bool = False, max_batch_size: int = 64) -> Iterator[Server]:
+    """Triton's server with the same model through its Python backend.
+
+    ragged: requests of unequal length may be merged, and the model pads them.
+    """
+    binaries, port = fetch_triton(version), free_port()
+    with tempfile.TemporaryDirectory(prefix="triton") as folder:
+        model = Path(folder) / "models" / "lstm"
+        (model / "1").mkdir(parents=True)
+        (model / "1" / "model.py").write_text((Path(__file__).parent / "model" / "model.py").read_text())
+        parameters = "".join(f'parameters {{ key: "{k}" value {{ string_value: "{v}" }} }}\n' for k, v in MODEL.items())
+        (model / "config.pbtxt").write_text(f"""name: "lstm"
+backend: "python"
+max_batch_size: {max_batch_size}
+input {{ name: "x" data_type: TYPE_FP32 dims: [-1, {MODEL["input"]}] {"allow_ragged_batch: true" if ragged else ""} }}
+output {{ name: "y" data_type: TYPE_FP32 dims: [-1, {MODEL["hidden"]}] }}
+instance_group {{ count: 1 kind: KIND_CPU }}
+sequence_batching {{ max_sequence_idle_microseconds: 2000000 {STRATEGIES[strategy]} }}
+{parameters}""")
+        environment = {
+            **os.environ,
+            "LD_LIBRARY_PATH": sysconfig.get_config_var("LIBDIR"),
+            "PYTHONHOME": sys.base_prefix,
+            "LOCKSTEP_PEERS_PATH": sysconfig.get_path("purelib"),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [
+            str(binaries / "bin" / "tritonserver"), f"--model-repository={model.parent}",
+            f"--backend-directory={binaries / 'backends'}", f"--grpc-port={port}", "--allow-http=false",
+            "--allow-metrics=false", "--disable-auto-complete-config", "--exit-timeout-secs=1",
+        ]  # fmt: skip
+        with _running(command, environment, port, "lstm", Path(folder) / "log") as server:
+            yield server
+
+
+@contextmanager
+def _running(command: list[str], environment: dict[str, str], port: int, model: str, log: Path) -> Iterator[Server]:
+    before = set(psutil.pids())
+    with log.open("w") as out:
+        running = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + START_WITHIN_S
+        while not _ready(port, model):
+            if running.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command[0]} has not started:\n{log.read_text()}")
+            time.sleep(0.2)
+        process = psutil.Process(running.pid)
+        tree = {process.pid, *(child.pid for child in process.children(recursive=True))}
+        fresh = [psutil.Process(pid) for pid in psutil.pids() if pid not in before | tree]
+        yield Server(port, model, process, fresh)
+    finally:
+        running.send_signal(signal.SIGTERM)
+        running.wait(60)
+
+
+def _ready(port: int, model: str) -> bool:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            answer = _stub(channel).ModelReady(pb.ModelReadyRequest(name=model))
+        except grpc.RpcError:
+            return False
+        return bool(answer.ready)
+
+
+def _stub(channel: grpc.Channel) -> Any:
+    return oip_pb2_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]

@@ -1,0 +1,138 @@
+"""Lockstep beside Triton, under the same unmodified perf_analyzer: `python -m bench.triton [--json FILE]`.
+
+The model is a 2x256 LSTM in fp32 on one torch thread; Triton has it through its Python backend, which is the only one
+that its wheels carry. Requests go over gRPC streams, one segment a message, the next of a sequence when the last is
+answered. Servers and perf_analyzer share this machine; each server runs alone, in turn, several times; medians count.
+
+`steps`: 64 sequences, 1 timestep each, against every configuration of Triton that stands it (2.51 with the `oldest`
+strategy crashes at 64 streams). `ragged`: 32 sequences, lengths uniform in 1 … 16, against Triton's default, which
+merges only requests of equal length, and against its ragged batching with padding in the model.
+"""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import click
+import numpy as np
+
+from bench.peers.fetch import fetch_analyzer
+from bench.peers.servers import MODEL, Server, lockstep, triton
+from bench.report import json_option, save, show_hardware, table
+
+Start = Callable[[], AbstractContextManager[Server]]
+OURS = "Lockstep"
+STEPS: Mapping[str, Start] = {
+    OURS: lockstep,
+    "Triton 2.36 oldest": partial(triton, "2.36", "oldest"),
+    "Triton 2.36 direct": partial(triton, "2.36", "direct"),
+    "Triton 2.51 direct": partial(triton, "2.51", "direct"),
+}
+RAGGED: Mapping[str, Start] = {
+    OURS: lockstep,
+    "Triton 2.36, default": partial(triton, "2.36", "oldest"),
+    "Triton 2.36, ragged and padded": partial(triton, "2.36", "oldest", ragged=True),
+}
+SEQUENCE_LENGTH = 50
+MAX_TIMESTEPS = 16
+
+
+def measure(start: Start, options: list[str], seconds: float) -> dict[str, float]:
+    """One run of perf_analyzer against a server of its own."""
+    with start() as server:
+        analyze(server, options, 1.0)  # warms everything up
+        count, cpu_s = server.count(), server.cpu_s()
+        rate, p50_ms, p99_ms = analyze(server, options, seconds)
+        answered, used_s = server.count() - count, server.cpu_s() - cpu_s
+    return {"per_s": rate, "p50_ms": p50_ms, "p99_ms": p99_ms, "per_cpu_s": answered / used_s}
+
+
+def analyze(server: Server, options: list[str], seconds: float) -> tuple[float, float, float]:
+    """Requests a second, and percentiles of their delay in ms."""
+    program = fetch_analyzer()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.csv"
+        command = [
+            str(program), "-m", server.model, "-u", f"127.0.0.1:{server.port}", "-i", "grpc", "--streaming", "--async",
+            "--sequence-length", str(SEQUENCE_LENGTH), "--measurement-interval", str(int(seconds * 1000)),
+            "--stability-percentage", "999", "--max-trials", "3", "-f", str(report), *options,
+        ]  # fmt: skip
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(program.parent)}
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=10 * seconds + 60
+        )
+        if done.returncode != 0 or not report.exists():
+            raise RuntimeError(f"perf_analyzer has failed:\n{done.stdout}{done.stderr}")
+        (row,) = csv.DictReader(io.StringIO(report.read_text()))
+    return float(row["Inferences/Second"]), float(row["p50 latency"]) / 1e3, float(row["p99 latency"]) / 1e3
+
+
+def ragged_data(file: Path, sequences: int) -> None:
+    """Sequences for perf_analyzer, whose requests have 1 … MAX_TIMESTEPS timesteps."""
+    rng = np.random.default_rng(0)
+    data = []
+    for _ in range(sequences):
+        lengths = rng.integers(1, MAX_TIMESTEPS + 1, SEQUENCE_LENGTH).tolist()
+        draws = [rng.standard_normal((length, MODEL["input"]), np.float32).round(4) for length in lengths]
+        data.append([{"x": {"content": x.reshape(-1).tolist(), "shape": list(x.shape)}} for x in draws])
+    file.write_text(json.dumps({"data": data}))
+
+
+def compare(servers: Mapping[str, Start], options: list[str], seconds: float, runs: int) -> dict[str, dict[str, float]]:
+    """The median of each figure, by server; the servers take turns."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
+    for run in range(runs):
+        for name, start in servers.items():
+            found[name].append(measure(start, options, seconds))
+            click.echo(f"{run + 1}/{runs} {name}: " + ", ".join(f"{k} {v:,.1f}" for k, v in found[name][-1].items()))
+    return {
+        name: {figure: median(each[figure] for each in results) for figure in results[0]}
+        for name, results in found.items()
+    }
+
+
+@click.command()
+@click.option("--seconds", default=4.0, show_default=True, help="Of each of three windows of a run.")
+@click.option("--runs", default=5, show_default=True)
+@json_option
+def main(seconds: float, runs: int, json_file: Path | None) -> None:
+    """Measure Lockstep beside Triton."""
+    show_hardware()
+    figures: dict[str, float] = {}
+    steps = compare(STEPS, ["--concurrency-range", "64", "--shape", f"x:1,{MODEL['input']}"], seconds, runs)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "ragged.json"
+        ragged_data(data, 32)
+        ragged = compare(RAGGED, ["--concurrency-range", "32", "--input-data", str(data)], seconds, runs)
+    for kind, results in (("steps", steps), ("ragged", ragged)):
+        head = ("server", "segments/s", "p50 ms", "p99 ms", "segments per CPU-second")
+        click.echo(f"\n{kind}\n{table(head, [(name, *result.values()) for name, result in results.items()])}")
+        for name, result in results.items():
+            figures |= {f"{kind}_{figure}: {name}": value for figure, value in result.items()}
+    ours, others = steps[OURS], [result for name, result in steps.items() if name != OURS]
+    figures |= {
+        "vs_triton_best": ours["per_s"] / max(other["per_s"] for other in others),
+        "vs_triton_best_p99": min(other["p99_ms"] for other in others) / ours["p99_ms"],
+        "vs_triton_cpu": ours["per_cpu_s"] / max(other["per_cpu_s"] for other in others),
+    }
+    _, default, padded = (result["per_s"] for result in ragged.values())
+    figures |= {
+        "vs_triton_ragged_default": ragged[OURS]["per_s"] / default,
+        "vs_triton_ragged_padded": ragged[OURS]["per_s"] / padded,
+    }
+    for name in ("vs_triton_best", "vs_triton_best_p99", "vs_triton_cpu", "vs_triton_ragged_default",
+                 "vs_triton_ragged_padded"):  # fmt: skip
+        click.echo(f"{name}: {figures[name]:.2f}")
+    save(figures, json_file)
+
+
+if __name__ == "__main__":
+    main()
