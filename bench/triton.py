@@ -4,9 +4,10 @@ The model is a 2x256 LSTM in fp32 on one torch thread; Triton has it through its
 that its wheels carry. Requests go over gRPC streams, one segment a message, the next of a sequence when the last is
 answered. Servers and perf_analyzer share this machine; each server runs alone, in turn, several times; medians count.
 
-`steps`: 64 sequences, 1 timestep each, against Triton 2.36 with the `oldest` strategy (2.51 crashes with it at 64 streams;
-with the `direct` strategy this model's runs did not end). `ragged`: 32 sequences, lengths uniform in 1 … 16, against Triton's default, which
-merges only requests of equal length, and against its ragged batching with padding in the model.
+`steps`: 64 sequences, 1 timestep each, against Triton 2.36 with the `oldest` strategy: 2.51 crashes with it at 64
+streams, and with the `direct` strategy runs of this model did not end. `ragged`: 32 sequences, lengths uniform in
+1 … 16, against its default, which merges only requests of equal length, and against its ragged batching with padding in
+the model.
 """
 
 import csv

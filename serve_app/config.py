@@ -56,7 +56,8 @@ class SessionConfig:
     """Bounds of a session, and of their number in a replica.
 
     `max_window_timesteps`: timesteps accepted and not yet acknowledged. `nan`: what becomes of a segment with NaN or
-    infinity in it.
+    infinity in it. `checkpoint_timesteps`: after so many timesteps a session's state goes to where it comes from, with
+    the outputs, so that it can go on elsewhere if its replica dies (0: never).
     """
 
     max_sessions: int = 16384
@@ -64,8 +65,10 @@ class SessionConfig:
     max_window_timesteps: int = 4096
     idle_timeout_s: float = 300.0
     nan: Literal["refuse", "pass"] = "refuse"
+    checkpoint_timesteps: int = 100
 
     def __post_init__(self) -> None:
+        _at_least("session", self, 0, "checkpoint_timesteps")
         _at_least("session", self, 1, "max_sessions", "max_segment_timesteps", "max_window_timesteps")
         if self.idle_timeout_s <= 0:
             raise ConfigError(f"session.idle_timeout_s is {self.idle_timeout_s}, it must be more than 0")

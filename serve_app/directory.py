@@ -13,7 +13,10 @@ from serve_app.spec import ModelSpec, SessionLimits
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A replica that takes sessions. `address` is how senders reach it, `max_bytes` what a frame to it may hold."""
+    """A replica that takes sessions. `address` is how senders reach it, `max_bytes` what a frame to it may hold.
+
+    checkpoints: it sends states with its outputs, from which a session can go on elsewhere.
+    """
 
     name: str
     address: str
@@ -21,6 +24,7 @@ class Owner:
     limits: SessionLimits
     max_sessions: int
     max_bytes: int
+    checkpoints: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,22 +18,35 @@ ABORT = -2
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Take a session in. `initial_state`: the state's tensors in the order of the model's, None for the model's own."""
+    """Take a session in. `initial_state`: the state's tensors in the order of the model's, None for the model's own.
+
+    start: the first timestep that it brings; what was before ran elsewhere, and left that state.
+    """
 
     epoch: int
     session: str
     initial_state: tuple[np.ndarray, ...] | None = None
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something about one session that is not an output: opened, refused, failed, or ended."""
+    """Something about one session that is not an output: opened, refused, failed, ended, or moving (elsewhere)."""
 
     epoch: int
     kind: str
     error: Mapping[str, Any] | None = None
     reason: str = ""
     progress: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """States of sessions `epoch` [n] after their first `at` [n] timesteps; tensors are [n, *shape for a batch of 1]."""
+
+    epoch: np.ndarray
+    at: np.ndarray
+    state: tuple[np.ndarray, ...]
 
 
 COLUMNS = ("length", "epoch", "start", "rewind", "close", "acked")
@@ -93,7 +106,8 @@ class Answer:
 
     Entry i brings the outputs of timesteps start[i] … start[i] + length[i] of session epoch[i], whose inputs below
     `next` are accepted after `rewind` failed steps. Notices come after the outputs. `timing` [3, n]: us that those
-    timesteps waited for their steps, us that these took, and the sessions of the last of them.
+    timesteps waited for their steps, us that these took, and the sessions of the last of them. `checkpoints` are of
+    sessions all of whose outputs up to there have been sent by then.
     """
 
     epoch: np.ndarray
@@ -104,3 +118,4 @@ class Answer:
     outputs: Mapping[str, np.ndarray]
     notices: Sequence[Notice]
     timing: np.ndarray
+    checkpoints: Checkpoints | None = None

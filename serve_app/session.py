@@ -27,6 +27,10 @@ from serve_app.frame import ABORT, NO_CLOSE
 from serve_app.segment import Outputs, Run
 from serve_app.spec import ModelSpec, SessionLimits, check_segment
 
+State = tuple[np.ndarray, ...] | None
+MAX_RETAINED = 16384
+"""Timesteps since the last checkpoint. Where none comes for so long the session cannot be gone on with elsewhere."""
+
 
 class Carrier(Protocol):
     """What brings a session's inputs to its owner, and its outputs back."""
@@ -86,7 +90,10 @@ class Session:
         *,
         epoch: int = 0,
         ack_on_receipt: bool = True,
+        initial_state: tuple[np.ndarray, ...] | None = None,
+        retains: bool = False,
     ) -> None:
+        """retains: inputs are kept until a checkpoint has made them unnecessary, for the owner may be lost."""
         self.name = name
         self.spec = spec
         self.limits = limits
@@ -108,6 +115,9 @@ class Session:
         self._close = NO_CLOSE
         self._close_told = False
         self._inputs: deque[tuple[int, np.ndarray]] = deque()
+        self._retains = retains
+        #: States by timestep, rising: the first can be gone on from, others when the outputs below have come.
+        self._checkpoints: deque[tuple[int, State]] = deque([(0, initial_state)])
         self._outputs: deque[Run] = deque()
         self._early: dict[int, Run] = {}  # that overtook others
         self._read = 0  # outputs below were handed to the user
@@ -317,8 +327,7 @@ class Session:
         """
         if accepted > self.accepted and rewind == self.rewind:
             self.accepted = min(accepted, self.next)
-            while self._inputs and self._inputs[0][0] + len(self._inputs[0][1]) <= self.accepted:
-                self._inputs.popleft()
+            self._drop_inputs()
             if self.accepted >= self.handed:
                 self.arrived(self.accepted)
         if outputs is not None and outputs.end > self.progress:
@@ -329,6 +338,32 @@ class Session:
                 self._early[outputs.start] = outputs
                 self._join()
             self._progressed()
+
+    def checkpoint(self, at: int, state: tuple[np.ndarray, ...]) -> None:
+        """The owner's state after the first `at` timesteps, all of whose outputs are here or on their way."""
+        if self._retains and at > self._checkpoints[-1][0]:
+            self._checkpoints.append((at, state))
+            self._settle_checkpoints()
+
+    @property
+    def can_move(self) -> bool:
+        """Whether it can go on at another owner."""
+        return self._retains and self.end_reason is None and self._close != ABORT
+
+    def restore_point(self) -> tuple[int, State]:
+        """From which timestep on it can go on elsewhere, with which state (None: the model's own)."""
+        return self._checkpoints[0]
+
+    def moved(self, carrier: Carrier, timestep: int) -> None:
+        """Another owner has it, from that timestep on: what is not known to have run is sent again."""
+        self.carrier = carrier
+        self.handed = self.accepted = timestep
+        self.rewind = self.acked_told = 0
+        self.in_flight = self._close_told = False
+        self._end = None
+        while len(self._checkpoints) > 1:
+            self._checkpoints.pop()
+        self.offer()
 
     def notice(self, kind: str, error: dict[str, Any] | None, reason: str, progress: int) -> None:
         """The owner says something that is not an output (see frame.Notice)."""
@@ -347,11 +382,33 @@ class Session:
 
     # Inside.
 
+    def _drop_inputs(self) -> None:
+        """Forget what is not needed any more."""
+        needed = self.accepted
+        if self._retains:
+            needed = self._checkpoints[0][0]
+            if self.accepted - needed > MAX_RETAINED:
+                self._retains, needed = False, self.accepted
+                self._checkpoints.clear()
+        while self._inputs and self._inputs[0][0] + len(self._inputs[0][1]) <= needed:
+            self._inputs.popleft()
+
+    def _settle_checkpoints(self) -> None:
+        """The last checkpoint below which all outputs are here is the first."""
+        while len(self._checkpoints) > 1 and self._checkpoints[1][0] <= self.progress:
+            self._checkpoints.popleft()
+        self._drop_inputs()
+
     def _pending(self, start: int, end: int) -> np.ndarray:
         """Timesteps start … end of what is submitted and not accepted."""
         if self._inputs and self._inputs[-1][0] == start:
             return self._inputs[-1][1][: end - start]
-        parts = [x[max(0, start - first) : end - first] for first, x in self._inputs if first < end]
+        parts: list[np.ndarray] = []
+        for first, x in reversed(self._inputs):
+            if first < end:
+                parts.insert(0, x[max(0, start - first) : end - first])
+            if first <= start:
+                break
         return np.concatenate([np.empty((0, *self.spec.input.shape), self.spec.input.dtype), *parts])
 
     def _join(self) -> None:
@@ -368,6 +425,8 @@ class Session:
         if self._ack_on_receipt:
             self.acked = self.progress
             self.carrier.notify_ack(self)
+        if len(self._checkpoints) > 1:
+            self._settle_checkpoints()
         self._wake()
         if self._end is not None:
             self._finish_if_due()
@@ -394,7 +453,11 @@ class Session:
 
     def _rewind(self, timestep: int, rewind: int, error: LockstepError) -> None:
         """Give up the inputs from `timestep` on; the next segment starts there."""
-        self._inputs.clear()
+        while self._inputs and self._inputs[-1][0] >= timestep:
+            self._inputs.pop()
+        if self._inputs:
+            first, x = self._inputs[-1]
+            self._inputs[-1] = first, x[: timestep - first]
         self.next = self.handed = self.accepted = timestep
         self.rewind = rewind
         self.in_flight = self._close_told = False

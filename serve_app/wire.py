@@ -6,42 +6,48 @@ import msgpack
 import numpy as np
 
 from serve_app.errors import LockstepError, from_wire
-from serve_app.frame import Answer, Frame, Notice, Open
+from serve_app.frame import Answer, Checkpoints, Frame, Notice, Open
 
 
 def encode_frame(frame: Frame) -> bytes:
     """The inverse of `decode_frame`."""
-    opens = [(ask.epoch, ask.session, _pack_all(ask.initial_state)) for ask in frame.opens]
+    opens = [(ask.epoch, ask.session, _pack_all(ask.initial_state), ask.start) for ask in frame.opens]
     return _pack((frame.owner, frame.sender, _pack_array(frame.columns), _pack_array(frame.x), opens))
 
 
 def decode_frame(data: bytes) -> Frame:
     """The frame; its arrays are read-only views into `data`."""
     owner, sender, columns, x, opens = msgpack.unpackb(data)
-    asks = tuple(Open(epoch, session, _unpack_all(state)) for epoch, session, state in opens)
+    asks = tuple(Open(epoch, session, _unpack_all(state), start) for epoch, session, state, start in opens)
     return Frame(owner, sender, _unpack_array(columns), _unpack_array(x), asks)
 
 
 def encode_reply(reply: Answer | LockstepError) -> bytes:
     """What a call comes back with: its answer, or why there is none. The inverse of `decode_reply`."""
     if isinstance(reply, LockstepError):
-        return _pack((reply.to_wire(), None, (), ()))
+        return _pack((reply.to_wire(), None, (), (), None))
     columns = (reply.epoch, reply.next, reply.rewind, reply.start, reply.length)
     outputs = {name: _pack_array(values) for name, values in reply.outputs.items()}
     notices = [(notice.epoch, notice.kind, notice.error, notice.reason, notice.progress) for notice in reply.notices]
-    return _pack((None, _pack_array(np.concatenate([columns, reply.timing])), outputs, notices))
+    kept = reply.checkpoints
+    checkpoints = None if kept is None else _pack_all((kept.epoch, kept.at, *kept.state))
+    return _pack((None, _pack_array(np.concatenate([columns, reply.timing])), outputs, notices, checkpoints))
 
 
 def decode_reply(data: bytes) -> Answer | LockstepError:
     """The answer, its arrays read-only views into `data`, or the error."""
-    error, columns, outputs, notices = msgpack.unpackb(data)
+    error, columns, outputs, notices, kept = msgpack.unpackb(data)
     if error is not None:
         return from_wire(error)
     values = {name: _unpack_array(array) for name, array in outputs.items()}
     table = _unpack_array(columns)
     epoch, following, rewind, start, length = table[:5]
     told = tuple(Notice(*notice) for notice in notices)
-    return Answer(epoch, following, rewind, start, length, values, told, table[5:])
+    checkpoints = None
+    if kept is not None:
+        of, at, *state = (_unpack_array(array) for array in kept)
+        checkpoints = Checkpoints(of, at, tuple(state))
+    return Answer(epoch, following, rewind, start, length, values, told, table[5:], checkpoints)
 
 
 def _pack(message: Any) -> bytes:

@@ -36,18 +36,26 @@ class LocalCluster:
         self.num_cancelled = 0
         self.delay_s: Callable[[], float] = lambda: 0.0
         self._running: dict[str, AsyncEngine] = {}
-        for i, model in enumerate(models):
-            name = f"owner-{i}"
-            engine = Engine(model, config, name)
-            self.engines[name], self._running[name] = engine, AsyncEngine(engine)
-            limits = SessionLimits(
-                config.session.max_segment_timesteps,
-                config.session.max_window_timesteps,
-                config.session.nan == "refuse",
-            )
-            self.directory.register(
-                Owner(name, name, engine.spec, limits, config.session.max_sessions, config.frame.max_bytes)
-            )
+        self._config = config
+        for model in models:
+            self.add(model)
+
+    def add(self, model: RecurrentModel) -> None:
+        """One more owner."""
+        config, name = self._config, f"owner-{len(self.engines)}"
+        engine = self.engines[name] = Engine(model, config, name)
+        self._running[name] = AsyncEngine(engine)
+        session = config.session
+        limits = SessionLimits(session.max_segment_timesteps, session.max_window_timesteps, session.nan == "refuse")
+        checkpoints = session.checkpoint_timesteps > 0
+        self.directory.register(
+            Owner(name, name, engine.spec, limits, session.max_sessions, config.frame.max_bytes, checkpoints)
+        )
+
+    @property
+    def alive(self) -> list[str]:
+        """Owners that run."""
+        return list(self._running)
 
     async def open(self, session: str, sender: str, model: str | None, ended: dict[str, list[int]]) -> Grant:
         for owner, epochs in ended.items():

@@ -36,6 +36,7 @@ class EngineMetrics:
                 "failed_steps": "Batched forwards that raised.",
                 "evictions": "States moved to host memory.",
                 "restores": "States moved back into a slot.",
+                "checkpoints": "States sent to where the sessions come from.",
             }.items()
         }
         # Ray's annotation says one tag; any number is documented.

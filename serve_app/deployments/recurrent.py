@@ -58,6 +58,7 @@ class Recurrent:
             limits=SessionLimits(session.max_segment_timesteps, session.max_window_timesteps, session.nan == "refuse"),
             max_sessions=session.max_sessions,
             max_bytes=config.frame.max_bytes,
+            checkpoints=session.checkpoint_timesteps > 0,
         )
         await self._directory.register(self._owner)
         self._parts.push_async_callback(self._directory.unregister, self._owner.name)

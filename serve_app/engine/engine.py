@@ -22,7 +22,7 @@ from serve_app.engine.state_pool import StatePool
 from serve_app.engine.stats import Stats, StepRecord
 from serve_app.engine.timesteps import TimestepStore
 from serve_app.errors import ConfigError, InvalidInput, LockstepError, NotOwner, StepFailed
-from serve_app.frame import ABORT, Answer, Frame, Notice, Open
+from serve_app.frame import ABORT, Answer, Checkpoints, Frame, Notice, Open
 from serve_app.models.interface import RecurrentModel
 from serve_app.policy.batching import powers_of_two
 from serve_app.spec import ModelSpec
@@ -74,6 +74,7 @@ class Engine:
         )
         output_bytes = max(1, self.spec.output_bytes)
         self._max_retained = config.engine.max_retained_bytes // output_bytes  # timesteps
+        self._checkpoint_every = config.session.checkpoint_timesteps
         self._max_answered = max(1, config.frame.max_bytes // output_bytes)  # timesteps of one answer
 
     def prepare(self) -> None:
@@ -122,7 +123,10 @@ class Engine:
             mailbox = self._mail[sender]
             while mailbox.due(now):
                 ticket, _ = mailbox.calls.popleft()
-                answer = mailbox.write_answer(self._sessions, self._outputs, self.spec.outputs, self._max_answered)
+                answer = mailbox.write_answer(
+                    self._sessions, self._outputs, self.spec.outputs, self._max_answered, self._checkpoint_every,
+                    self._checkpoint,
+                )  # fmt: skip
                 answers.append((ticket, answer))
             if mailbox.idle:
                 del self._mailboxes[name], self._mail[sender]
@@ -178,7 +182,7 @@ class Engine:
             if ask.initial_state is not None:
                 self._pool.check_initial(ask.initial_state)
             if not self._sessions.holds(ask.epoch):
-                row = self._sessions.open(ask.epoch, ask.session, sender, now)
+                row = self._sessions.open(ask.epoch, ask.session, sender, now, ask.start)
                 self._mail[sender].num_sessions += 1
                 if ask.initial_state is not None:
                     with self._pool.moving(after_steps=False):
@@ -186,6 +190,17 @@ class Engine:
         except LockstepError as error:
             return Notice(ask.epoch, "refused", error.to_wire())
         return Notice(ask.epoch, "opened")
+
+    def _checkpoint(self, rows: np.ndarray) -> Checkpoints | None:
+        """The states of `rows`, but for those that a step on its way is changing, or that are not in a slot."""
+        for flight in self._flights:
+            rows = rows[~np.isin(rows, flight.batch.rows)]
+        rows = rows[self._slots.slot_of[rows] >= 0]
+        if not len(rows):
+            return None
+        at = self._sessions.checkpointed[rows] = self._sessions.progress[rows]
+        self.stats.checkpoints += len(rows)
+        return Checkpoints(self._sessions.epoch[rows], at, self._pool.read(self._slots.slot_of[rows]))
 
     def _receive_odd(self, frame: Frame, rows: np.ndarray, verdict: np.ndarray, mailbox: Mailbox) -> None:
         """What a frame with resends, refusals or closes asks for beside running its timesteps."""

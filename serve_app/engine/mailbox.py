@@ -1,14 +1,14 @@
 """What waits for one sender: sessions with outputs to send, notices, and the calls that can carry them."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from serve_app.engine.sessions import SessionTable
 from serve_app.engine.timesteps import TimestepStore
-from serve_app.frame import Answer, Notice
+from serve_app.frame import Answer, Checkpoints, Notice
 from serve_app.spec import TensorSpec
 
 MAX_WAITING = 3
@@ -49,14 +49,22 @@ class Mailbox:
             self.marked.append(rows)
 
     def write_answer(
-        self, sessions: SessionTable, store: TimestepStore, specs: Mapping[str, TensorSpec], room: int
+        self,
+        sessions: SessionTable,
+        store: TimestepStore,
+        specs: Mapping[str, TensorSpec],
+        room: int,
+        every: int,
+        checkpoint: Callable[[np.ndarray], Checkpoints | None],
     ) -> Answer:
         """All there is, up to `room` timesteps; what is left goes with a later call. Notices follow the last output.
 
-        store: the outputs, which are as `specs` says.
+        store: the outputs, which are as `specs` says. checkpoint: takes those of rows whose next is due, `every` so
+        many timesteps (0: never).
         """
         marked = self.marked or [np.empty(0, np.int64)]
-        unsent = sessions.take_unsent(marked[0] if len(marked) == 1 else np.concatenate(marked), self.sender, room)
+        rows = marked[0] if len(marked) == 1 else np.concatenate(marked)
+        unsent = sessions.take_unsent(rows, self.sender, room, every)
         self.marked = []
         self.mark(unsent.left)
         values = store.read(unsent.rows, unsent.start, unsent.length)
@@ -68,5 +76,6 @@ class Mailbox:
         if self.notices and not self.marked:
             notices = tuple(self.notices)
             self.notices.clear()
-        _, epoch, following, rewind, start, length, timing, _ = unsent
-        return Answer(epoch, following, rewind, start, length, outputs, notices, timing)
+        _, epoch, following, rewind, start, length, timing, _, due = unsent
+        checkpoints = checkpoint(due) if len(due) else None
+        return Answer(epoch, following, rewind, start, length, outputs, notices, timing, checkpoints)

@@ -27,7 +27,7 @@ from serve_app.frame import COLUMNS, NO_CLOSE, Frame
 from serve_app.spec import TensorSpec
 
 MAX_TOMBSTONES = 65536
-EPOCH, NEXT, REWIND, CLOSE_AT, ACKED, SENT, PROGRESS, SENDER, WAITED, TOOK, TOGETHER = range(11)
+EPOCH, NEXT, REWIND, CLOSE_AT, ACKED, SENT, PROGRESS, SENDER, WAITED, TOOK, TOGETHER, KEPT = range(12)
 """Columns of the table of all sessions."""
 OVER = -3
 """`close_at` of a session that does not run any more."""
@@ -95,7 +95,8 @@ class Advanced(NamedTuple):
 class Unsent(NamedTuple):
     """Outputs to be sent, columns [n]: `length` timesteps from `start` of each of `rows`; `left`: rows without room.
 
-    timing [3, n]: us that they waited, us of their steps, sessions of the last of those.
+    timing [3, n]: us that they waited, us of their steps, sessions of the last of those. due: which [m] have all their
+    outputs sent with this, and have run so far since the last checkpoint that the next is due.
     """
 
     rows: np.ndarray
@@ -106,6 +107,7 @@ class Unsent(NamedTuple):
     length: np.ndarray
     timing: np.ndarray
     left: np.ndarray
+    due: np.ndarray
 
 
 class SessionTable:
@@ -114,9 +116,9 @@ class SessionTable:
     def __init__(self, max_sessions: int, max_window: int) -> None:
         self.max_sessions = max_sessions
         self.max_window = max_window
-        self._table = np.zeros((max_sessions, 11), np.int64)
+        self._table = np.zeros((max_sessions, 12), np.int64)
         self.epoch, self.next, self.rewind, self.close_at, *others = self._table.T
-        self.acked, self.sent, self.progress, self.sender, *timing = others
+        self.acked, self.sent, self.progress, self.sender, *timing, self.checkpointed = others
         self._timing = timing  # of what was not sent: us of waiting and of steps, sessions of the last step
         self.status = np.zeros(max_sessions, np.int64)
         self.active_at = np.zeros(max_sessions)
@@ -132,8 +134,8 @@ class SessionTable:
         """Whether the session of that epoch has a row."""
         return bool(_find(self._row_near, self._table, epoch) >= 0)
 
-    def open(self, epoch: int, name: str, sender: int, now: float) -> int:
-        """A row for a new session. Raises TooManySessions, SessionEnded."""
+    def open(self, epoch: int, name: str, sender: int, now: float, start: int = 0) -> int:
+        """A row for a new session, whose first timestep is `start`. Raises TooManySessions, SessionEnded."""
         if epoch in self.tombstones:
             raise self.ended_error(epoch)
         if len(self.names) >= self.max_sessions:
@@ -146,7 +148,9 @@ class SessionTable:
         else:
             row = self._num_rows
             self._num_rows += 1
-        for column in (self.next, self.progress, self.sent, self.acked, self.rewind, *self._timing):
+        for column in (self.next, self.progress, self.sent, self.acked, self.checkpointed):
+            column[row] = start
+        for column in (self.rewind, *self._timing):
             column[row] = 0
         self.epoch[row], self.close_at[row], self.sender[row] = epoch, NO_CLOSE, sender
         self.active_at[row], self.status[row] = now, Status.OPEN
@@ -176,12 +180,16 @@ class SessionTable:
         )
         return Advanced(members[:count], running[:count], starts[:count], closing[:num_closing], sender)
 
-    def take_unsent(self, rows: np.ndarray, sender: int, room: int) -> Unsent:
-        """What `rows` of this sender have computed and not sent, up to `room` timesteps: it is sent now."""
-        found = np.empty((9, len(rows)), np.int64)
-        count, looked_at = _take_unsent(self._table, array(rows), sender, room, found)
+    def take_unsent(self, rows: np.ndarray, sender: int, room: int, every: int) -> Unsent:
+        """What `rows` of this sender have computed and not sent, up to `room` timesteps: it is sent now.
+
+        every: timesteps after which a session's next checkpoint is due; 0: never.
+        """
+        found = np.empty((10, len(rows)), np.int64)
+        count, looked_at, due = _take_unsent(self._table, array(rows), sender, room, every, found)
         running, epoch, following, rewind, start, length, *_ = found[:, :count]
-        return Unsent(running, epoch, following, rewind, start, length, found[6:, :count], rows[looked_at:])
+        left = rows[looked_at:]
+        return Unsent(running, epoch, following, rewind, start, length, found[6:9, :count], left, found[9, :due])
 
     def running(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Which of `rows` [B] still have the session of that epoch, and run it."""
@@ -473,9 +481,11 @@ def _advance(
 
 
 @compiled
-def _take_unsent(table: np.ndarray, rows: np.ndarray, sender: int, room: int, found: np.ndarray) -> tuple[int, int]:
-    """Fill `found` with the columns of Unsent; returns how many there are, and how many of `rows` need no further."""
-    count = 0
+def _take_unsent(
+    table: np.ndarray, rows: np.ndarray, sender: int, room: int, every: int, found: np.ndarray
+) -> tuple[int, int, int]:
+    """Fill `found` with the columns of Unsent; returns how many there are, rows that need no further, and are due."""
+    count, due = 0, 0
     for i in range(len(rows)):
         line = table[rows[i]]
         start = line[SENT]
@@ -485,11 +495,14 @@ def _take_unsent(table: np.ndarray, rows: np.ndarray, sender: int, room: int, fo
         given = min(length, room)
         if given > 0:
             found[:6, count] = rows[i], line[EPOCH], line[NEXT], line[REWIND], start, given
-            found[6:, count] = line[WAITED], line[TOOK], line[TOGETHER]
+            found[6:9, count] = line[WAITED], line[TOOK], line[TOGETHER]
             line[WAITED] = line[TOOK] = 0
             count += 1
         line[SENT] += given
         room -= given
         if given < length:
-            return count, i
-    return count, len(rows)
+            return count, i, due
+        if every and line[PROGRESS] - line[KEPT] >= every and line[CLOSE_AT] != OVER:
+            found[9, due] = rows[i]
+            due += 1
+    return count, len(rows), due

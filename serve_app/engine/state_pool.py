@@ -124,6 +124,20 @@ class StatePool:
         self.free_pages(pages[pages >= 0])
         return taken
 
+    def read(self, slots: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Copies of the states in `slots` [n], in host memory: each tensor is [n, *shape for a batch of 1].
+
+        No step on its way may use these slots. bfloat16, which numpy has not, comes as float32.
+        """
+        with self.moving(after_steps=False):
+            index = self.index(slots)
+            leaves = [column.select(index) for column in self._columns]
+            found = [(leaf.float() if leaf.dtype == torch.bfloat16 else leaf).cpu() for leaf in leaves]
+        return tuple(
+            np.expand_dims(np.moveaxis(leaf.numpy(), dim, 0), dim + 1)
+            for leaf, dim in zip(found, self._dims, strict=True)
+        )
+
     def free_pages(self, pages: np.ndarray) -> None:
         """The states in `pages` are not needed any more."""
         self._free[self._num_free : self._num_free + len(pages)] = pages

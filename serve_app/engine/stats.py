@@ -32,6 +32,7 @@ class Stats:
     failed_steps: int = 0
     evictions: int = 0
     restores: int = 0
+    checkpoints: int = 0
     refusals: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
     ended_epochs: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_ENDED_KEPT))

@@ -1,5 +1,8 @@
 """Where sessions start: opens them with the directory, keeps an outbox for each owner. Knows neither Ray nor torch."""
 
+import asyncio
+import contextvars
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -9,13 +12,28 @@ from uuid import uuid4
 import numpy as np
 
 from serve_app.directory import Grant, Owner
-from serve_app.errors import LockstepError, SessionEnded, StateLost, UnknownSession
+from serve_app.errors import LockstepError, SessionEnded, StateLost, TooManySessions, Unavailable, UnknownSession
 from serve_app.frame import Open
 from serve_app.ingress.outbox import Channel, Outbox
 from serve_app.session import Session
 from serve_app.spec import ModelSpec
 
 MAX_REMEMBERED = 4096
+MOVE_WITHIN_S = 60.0
+"""A session whose owner is gone waits so long for another one."""
+RETRY_MOVE_S = 0.1
+
+
+class Nowhere:
+    """See session.Carrier: of a session that has no owner. Whatever it has to send goes when it has one again."""
+
+    def notify(self, session: Session) -> None:
+        """See Carrier."""
+
+    notify_later = notify_ack = notify
+
+
+NOWHERE = Nowhere()
 
 
 class DirectoryClient(Protocol):
@@ -48,6 +66,7 @@ class Hub:
         self._outboxes: dict[str, Outbox] = {}
         self._sessions: dict[str, Session] = {}
         self._ended: dict[str, list[int]] = {}
+        self._moves: set[asyncio.Task[None]] = set()
         self._past: OrderedDict[str, str] = OrderedDict()  # why sessions ended, for those who ask late
 
     async def open(
@@ -90,25 +109,75 @@ class Hub:
 
     async def stop(self) -> None:
         """Give everything up; sessions that are still open fail."""
+        for move in list(self._moves):
+            move.cancel()
+        await asyncio.gather(*self._moves, return_exceptions=True)
         for outbox in list(self._outboxes.values()):
             await outbox.stop()
 
     async def _open_at(self, grant: Grant, initial_state: Sequence[np.ndarray] | None) -> Session:
         owner = grant.owner
+        outbox = await self._outbox(owner)
+        state = None if initial_state is None else tuple(np.asarray(array) for array in initial_state)
+        session = Session(
+            grant.session, owner.spec, owner.limits, outbox, epoch=grant.epoch, ack_on_receipt=self._ack_on_receipt,
+            initial_state=state, retains=owner.checkpoints,
+        )  # fmt: skip
+        await outbox.open(session, Open(grant.epoch, grant.session, state))
+        self._sessions[session.name] = session
+        return session
+
+    async def _outbox(self, owner: Owner) -> Outbox:
         outbox = self._outboxes.get(owner.name)
         if outbox is None or outbox.failed:
             if outbox is not None:
                 await outbox.stop()
-            channel, forget = self._directory.connect(owner), partial(self._forget, owner.name)
-            outbox = Outbox(owner.name, self.sender, owner.spec, owner.max_bytes, channel, forget)
+            channel = self._directory.connect(owner)
+            forget, lost = partial(self._forget, owner.name), partial(self._lost, owner.name)
+            outbox = Outbox(owner.name, self.sender, owner.spec, owner.max_bytes, channel, forget, lost)
             self._outboxes[owner.name] = outbox
-        session = Session(
-            grant.session, owner.spec, owner.limits, outbox, epoch=grant.epoch, ack_on_receipt=self._ack_on_receipt
-        )
-        state = None if initial_state is None else tuple(np.asarray(array) for array in initial_state)
-        await outbox.open(session, Open(grant.epoch, grant.session, state))
-        self._sessions[session.name] = session
-        return session
+        return outbox
+
+    def _lost(self, owner: str, session: Session, error: LockstepError) -> None:
+        """The owner is gone: let the session go on elsewhere, or fail."""
+        if not session.can_move or not isinstance(error, StateLost):
+            session.fail(error)
+            self._forget(owner, session)
+            return
+        move = asyncio.get_running_loop().create_task(self._move(owner, session, error), context=contextvars.Context())
+        self._moves.add(move)
+        move.add_done_callback(self._moves.discard)
+
+    async def _move(self, owner: str, session: Session, error: LockstepError) -> None:
+        """Open the session at another owner, from its last checkpoint on; wait for one while there is none."""
+        session.carrier = NOWHERE
+        deadline, name = time.monotonic() + MOVE_WITHIN_S, owner
+        try:
+            await self._directory.lost(name)
+            while session.can_move:
+                try:
+                    grant = await self._directory.open(session.name, self.sender, session.spec.name, {})
+                    name = grant.owner.name
+                    outbox = await self._outbox(grant.owner)
+                    session.epoch = grant.epoch
+                    at, state = session.restore_point()
+                    await outbox.open(session, Open(grant.epoch, session.name, state, at))
+                except StateLost:
+                    await self._directory.lost(name)
+                except (Unavailable, TooManySessions):
+                    if time.monotonic() > deadline:
+                        break
+                    await asyncio.sleep(RETRY_MOVE_S)
+                else:
+                    session.moved(outbox, at)
+                    return
+            session.fail(error)
+        except LockstepError as failure:
+            session.fail(failure)
+        except asyncio.CancelledError:
+            session.fail(error)
+            raise
+        self._forget(name, session)
 
     def has_ended(self, session: Session) -> None:
         """Let the directory know, with the next session that opens, so that the name is free again."""

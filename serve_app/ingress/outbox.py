@@ -44,7 +44,7 @@ class Outbox:
     sessions that have something to send or on its way: the owner runs one half while the other one travels. While there
     are sessions one call is always waiting, for outputs and notices to come back with; which call brings what does not
     matter. Calls run in a context of their own: they must not die with the request in whose context they were made.
-    `forgotten` hears of each session that is over.
+    `forgotten` hears of each session that is over, `lost` of each that was running when the owner was lost.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Outbox:
         max_bytes: int,
         channel: Channel,
         forgotten: Callable[[Session], None],
+        lost: Callable[[Session, LockstepError], None],
     ) -> None:
         self._owner = owner
         self._sender = sender
@@ -62,6 +63,7 @@ class Outbox:
         self._max_timesteps = max(1, max_bytes // max(1, spec.input.nbytes))
         self._channel = channel
         self._forgotten = forgotten
+        self._lost = lost
         self._sessions: dict[int, Session] = {}
         self._opening: dict[int, asyncio.Future[None]] = {}
         self._opens: list[Open] = []
@@ -93,8 +95,7 @@ class Outbox:
     def notify(self, session: Session) -> None:
         """See Carrier."""
         if self._error is not None:
-            session.fail(self._error)
-            return
+            return  # it was lost, and whoever heard of that sees to it
         self._pending[session.epoch] = session
         self._schedule()
 
@@ -223,6 +224,11 @@ class Outbox:
                 session.deliver(accepted, rewind, run)
                 self._settle(session)
             at += length
+        if answer.checkpoints is not None:
+            kept = answer.checkpoints
+            for i, (epoch, timestep) in enumerate(zip(kept.epoch.tolist(), kept.at.tolist(), strict=True)):
+                if session := self._sessions.get(epoch):
+                    session.checkpoint(timestep, tuple(leaf[i].copy() for leaf in kept.state))
         for notice in answer.notices:
             opening = self._opening.get(notice.epoch)
             session = self._sessions.get(notice.epoch)
@@ -270,8 +276,12 @@ class Outbox:
         for opening in self._opening.values():
             if not opening.done():
                 opening.set_exception(error)
-        for session in list(self._sessions.values()):
-            session.fail(error)
-            self._forget(session)
+        sessions, self._sessions = self._sessions, {}
+        for session in sessions.values():
+            self._land(session)
+            if session.end_reason is None and session.epoch not in self._opening:
+                self._lost(session, error)
+            else:
+                self._forgotten(session)
         self._pending.clear()
         self._acks.clear()

@@ -31,6 +31,8 @@ CONFIG = AppConfig(
     session=SessionConfig(max_sessions=64, max_segment_timesteps=64, max_window_timesteps=256),
     frame=FrameConfig(answer_within_s=0.05),
 )
+ALONE = dataclasses.replace(CONFIG, session=dataclasses.replace(CONFIG.session, checkpoint_timesteps=0))
+"""Sessions that end with their owner."""
 PACKED = {"content-type": "application/msgpack"}
 RAW = {"content-type": "application/octet-stream"}
 
@@ -427,7 +429,7 @@ async def test_an_initial_state() -> None:
 
 
 async def test_a_dead_owner() -> None:
-    async with system() as sut:
+    async with system(config=ALONE) as sut:
         await sut.open(session="a")
         waiting = asyncio.create_task(sut.client.get("/v1/sessions/a/outputs", params={"wait_s": 10}))
         await asyncio.sleep(0)

@@ -33,6 +33,8 @@ CONFIG = AppConfig(
     session=SessionConfig(max_sessions=512, max_segment_timesteps=64, max_window_timesteps=256),
     frame=FrameConfig(answer_within_s=0.2),
 )
+ALONE = dataclasses.replace(CONFIG, session=dataclasses.replace(CONFIG.session, checkpoint_timesteps=0))
+"""Sessions that end with their owner."""
 PATIENT = dataclasses.replace(CONFIG, frame=FrameConfig(answer_within_s=60))  # no call comes back for its time
 
 
@@ -248,7 +250,7 @@ async def test_a_wrong_initial_state_frees_its_place() -> None:
 
 
 async def test_a_dead_owner_ends_its_sessions_and_no_others() -> None:
-    async with local(SumModel(), SumModel(), config=CONFIG) as (cluster, hub):
+    async with local(SumModel(), SumModel(), config=ALONE) as (cluster, hub):
         sessions = [await hub.open() for _ in range(4)]
         await cluster.kill("owner-0")
         lost, alive = [], []

@@ -43,6 +43,8 @@ CONFIG = AppConfig(
     session=SessionConfig(max_sessions=64, max_segment_timesteps=64, max_window_timesteps=256),
     frame=FrameConfig(answer_within_s=0.05),
 )
+ALONE = dataclasses.replace(CONFIG, session=dataclasses.replace(CONFIG.session, checkpoint_timesteps=0))
+"""Sessions that end with their owner."""
 
 
 @dataclasses.dataclass
@@ -329,7 +331,7 @@ async def test_a_session_that_ends_otherwise_says_why() -> None:
         await client.receive("opened")
         assert await client.receive("ended") == {"reason": "idle", "progress": 0}
         assert await client.closed() == 4410
-    async with system() as sut, talk(sut) as client:
+    async with system(config=ALONE) as sut, talk(sut) as client:
         await client.receive("opened")
         await sut.cluster.kill("owner-0")
         ended = await client.receive("ended")
@@ -464,7 +466,7 @@ async def test_what_the_client_is_refused() -> None:
 
 
 async def test_a_session_whose_owner_dies_is_lost() -> None:
-    async with system() as sut:
+    async with system(config=ALONE) as sut:
         session = await open_websocket(sut.address)
         session.submit(np.array(ones(1)))
         await session.wait()

@@ -1,0 +1,183 @@
+"""Owners that die: their sessions go on at others, and each output comes exactly once, in order, as if nothing was."""
+
+import asyncio
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
+from serve_app.errors import StateLost, StepFailed
+from serve_app.ingress import hub as hub_module
+from serve_app.ingress.hub import Hub
+from serve_app.session import Session
+from tests.fakes import FloatSumModel, SumModel
+from tests.local import LocalCluster, local
+
+pytestmark = pytest.mark.asyncio
+
+CONFIG = AppConfig(
+    engine=EngineConfig(device="cpu", slots=16, max_batch_size=8, max_step_timesteps=4),
+    session=SessionConfig(
+        max_sessions=512, max_segment_timesteps=64, max_window_timesteps=256, checkpoint_timesteps=10
+    ),
+    frame=FrameConfig(answer_within_s=0.2),
+)
+
+
+def numbers(seed: int, n: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-99, 99, (n, 2))
+
+
+async def collect(session: Session, *, acknowledge: bool) -> np.ndarray:
+    """All outputs, which must follow each other."""
+    found, at = [np.empty((0, 2), np.int64)], 0
+    async for outputs in session.outputs():
+        assert outputs.start == at
+        at = outputs.end
+        found.append(outputs.values["total"])
+        if acknowledge:
+            session.ack(at)
+    return np.concatenate(found)
+
+
+async def one(hub: Hub, seed: int, acknowledge: bool) -> int:
+    """A session of random segments, sometimes pausing, sometimes waiting for its outputs; compared with the sums."""
+    rng = random.Random(seed)
+    initial = numbers(seed, 1) if rng.random() < 0.3 else None
+    session = await hub.open(f"session {seed}", initial_state=None if initial is None else [initial])
+    reader = asyncio.create_task(collect(session, acknowledge=acknowledge))
+    x = numbers(seed, rng.randint(0, 240))
+    while session.next < len(x):
+        session.submit(x[session.next : session.next + rng.randint(1, 12)])
+        if rng.random() < 0.7:
+            await asyncio.sleep(rng.random() * 0.05)
+        if rng.random() < 0.3:
+            await session.wait()
+    session.close()
+    assert await session.closed() == "closed"
+    expected = x.cumsum(0) + (0 if initial is None else initial)
+    np.testing.assert_array_equal(await reader, expected)
+    return len(x)
+
+
+async def kill_some(cluster: LocalCluster, rng: random.Random) -> None:
+    """An owner dies, another comes; sometimes all of them are gone for a while."""
+    while True:
+        await asyncio.sleep(0.05 + rng.random() * 0.2)
+        victims = cluster.alive if rng.random() < 0.2 else [rng.choice(cluster.alive)]
+        for victim in victims:
+            await cluster.kill(victim)
+        if rng.random() < 0.5:
+            await asyncio.sleep(rng.random() * 0.2)
+        for _ in victims:
+            cluster.add(SumModel())
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("acknowledge", [False, True])
+async def test_nothing_is_lost_or_doubled_whoever_dies(seed: int, acknowledge: bool) -> None:
+    rng = random.Random(seed)
+    models = [SumModel() for _ in range(3)]
+    async with local(*models, config=CONFIG, ack_on_receipt=not acknowledge) as (cluster, hub):
+        cluster.delay_s = lambda: rng.random() * 0.02
+        killer = asyncio.create_task(kill_some(cluster, rng))
+        async with asyncio.timeout(60):
+            ran = await asyncio.gather(*(one(hub, 1000 * seed + i, acknowledge) for i in range(40)))
+        killer.cancel()
+        assert len(cluster.engines) > 4, "somebody has died"
+        assert sum(ran) > 1000
+        for name in cluster.alive:
+            cluster.engines[name].check()
+
+
+async def test_only_what_is_not_in_the_checkpoint_runs_again() -> None:
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        session = await hub.open()
+        for _ in range(95):
+            session.submit(np.ones((1, 2), np.int64))
+            await session.wait()
+        at, state = session.restore_point()
+        assert at >= 80 and state is not None
+        await cluster.kill("owner-0")
+        cluster.add(SumModel())
+        session.submit(np.ones((1, 2), np.int64))
+        assert await session.wait() == 96
+        assert [int(v) for v in session.read().values["total"][:, 0]] == list(range(1, 97))  # type: ignore[union-attr]
+        assert cluster.engines["owner-1"].stats.timesteps == 96 - at
+
+
+async def test_inputs_are_kept_no_longer_than_they_are_needed() -> None:
+    async with local(SumModel(), config=CONFIG) as (_, hub):
+        session = await hub.open()
+        for _ in range(500):
+            session.submit(np.ones((1, 2), np.int64))
+            await session.wait()
+            session.read()
+        assert len(session._inputs) <= 2 * CONFIG.session.checkpoint_timesteps
+        assert len(session._checkpoints) <= 2
+
+
+async def test_a_session_that_closes_while_its_owner_dies_ends_in_order() -> None:
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        session = await hub.open()
+        session.submit(np.ones((30, 2), np.int64))
+        session.close()
+        await cluster.kill("owner-0")
+        cluster.add(SumModel())
+        assert await session.closed() == "closed"
+        assert session.progress == 30
+
+
+async def test_a_failed_step_keeps_what_is_needed_to_go_on_elsewhere() -> None:
+    class Failing(FloatSumModel):
+        def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if (x == 666).any():
+                raise RuntimeError("such a number")
+            return super().forward(x, state)
+
+    async with local(Failing(), config=CONFIG) as (cluster, hub):
+        session = await hub.open()
+        session.submit(np.ones((3, 1), np.float32))
+        await session.wait()
+        session.submit(np.full((1, 1), 666, np.float32))
+        with pytest.raises(StepFailed):
+            await session.wait()
+        await cluster.kill("owner-0")
+        cluster.add(Failing())
+        session.submit(np.ones((2, 1), np.float32))
+        assert await session.wait() == 5
+        assert session.read().values["total"][:, 0].tolist() == [1, 2, 3, 4, 5]  # type: ignore[union-attr]
+
+
+async def test_without_another_owner_it_is_lost_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "MOVE_WITHIN_S", 0.2)
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        session = await hub.open()
+        await cluster.kill("owner-0")
+        with pytest.raises(StateLost):
+            async with asyncio.timeout(5):
+                await session.closed()
+        assert not hub.num_sessions
+
+
+async def test_a_session_that_is_given_up_is_not_moved() -> None:
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        session = await hub.open()
+        session.abort()
+        await cluster.kill("owner-0")
+        cluster.add(SumModel())
+        with pytest.raises(StateLost):
+            await session.closed()
+        assert cluster.engines["owner-1"].gauges()["sessions_open"] == 0
+
+
+async def test_without_checkpoints_a_dead_owner_takes_its_sessions_along() -> None:
+    config = dataclasses.replace(CONFIG, session=dataclasses.replace(CONFIG.session, checkpoint_timesteps=0))
+    async with local(SumModel(), SumModel(), config=config) as (cluster, hub):
+        session = await hub.open()
+        await cluster.kill("owner-0")
+        with pytest.raises(StateLost):
+            await session.closed()
