@@ -1,7 +1,9 @@
 """The application on a real Ray: handle client, plain handle calls, failures, the dashboard's metrics."""
 
 import asyncio
+import os
 import random
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from clients.blocking import BlockingClient
-from clients.client import connect
+from clients.client import Client, connect
 from clients.session import Session
 from serve_app.deployments.transport import SERVE_NAMESPACE
 from serve_app.errors import (
@@ -176,19 +178,67 @@ async def test_websocket_clients_that_vanish_cost_the_others_nothing(
         await again.close()
 
 
+def replicas(app: str) -> list[str]:
+    """The actors' names of an application's owners."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(actor["name"] for actor in actors if f"{app}#Recurrent" in actor["name"])
+
+
+def process_of(replica: str) -> int:
+    """Of the actor with that name; Serve's replicas tell it."""
+    actor = ray.get_actor(replica, namespace=SERVE_NAMESPACE)
+    return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+async def test_sessions_outlive_their_replicas(
+    run_app: Callable[..., DeploymentHandle[Any]], http_port: int, num_replicas: int
+) -> None:
+    """kill -9, twice, under sessions of handle and WebSocket clients; alone, a replica is replaced by Serve first."""
+    name = f"outlive{num_replicas}"
+    app = run_app(
+        name, f"/{name}", model=MODEL, engine={"slots": 64}, replicas=num_replicas,
+        session={"checkpoint_timesteps": 20},
+    )  # fmt: skip
+    rng = random.Random(num_replicas)
+
+    async def one(client: Client, seed: int, until: asyncio.Event) -> int:
+        x = noise(seed, 3000)
+        async with await client.open(f"session {seed}") as session:
+            reading = asyncio.create_task(collect(session))
+            while not until.is_set() or session.submitted < 100:
+                session.submit(x[session.submitted : session.submitted + rng.randint(1, 5)])
+                await session.wait()
+                await asyncio.sleep(rng.random() * 0.05)
+            end = session.submitted
+        np.testing.assert_allclose(await reading, alone(x[:end]), rtol=1e-5, atol=1e-5)
+        return end
+
+    async def kill(until: asyncio.Event) -> None:
+        for _ in range(2):
+            await asyncio.sleep(1)
+            process = await asyncio.to_thread(lambda: process_of(rng.choice(replicas(name))))
+            os.kill(process, signal.SIGKILL)
+            await asyncio.sleep(5)
+        until.set()
+
+    async with connect(app) as handle, connect(f"ws://127.0.0.1:{http_port}/{name}") as websocket:
+        until = asyncio.Event()
+        ended = await asyncio.gather(
+            *(one(handle if seed % 2 else websocket, seed, until) for seed in range(30)), kill(until)
+        )
+    assert all(end is None or end >= 100 for end in ended)
+
+
 async def test_a_killed_replica_ends_its_sessions_clearly_and_is_replaced(
     run_app: Callable[..., DeploymentHandle[Any]],
 ) -> None:
-    app = run_app("victim", model=MODEL, engine=SMALL)
+    app = run_app("victim", model=MODEL, engine=SMALL, session={"checkpoint_timesteps": 0})
     async with connect(app) as client:
         session = await client.open("a")
         session.submit(noise(1, 3))
         await session.wait()
-        (owner,) = [
-            actor["name"]
-            for actor in ray.util.list_named_actors(all_namespaces=True)
-            if "victim#Recurrent" in actor["name"]
-        ]
+        (owner,) = replicas("victim")
         ray.kill(ray.get_actor(owner, namespace=SERVE_NAMESPACE))
 
         async def talk() -> None:
