@@ -15,6 +15,8 @@ LockstepError
 ├── Overloaded              a bound is reached; try again later
 │   ├── TooManySessions     no replica takes another session
 │   └── WindowFull          too much is sent and not acknowledged in this session
+├── RegionExists            the name of a shared memory region is taken
+├── UnknownRegion           no such shared memory region
 └── Unavailable             the replica is starting, stopping or dead
 
 The edges (HTTP, WebSocket, gRPC) look the codes up here; there is no other table.
@@ -102,6 +104,14 @@ class TooManySessions(Overloaded):
 
 class WindowFull(Overloaded):
     code = "window_full"
+
+
+class RegionExists(LockstepError):
+    code, http, grpc = "region_exists", 409, "ALREADY_EXISTS"
+
+
+class UnknownRegion(LockstepError):
+    code, http, grpc = "unknown_region", 404, "NOT_FOUND"
 
 
 class Unavailable(LockstepError):

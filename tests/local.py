@@ -76,7 +76,10 @@ class LocalCluster:
         self.requests.append(REQUEST.get())
         await asyncio.sleep(self.delay_s())
         try:
-            return await self._running[owner].frame(frame)
+            answer = await self._running[owner].frame(frame)
+            if owner not in self._running:
+                raise StateLost(f"owner {owner!r} is gone: its sessions are lost")
+            return answer
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
@@ -84,7 +87,14 @@ class LocalCluster:
             raise StateLost(f"owner {owner!r} is gone: its sessions are lost") from error
 
     async def kill(self, owner: str) -> None:
+        """It is gone at once, and what it was about to say."""
         await self._running.pop(owner).stop()
+
+    async def drain(self, owner: str) -> None:
+        """It stops in order."""
+        self.directory.unregister(owner)
+        await self._running[owner].stop()
+        del self._running[owner]
 
     async def stop(self) -> None:
         for owner in list(self._running):

@@ -21,6 +21,7 @@ from serve_app.wire import decode_frame, decode_reply, encode_frame, encode_repl
 SERVICE, METHOD = "lockstep.Owner", "Frame"
 ANSWER_WITHIN_S = 60.0
 """A live owner answers within a second or the time of a step; later than this it counts as gone."""
+STOP_WITHIN_S = 1.0
 OPTIONS = [
     ("grpc.max_receive_message_length", -1),  # frames are cut where they are made
     ("grpc.max_send_message_length", -1),
@@ -45,8 +46,8 @@ class FrameServer:
         return address
 
     async def stop(self) -> None:
-        """Cancel the calls that are open, take no more."""
-        await self._server.stop(grace=None)
+        """Let the calls that are open be answered, take no more."""
+        await self._server.stop(STOP_WITHIN_S)
 
     async def _frame(self, frame: Frame, context: object) -> Answer | LockstepError:
         try:

@@ -42,9 +42,9 @@ class Recurrent:
         self._actor_name = context.replica_id.to_full_id_str()
         self._engine = build_engine(config, owner=context.replica_id.unique_id)
         self._serving = AsyncEngine(self._engine)
-        self._parts.push_async_callback(self._serving.stop)
         self._frames = FrameServer(self._serving.frame)
         self._parts.push_async_callback(self._frames.stop)
+        self._parts.push_async_callback(self._serving.stop)  # first: its last answers have the states of all sessions
         self._directory = RayDirectory(context.app_name)
         self._hub = Hub(self._directory, ack_on_receipt=False, sender=self._actor_name)
         self._parts.push_async_callback(self._hub.stop)

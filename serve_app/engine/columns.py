@@ -38,6 +38,13 @@ class Column:
         shape, dtype = self.form(num_pages)
         self.chunks.append(torch.empty(shape, dtype=dtype, pin_memory=self.tensor.is_cuda))
 
+    def read(self, pages: np.ndarray) -> torch.Tensor:
+        """A copy of these pages, in that order, in host memory."""
+        rows = self.chunks[0].new_empty(self.form(len(pages))[0])
+        for chunk, which, at in _by_chunk(pages, self.chunks[0].shape[self.dim]):
+            rows.index_copy_(self.dim, which, self.chunks[chunk].index_select(self.dim, at))
+        return rows
+
     def exchange(self, index: Any, out: Any, pages: Any) -> None:
         """Copy these slots to the pages `out`, then `pages` to them, where those are not -1; all as StatePool.index."""
         leaving, coming = out >= 0, pages >= 0

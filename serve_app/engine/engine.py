@@ -4,6 +4,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from serve_app.engine.sessions import SessionTable, Status, Verdict, check_frame
 from serve_app.engine.slots import SlotTable
 from serve_app.engine.state_pool import StatePool
 from serve_app.engine.stats import Stats, StepRecord
-from serve_app.engine.timesteps import TimestepStore
+from serve_app.engine.timesteps import EVERYTHING, TimestepStore
 from serve_app.errors import ConfigError, InvalidInput, LockstepError, NotOwner, StepFailed
 from serve_app.frame import ABORT, Answer, Checkpoints, Frame, Notice, Open
 from serve_app.models.interface import RecurrentModel
@@ -131,6 +132,36 @@ class Engine:
             if mailbox.idle:
                 del self._mailboxes[name], self._mail[sender]
         return answers
+
+    def farewell(self, now: float) -> list[tuple[Ticket, Answer]]:
+        """Complete what is on its way, and answer the oldest call of each sender with all there is, states too.
+
+        Its sessions are to go on elsewhere; what has not run by now runs there.
+        """
+        while self._flights:
+            self._complete(self._flights.popleft(), now)
+        answers: list[tuple[Ticket, Answer]] = []
+        for sender, mailbox in self._mail.items():
+            if mailbox.calls:
+                ticket, _ = mailbox.calls.popleft()
+                rows = np.flatnonzero((self._sessions.sender == sender) & (self._sessions.status == Status.OPEN))
+                moving = [Notice(epoch, "moving") for epoch in self._sessions.epoch[rows].tolist()]
+                answer = mailbox.write_answer(self._sessions, self._outputs, self.spec.outputs, EVERYTHING, 0, _never)
+                notices = (*answer.notices, *moving)
+                answers.append((ticket, replace(answer, notices=notices, checkpoints=self._states_of(rows))))
+        return answers
+
+    def _states_of(self, rows: np.ndarray) -> Checkpoints | None:
+        """The states of all of `rows` that have run or came with one; no step is on its way."""
+        slots, pages = self._slots.slot_of[rows], self._page_of[rows]
+        in_slots, in_pages = rows[slots >= 0], rows[pages >= 0]
+        parts = [self._pool.read(slots[slots >= 0])] if len(in_slots) else []
+        parts += [self._pool.read_pages(pages[pages >= 0])] if len(in_pages) else []
+        if not parts:
+            return None
+        known = np.concatenate([in_slots, in_pages])
+        state = tuple(np.concatenate(leaves) for leaves in zip(*parts, strict=True))
+        return Checkpoints(self._sessions.epoch[known], self._sessions.progress[known], state)
 
     def expire(self, now: float) -> None:
         """End sessions that have been idle for too long. Looks at most every tenth of that time."""
@@ -379,6 +410,10 @@ class Engine:
 
     def _notify(self, row: int, notice: Notice) -> None:
         self._mail[int(self._sessions.sender[row])].notices.append(notice)
+
+
+def _never(rows: np.ndarray) -> None:
+    """No checkpoint."""
 
 
 class _Flight(NamedTuple):

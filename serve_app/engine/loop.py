@@ -46,7 +46,10 @@ class EngineLoop:
             self._raise_if_dead()
 
     def stop(self) -> None:
-        """End the loop after the step that runs; calls still open are answered with Unavailable."""
+        """End the loop after the steps that run; senders get all there is, so that their sessions can go on elsewhere.
+
+        Calls still open then are answered with Unavailable.
+        """
         with self._arrived:
             self._stopping = True
             self._arrived.notify()
@@ -57,6 +60,9 @@ class EngineLoop:
             with inference_mode():
                 while not self._stopping:
                     self._turn()
+                farewell = self._engine.farewell(time.monotonic())
+                self._open_tickets.difference_update(ticket for ticket, _ in farewell)
+                self._deliver(farewell)
         except BaseException as error:
             logger.exception("the engine has died")
             self._die(error)

@@ -131,12 +131,13 @@ class StatePool:
         """
         with self.moving(after_steps=False):
             index = self.index(slots)
-            leaves = [column.select(index) for column in self._columns]
-            found = [(leaf.float() if leaf.dtype == torch.bfloat16 else leaf).cpu() for leaf in leaves]
-        return tuple(
-            np.expand_dims(np.moveaxis(leaf.numpy(), dim, 0), dim + 1)
-            for leaf, dim in zip(found, self._dims, strict=True)
-        )
+            return self._as_arrays([column.select(index).cpu() for column in self._columns])
+
+    def read_pages(self, pages: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The same of the states in `pages` [n]."""
+        if self._aside is not None:
+            self._aside.synchronize()  # which writes there
+        return self._as_arrays([column.read(pages) for column in self._columns])
 
     def free_pages(self, pages: np.ndarray) -> None:
         """The states in `pages` are not needed any more."""
@@ -166,6 +167,12 @@ class StatePool:
             )
         if not all(a.dtype.name in STATE_DTYPES and (a.dtype.kind != "f" or np.isfinite(a).all()) for a in state):
             raise InvalidInput("the initial state holds NaN, infinity or values that are not numbers")
+
+    def _as_arrays(self, leaves: Sequence[torch.Tensor]) -> tuple[np.ndarray, ...]:
+        """Batched tensors, with a session in each row and its batch of 1 left in its place."""
+        arrays = [(leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy() for leaf in leaves]
+        moved = (np.moveaxis(array, dim, 0) for array, dim in zip(arrays, self._dims, strict=True))
+        return tuple(np.expand_dims(array, dim + 1) for array, dim in zip(moved, self._dims, strict=True))
 
     def _flatten(self, state: State) -> tuple[Sequence[torch.Tensor], pytree.TreeSpec]:
         tensors = [torch.Tensor] * len(self._columns)

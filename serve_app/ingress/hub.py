@@ -139,8 +139,8 @@ class Hub:
         return outbox
 
     def _lost(self, owner: str, session: Session, error: LockstepError) -> None:
-        """The owner is gone: let the session go on elsewhere, or fail."""
-        if not session.can_move or not isinstance(error, StateLost):
+        """The owner is gone, or going: let the session go on elsewhere, or fail."""
+        if not session.can_move or not isinstance(error, StateLost | Unavailable):
             session.fail(error)
             self._forget(owner, session)
             return

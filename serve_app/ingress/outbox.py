@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from serve_app.errors import LockstepError, StateLost, from_wire
+from serve_app.errors import LockstepError, StateLost, Unavailable, from_wire
 from serve_app.frame import COLUMNS, Answer, Frame, Open
 from serve_app.segment import Run
 from serve_app.session import Entry, Session
@@ -234,6 +234,10 @@ class Outbox:
             session = self._sessions.get(notice.epoch)
             if opening is not None and not opening.done() and notice.kind in ("opened", "refused"):
                 self._opened(notice.epoch, opening, notice.error)
+            elif session is not None and notice.kind == "moving":
+                del self._sessions[notice.epoch]
+                self._land(session)
+                self._lost(session, Unavailable(f"owner {self._owner!r} is stopping"))
             elif session is not None and session.end_reason is not None:
                 self._forget(session)  # the owner has given its outputs up
             elif session is not None:

@@ -7,18 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serve_app.errors import InvalidInput, LockstepError
+from serve_app.errors import InvalidInput, RegionExists, UnknownRegion
 
 FOLDER = Path("/dev/shm")
 """Where POSIX shared memory lies on Linux."""
-
-
-class RegionExists(LockstepError):
-    code, http, grpc = "region_exists", 409, "ALREADY_EXISTS"
-
-
-class UnknownRegion(LockstepError):
-    code, http, grpc = "unknown_region", 404, "NOT_FOUND"
 
 
 @dataclass(frozen=True, slots=True)

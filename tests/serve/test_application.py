@@ -190,17 +190,15 @@ def process_of(replica: str) -> int:
     return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
 
 
-@pytest.mark.parametrize("num_replicas", [1, 2])
+@pytest.mark.parametrize("what", ["one of one is killed", "one of two is killed", "all are replaced"])
 async def test_sessions_outlive_their_replicas(
-    run_app: Callable[..., DeploymentHandle[Any]], http_port: int, num_replicas: int
+    run_app: Callable[..., DeploymentHandle[Any]], http_port: int, what: str
 ) -> None:
-    """kill -9, twice, under sessions of handle and WebSocket clients; alone, a replica is replaced by Serve first."""
-    name = f"outlive{num_replicas}"
-    app = run_app(
-        name, f"/{name}", model=MODEL, engine={"slots": 64}, replicas=num_replicas,
-        session={"checkpoint_timesteps": 20},
-    )  # fmt: skip
-    rng = random.Random(num_replicas)
+    """Twice, under sessions of handle and WebSocket clients; where there is no other replica, Serve starts it first."""
+    name = what.replace(" ", "")
+    arguments = {"model": MODEL, "replicas": 1 if "one of one" in what else 2, "session": {"checkpoint_timesteps": 20}}
+    app = run_app(name, f"/{name}", engine={"slots": 64}, **arguments)
+    rng = random.Random(what)
 
     async def one(client: Client, seed: int, until: asyncio.Event) -> int:
         x = noise(seed, 3000)
@@ -214,18 +212,22 @@ async def test_sessions_outlive_their_replicas(
         np.testing.assert_allclose(await reading, alone(x[:end]), rtol=1e-5, atol=1e-5)
         return end
 
-    async def kill(until: asyncio.Event) -> None:
-        for _ in range(2):
+    async def disturb(until: asyncio.Event) -> None:
+        for slots in (65, 66):
             await asyncio.sleep(1)
-            process = await asyncio.to_thread(lambda: process_of(rng.choice(replicas(name))))
-            os.kill(process, signal.SIGKILL)
-            await asyncio.sleep(5)
+            if "killed" in what:
+                process = await asyncio.to_thread(lambda: process_of(rng.choice(replicas(name))))
+                os.kill(process, signal.SIGKILL)
+                await asyncio.sleep(4)
+            else:
+                await asyncio.to_thread(run_app, name, f"/{name}", engine={"slots": slots}, **arguments)
         until.set()
 
     async with connect(app) as handle, connect(f"ws://127.0.0.1:{http_port}/{name}") as websocket:
         until = asyncio.Event()
+        clients = [handle, websocket] if "killed" in what else [handle]  # the ingress is replaced as well
         ended = await asyncio.gather(
-            *(one(handle if seed % 2 else websocket, seed, until) for seed in range(30)), kill(until)
+            *(one(clients[seed % len(clients)], seed, until) for seed in range(30)), disturb(until)
         )
     assert all(end is None or end >= 100 for end in ended)
 

@@ -64,12 +64,12 @@ async def one(hub: Hub, seed: int, acknowledge: bool) -> int:
 
 
 async def kill_some(cluster: LocalCluster, rng: random.Random) -> None:
-    """An owner dies, another comes; sometimes all of them are gone for a while."""
+    """An owner dies or stops in order, another comes; sometimes all of them are gone for a while."""
     while True:
         await asyncio.sleep(0.05 + rng.random() * 0.2)
         victims = cluster.alive if rng.random() < 0.2 else [rng.choice(cluster.alive)]
         for victim in victims:
-            await cluster.kill(victim)
+            await (cluster.drain if rng.random() < 0.4 else cluster.kill)(victim)
         if rng.random() < 0.5:
             await asyncio.sleep(rng.random() * 0.2)
         for _ in victims:
@@ -107,6 +107,28 @@ async def test_only_what_is_not_in_the_checkpoint_runs_again() -> None:
         assert await session.wait() == 96
         assert [int(v) for v in session.read().values["total"][:, 0]] == list(range(1, 97))  # type: ignore[union-attr]
         assert cluster.engines["owner-1"].stats.timesteps == 96 - at
+
+
+async def test_nothing_runs_again_after_a_drain() -> None:
+    """States in slots, states that are evicted, and sessions that have not run yet."""
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        sessions = [await hub.open() for _ in range(40)]  # in 16 slots
+        ran = [seed % 7 for seed in range(40)]
+        for session, count in zip(sessions, ran, strict=True):
+            if count:
+                session.submit(np.ones((count, 2), np.int64))
+        for session in sessions:
+            await session.wait()
+        assert cluster.engines["owner-0"].gauges()["sessions_evicted"] > 0
+        cluster.add(SumModel())
+        await cluster.drain("owner-0")
+        for session, count in zip(sessions, ran, strict=True):
+            session.submit(np.ones((2, 2), np.int64))
+            assert await session.wait() == count + 2
+            outputs = session.read()
+            assert outputs is not None
+            assert outputs.values["total"][:, 0].tolist() == list(range(1, count + 3))
+        assert cluster.engines["owner-1"].stats.timesteps == 2 * len(sessions)
 
 
 async def test_inputs_are_kept_no_longer_than_they_are_needed() -> None:
