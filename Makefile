@@ -10,7 +10,7 @@ FIND_PYTHON = for python in "$(PYTHON)" python3.13 python3.12 python3.11; do \
 	test -n "$$python" || { echo "Python 3.11 or newer with its venv module is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 		"On Debian and Ubuntu: apt install python3.12-venv. Another interpreter: make venv PYTHON=/path/to/python3" >&2; exit 1; }
 
-.PHONY: venv fmt check test demo bench bench-gpu protos lock clean
+.PHONY: venv fmt check test demo bench bench-triton bench-gpu protos lock clean
 
 venv: .venv/.installed
 
@@ -50,7 +50,12 @@ bench: venv
 	$(BIN)/python -m bench.engine --json bench/results/engine_cpu.json
 	$(BIN)/python -m bench.compare --json bench/results/compare_cpu.json
 	$(BIN)/python -m examples.demo --json bench/results/demo_cpu.json
+	$(BIN)/python -m bench.chaos --json bench/results/chaos_cpu.json
 	$(BIN)/python -m bench.readme
+
+# Beside Triton, which it fetches; on Debian or Ubuntu.
+bench-triton: venv
+	$(BIN)/python -m bench.triton --json bench/results/triton_cpu.json
 
 # On a machine with an NVIDIA GPU; the pictures and docs/performance.md anywhere.
 bench-gpu: venv

@@ -31,6 +31,16 @@ ROWS = [
         "Lockstep's rate there, as a share of the bare module's on one core",
     ),
     (
+        "chaos_cpu.json",
+        "lost",
+        "{:.0f}",
+        "kill -9 of replicas, nodes, controller, directory, 500 sessions: timesteps lost",
+    ),
+    ("chaos_cpu.json", "doubled", "{:.0f}", "the same: timesteps doubled"),
+    ("chaos_cpu.json", "wrong", "{:.0f}", "the same: sessions with an output that is not the module's"),
+    ("chaos_cpu.json", "gap_p50_s", "{:.2f} s", "the same: longest delay of a session whose replica was hit, median"),
+    ("chaos_cpu.json", "gap_p99_s", "{:.2f} s", "the same: 99th percentile"),
+    (
         "demo_cpu.json",
         "vad_max_diff",
         "{:.0e}",

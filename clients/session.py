@@ -32,6 +32,11 @@ class Session:
         return self._line.name
 
     @property
+    def epoch(self) -> int:
+        """Another when the session has got another owner; by handle only."""
+        return self._line.epoch
+
+    @property
     def spec(self) -> ModelSpec:
         """What the model takes and gives."""
         return self._line.spec

@@ -152,10 +152,13 @@ class Hub:
         """Open the session at another owner, from its last checkpoint on; wait for one while there is none."""
         session.carrier = NOWHERE
         deadline, name = time.monotonic() + MOVE_WITHIN_S, owner
+        is_lost = True
         try:
-            await self._directory.lost(name)
             while session.can_move:
                 try:
+                    if is_lost:
+                        await self._directory.lost(name)
+                        is_lost = False
                     grant = await self._directory.open(session.name, self.sender, session.spec.name, {})
                     name = grant.owner.name
                     outbox = await self._outbox(grant.owner)
@@ -163,8 +166,8 @@ class Hub:
                     at, state = session.restore_point()
                     await outbox.open(session, Open(grant.epoch, session.name, state, at))
                 except StateLost:
-                    await self._directory.lost(name)
-                except (Unavailable, TooManySessions):
+                    is_lost = True
+                except (Unavailable, TooManySessions):  # for now: replicas and the directory start again
                     if time.monotonic() > deadline:
                         break
                     await asyncio.sleep(RETRY_MOVE_S)

@@ -1,0 +1,253 @@
+"""Kills under load, and whether anybody noticed: `python -m bench.chaos [--seconds S] [--json FILE]`.
+
+Sessions of the 2x256 LSTM send segments at a steady rate, by handle clients, to replicas on the nodes of a local
+cluster. Every few seconds something is killed with SIGKILL: a replica, a whole worker node, the actor of the session
+directory, the Serve controller; or a replica is stopped by SIGSTOP for a while. Every output of every session is
+compared with the bare module's, and each timestep has to come once, in order. Gaps are from when a segment was due to
+when all of its outputs were there, the longest of each session within the seconds after a kill: of sessions whose owner
+was hit (`gap_…`), and of all others (`others_…`).
+"""
+
+import asyncio
+import itertools
+import os
+import random
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+import numpy as np
+import psutil
+import ray
+import torch
+from ray import serve
+from ray.cluster_utils import Cluster
+
+from bench.closed_loop import INPUT, SEED, TOLERANCE, plain_module
+from bench.report import json_option, save, show_hardware, table
+from clients.client import Client, connect
+from clients.session import Session
+from serve_app.app import build
+from serve_app.deployments.transport import NAMESPACE, SERVE_NAMESPACE
+
+SEGMENT, PERIOD_S = 5, 0.5
+KEPT = 8
+"""Columns of an output that are compared."""
+HUNG_S = 10.0
+STOPPED_S = 3.0
+WATCHED_S = 8.0
+"""After a kill."""
+KINDS = ("replica", "stopped replica", "node", "controller", "directory")
+
+
+@dataclass
+class Line:
+    """One session: what it has sent, what came back, and how late."""
+
+    seed: int
+    epochs: list[tuple[float, int]] = field(default_factory=list)
+    due: deque[tuple[int, float]] = field(default_factory=deque)
+    outputs: list[np.ndarray] = field(default_factory=list)
+    received: int = 0
+    submitted: int = 0
+    doubled: int = 0
+    delays: list[tuple[float, float]] = field(default_factory=list)  # when due, how late
+
+    def inputs(self, timesteps: int) -> np.ndarray:
+        """x [timesteps, INPUT]; the first are the same, however many."""
+        return np.random.default_rng(self.seed).standard_normal((timesteps, INPUT), np.float32)
+
+    def longest(self, begin: float, end: float) -> float:
+        """Of the segments that were due then, the longest delay; of those that never came, until now."""
+        found = [late for due, late in self.delays if begin <= due < end]
+        found += [time.monotonic() - due for _, due in self.due if begin <= due < end]
+        return max(found, default=0.0)
+
+    def hit(self, kind: str, at: float, late: float) -> bool:
+        """Whether a kill was of its owner: it has got another since; or waited, for one that was stopped."""
+        if kind == "stopped replica":
+            return late >= STOPPED_S / 2
+        return any(at <= then < at + WATCHED_S for then, _ in self.epochs[1:])
+
+
+async def run_session(client: Client, line: Line, until: float) -> None:
+    """Send segments when they are due, take outputs as they come."""
+    session = await client.open()
+    reader = asyncio.create_task(read(session, line))
+    x = line.inputs(int((until - time.monotonic()) / PERIOD_S + 10) * SEGMENT)
+    due = time.monotonic() + random.Random(line.seed).random() * PERIOD_S
+    while due < until:
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        line.submitted = session.submit(x[line.submitted : line.submitted + SEGMENT])
+        line.due.append((line.submitted, due))
+        due += PERIOD_S
+        if not line.epochs or line.epochs[-1][1] != session.epoch:
+            line.epochs.append((time.monotonic(), session.epoch))
+    await session.close()
+    await reader
+
+
+async def read(session: Session, line: Line) -> None:
+    async for outputs in session.outputs():
+        now = time.monotonic()
+        line.doubled += max(0, line.received - outputs.start)
+        assert outputs.start <= line.received, "outputs come in order"
+        line.outputs.append(outputs.values["y"][line.received - outputs.start :, :KEPT])
+        line.received = outputs.end
+        while line.due and line.due[0][0] <= line.received:
+            _, due = line.due.popleft()
+            line.delays.append((due, now - due))
+
+
+def wrong(line: Line) -> bool:
+    """Whether an output is not the bare module's."""
+    x = torch.from_numpy(line.inputs(line.submitted)[: line.received])[:, None]
+    expected, _ = plain_module()(x)
+    found = np.concatenate([np.empty((0, KEPT), np.float32), *line.outputs])
+    return not np.abs(found - expected[:, 0, :KEPT].numpy()).max(initial=0.0) <= TOLERANCE
+
+
+class Killer:
+    """Knows what there is to kill."""
+
+    def __init__(self, cluster: Cluster, nodes: list[Any], cpus: int, rng: random.Random) -> None:
+        self._cluster, self._nodes, self._cpus, self._rng = cluster, nodes, cpus, rng
+
+    def kill(self, kind: str) -> None:
+        """Kill one of that kind, and see that another can come."""
+        if kind == "node":
+            node = self._nodes.pop(self._rng.randrange(len(self._nodes)))
+            self._cluster.remove_node(node, allow_graceful=False)
+            self._nodes.append(self._cluster.add_node(num_cpus=self._cpus))
+            return
+        pid = self._process(kind)
+        if kind == "stopped replica":
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(STOPPED_S)
+            os.kill(pid, signal.SIGCONT)
+        else:
+            psutil.Process(pid).kill()
+
+    def _process(self, kind: str) -> int:
+        directory: Any = ray.get_actor("directory:lockstep", namespace=NAMESPACE)
+        if kind == "directory":
+            actor = directory
+        elif kind == "controller":
+            actor = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace=SERVE_NAMESPACE)
+        else:
+            held = ray.get(directory.num_sessions.remote(), timeout=10)
+            owner = self._rng.choice([owner for owner, count in held.items() if count] or list(held))
+            actor = ray.get_actor(f"SERVE_REPLICA::lockstep#Recurrent#{owner}", namespace=SERVE_NAMESPACE)
+        return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=10))
+
+
+@contextmanager
+def local_cluster(num_nodes: int, cpus: int) -> Iterator[tuple[Cluster, list[Any]]]:
+    """A head, where the driver and Serve's controller are, and worker nodes."""
+    with TemporaryDirectory(prefix="lc", dir="/tmp") as folder:
+        (Path(folder) / "ray").mkdir()
+        os.environ["RAY_TMPDIR"] = folder  # Ray writes there which cluster is the current one
+        health = {
+            "health_check_period_ms": 500,
+            "health_check_timeout_ms": 1000,
+            "health_check_failure_threshold": 3,
+            "health_check_initial_delay_ms": 500,
+        }
+        head = {"num_cpus": 1, "_system_config": health, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            nodes = [cluster.add_node(num_cpus=cpus) for _ in range(num_nodes)]
+            ray.init(address=cluster.address, namespace="chaos", log_to_driver=False)
+            serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "ERROR"})
+            yield cluster, nodes
+        finally:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
+            cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+async def load(lines: list[Line], until: float) -> None:
+    """All sessions."""
+    async with connect("lockstep") as client:
+        await asyncio.gather(*(run_session(client, line, until) for line in lines))
+
+
+def run(killer: Killer, lines: list[Line], kinds: tuple[str, ...], seconds: float) -> list[tuple[str, float]]:
+    """All sessions, and kills of each kind in turn; returns what was killed when."""
+    kills: list[tuple[str, float]] = []
+    until = time.monotonic() + seconds
+    with ThreadPoolExecutor(1) as threads:  # nodes can be added by the main thread only
+        loading = threads.submit(asyncio.run, load(lines, until))
+        for kind in itertools.cycle(kinds):
+            wait([loading], WATCHED_S)
+            if loading.done() or time.monotonic() > until - WATCHED_S:
+                break
+            kills.append((kind, time.monotonic()))
+            killer.kill(kind)
+        loading.result()
+    return kills
+
+
+@click.command()
+@click.option("--seconds", default=90.0, show_default=True)
+@click.option("--sessions", default=500, show_default=True)
+@click.option("--replicas", default=4, show_default=True)
+@click.option("--kinds", default=",".join(KINDS), show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@json_option
+def main(seconds: float, sessions: int, replicas: int, kinds: str, seed: int, json_file: Path | None) -> None:
+    """Kill things under load, and look at every output."""
+    show_hardware()
+    lines = [Line(1000 * seed + i) for i in range(sessions)]
+    with local_cluster(num_nodes=2, cpus=replicas) as (cluster, nodes):
+        model = {"name": "rnn", "seed": SEED}
+        serve.run(
+            build({"model": model, "engine.device": "cpu", "replicas": replicas}), name="lockstep", route_prefix=None
+        )
+        killer = Killer(cluster, nodes, replicas, random.Random(seed))
+        kills = run(killer, lines, tuple(kinds.split(",")), seconds)
+    figures = figures_of(lines, kills)
+    rows = [(name, value) for name, value in figures.items()]
+    click.echo(table(("figure", "value"), rows))
+    save(figures, json_file)
+
+
+def figures_of(lines: list[Line], kills: list[tuple[str, float]]) -> dict[str, float]:
+    """What was lost, doubled, hung or wrong, and how long gaps were, by kind of kill and over all."""
+    figures: dict[str, float] = {
+        "sessions": len(lines),
+        "timesteps": sum(line.submitted for line in lines),
+        "lost": sum(line.submitted - line.received for line in lines),
+        "doubled": sum(line.doubled for line in lines),
+        "wrong": sum(map(wrong, lines)),
+        "hung": sum(late > HUNG_S for line in lines for _, late in line.delays) + sum(len(line.due) for line in lines),
+    }
+    gaps: list[float] = []
+    for kind in dict.fromkeys(kind for kind, _ in kills):
+        times = [at for each, at in kills if each == kind]
+        found = [(line, at, line.longest(at - PERIOD_S, at + WATCHED_S)) for at in times for line in lines]
+        hit = [late for line, at, late in found if line.hit(kind, at, late)]
+        others = [late for line, at, late in found if not line.hit(kind, at, late)]
+        name = kind.replace(" ", "_")
+        figures |= {f"kills_{name}": len(times), f"hit_{name}": len(hit)}
+        for what, delays in (("gap", hit), ("others", others)):
+            if delays:
+                p50, p99 = np.percentile(delays, [50, 99]).tolist()
+                figures |= {f"{what}_p50_s_{name}": p50, f"{what}_p99_s_{name}": p99}
+        gaps += hit
+    if gaps:
+        p50, p99 = np.percentile(gaps, [50, 99]).tolist()
+        figures |= {"gap_p50_s": p50, "gap_p99_s": p99}
+    return figures
+
+
+if __name__ == "__main__":
+    main()
