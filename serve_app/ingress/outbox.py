@@ -86,6 +86,8 @@ class Outbox:
         self._schedule()
         try:
             await opened
+            if self._error is not None:
+                raise self._error  # since that was said, and nobody else sees to this session
         except asyncio.CancelledError:
             session.abort()
             raise
@@ -283,7 +285,9 @@ class Outbox:
         sessions, self._sessions = self._sessions, {}
         for session in sessions.values():
             self._land(session)
-            if session.end_reason is None and session.epoch not in self._opening:
+            if session.epoch in self._opening:
+                continue  # whoever opens it hears of the error
+            if session.end_reason is None:
                 self._lost(session, error)
             else:
                 self._forgotten(session)

@@ -10,6 +10,7 @@ import torch
 
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.errors import StateLost, StepFailed
+from serve_app.frame import Answer, Frame
 from serve_app.ingress import hub as hub_module
 from serve_app.ingress.hub import Hub
 from serve_app.session import Session
@@ -172,6 +173,51 @@ async def test_a_failed_step_keeps_what_is_needed_to_go_on_elsewhere() -> None:
         session.submit(np.ones((2, 1), np.float32))
         assert await session.wait() == 5
         assert session.read().values["total"][:, 0].tolist() == [1, 2, 3, 4, 5]  # type: ignore[union-attr]
+
+
+async def test_an_owner_may_die_just_when_it_has_taken_a_session_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call brings that it has, another fails, and whoever opens the session is told of the first after both."""
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        call, dies, waits = cluster.call, asyncio.get_running_loop().create_future(), asyncio.Event()
+
+        async def dying(owner: str, frame: Frame) -> Answer:
+            if owner == "owner-0" and not frame.opens:
+                waits.set()
+                await dies
+            answer = await call(owner, frame)
+            if owner == "owner-0" and frame.opens and cluster.engines[owner].gauges()["sessions_open"] == 2:
+                cluster.add(SumModel())
+                dies.set_exception(StateLost("it has died"))
+            return answer
+
+        monkeypatch.setattr(cluster, "call", dying)
+        async with asyncio.timeout(10):
+            first = await hub.open()
+            await waits.wait()
+            for session in [first, await hub.open()]:
+                session.submit(np.ones((3, 2), np.int64))
+                assert await session.wait() == 3
+        assert cluster.engines["owner-1"].gauges()["sessions_open"] == 2
+
+
+async def test_a_session_whose_next_owner_dies_too_is_still_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        session, call = await hub.open(), cluster.call
+
+        async def dying(owner: str, frame: Frame) -> Answer:
+            if owner == "owner-1":
+                cluster.add(SumModel())
+                raise StateLost("it has died")
+            return await call(owner, frame)
+
+        monkeypatch.setattr(cluster, "call", dying)
+        cluster.add(SumModel())
+        await cluster.kill("owner-0")
+        async with asyncio.timeout(10):
+            session.submit(np.ones((3, 2), np.int64))
+            assert await session.wait() == 3
+        assert cluster.engines["owner-2"].gauges()["sessions_open"] == 1
+        assert hub.get(session.name) is session
 
 
 async def test_without_another_owner_it_is_lost_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
