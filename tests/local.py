@@ -36,6 +36,7 @@ class LocalCluster:
         self.num_cancelled = 0
         self.delay_s: Callable[[], float] = lambda: 0.0
         self._running: dict[str, AsyncEngine] = {}
+        self._dying: list[asyncio.Task[None]] = []
         self._config = config
         for model in models:
             self.add(model)
@@ -88,7 +89,8 @@ class LocalCluster:
 
     async def kill(self, owner: str) -> None:
         """It is gone at once, and what it was about to say."""
-        await self._running.pop(owner).stop()
+        self._dying.append(asyncio.create_task(self._running.pop(owner).stop()))
+        await asyncio.sleep(0)
 
     async def drain(self, owner: str) -> None:
         """It stops in order."""
@@ -99,6 +101,7 @@ class LocalCluster:
     async def stop(self) -> None:
         for owner in list(self._running):
             await self.kill(owner)
+        await asyncio.gather(*self._dying)
 
 
 class LocalChannel:

@@ -62,6 +62,7 @@ class Engine:
         self._mailboxes: dict[str, int] = {}
         self._mail: dict[int, Mailbox] = {}
         self._last_sender = 0
+        self._parted: set[int] = set()
         self._expire_at = 0.0
         self.answer_within_s = config.frame.answer_within_s
         self.stats = Stats()
@@ -136,13 +137,15 @@ class Engine:
     def farewell(self, now: float) -> list[tuple[Ticket, Answer]]:
         """Complete what is on its way, and answer the oldest call of each sender with all there is, states too.
 
-        Its sessions are to go on elsewhere; what has not run by now runs there.
+        Its sessions are to go on elsewhere; what has not run by now runs there. May be called again, for senders that
+        had no call here before.
         """
         while self._flights:
             self._complete(self._flights.popleft(), now)
         answers: list[tuple[Ticket, Answer]] = []
         for sender, mailbox in self._mail.items():
-            if mailbox.calls:
+            if mailbox.calls and sender not in self._parted:
+                self._parted.add(sender)
                 ticket, _ = mailbox.calls.popleft()
                 rows = np.flatnonzero((self._sessions.sender == sender) & (self._sessions.status == Status.OPEN))
                 moving = [Notice(epoch, "moving") for epoch in self._sessions.epoch[rows].tolist()]
@@ -150,6 +153,11 @@ class Engine:
                 notices = (*answer.notices, *moving)
                 answers.append((ticket, replace(answer, notices=notices, checkpoints=self._states_of(rows))))
         return answers
+
+    @property
+    def parted(self) -> bool:
+        """Whether `farewell` has told all who have sessions."""
+        return all(sender in self._parted for sender, mailbox in self._mail.items() if mailbox.num_sessions)
 
     def _states_of(self, rows: np.ndarray) -> Checkpoints | None:
         """The states of all of `rows` that have run or came with one; no step is on its way."""

@@ -13,6 +13,9 @@ from serve_app.frame import Answer, Frame
 
 logger = logging.getLogger(__name__)
 
+PART_WITHIN_S = 0.5
+"""A loop that stops waits so long for the next call of each sender, which is to bring its sessions' states back."""
+
 Delivery = Sequence[tuple[Ticket, Answer | LockstepError]]
 
 
@@ -60,9 +63,7 @@ class EngineLoop:
             with inference_mode():
                 while not self._stopping:
                     self._turn()
-                farewell = self._engine.farewell(time.monotonic())
-                self._open_tickets.difference_update(ticket for ticket, _ in farewell)
-                self._deliver(farewell)
+                self._part()
         except BaseException as error:
             logger.exception("the engine has died")
             self._die(error)
@@ -71,27 +72,41 @@ class EngineLoop:
 
     def _turn(self) -> None:
         """Take what has arrived, run one step, hand out what can be answered."""
-        replies: list[tuple[Ticket, Answer | LockstepError]] = []
-        for frame, ticket in self._take_arrivals():
+        with self._arrived:
+            if not self._inbox and not self._stopping and not self._engine.ready:
+                self._arrived.wait(max(0.0, self._engine.wake_at() - time.monotonic()))
+        refused = self._receive()
+        self._engine.step(time.monotonic())
+        self._engine.expire(time.monotonic())
+        self._reply([*refused, *self._engine.answers(time.monotonic())])
+
+    def _part(self) -> None:
+        """Hand all sessions back to their senders, with calls that are here or come soon."""
+        deadline = time.monotonic() + PART_WITHIN_S
+        self._reply(self._engine.farewell(time.monotonic()))
+        while not self._engine.parted and (left_s := deadline - time.monotonic()) > 0:
+            with self._arrived:
+                self._arrived.wait_for(lambda: self._inbox, left_s)
+            refused = self._receive()
+            self._reply([*refused, *self._engine.farewell(time.monotonic())])
+
+    def _receive(self) -> list[tuple[Ticket, Answer | LockstepError]]:
+        """Hand the engine what has arrived; returns what it refuses."""
+        with self._arrived:
+            arrivals, self._inbox = self._inbox, []
+        refused: list[tuple[Ticket, Answer | LockstepError]] = []
+        for frame, ticket in arrivals:
             self._open_tickets.add(ticket)
             try:
                 self._engine.receive(frame, ticket, time.monotonic())
             except LockstepError as error:
-                replies.append((ticket, error))
-        self._engine.step(time.monotonic())
-        self._engine.expire(time.monotonic())
-        replies += self._engine.answers(time.monotonic())
+                refused.append((ticket, error))
+        return refused
+
+    def _reply(self, replies: Delivery) -> None:
         if replies:
             self._open_tickets.difference_update(ticket for ticket, _ in replies)
             self._deliver(replies)
-
-    def _take_arrivals(self) -> list[tuple[Frame, Ticket]]:
-        """What has arrived; waits for something when the engine has nothing to do."""
-        with self._arrived:
-            if not self._inbox and not self._stopping and not self._engine.ready:
-                self._arrived.wait(max(0.0, self._engine.wake_at() - time.monotonic()))
-            arrivals, self._inbox = self._inbox, []
-        return arrivals
 
     def _die(self, error: BaseException) -> None:
         with self._arrived:
