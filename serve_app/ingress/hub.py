@@ -83,6 +83,7 @@ class Hub:
             try:
                 return await self._open_at(grant, initial_state)
             except StateLost:
+                self._ended.setdefault(grant.owner.name, []).append(grant.epoch)
                 await self._directory.lost(grant.owner.name)  # and it places the session elsewhere, or says it cannot
             except LockstepError:
                 self._ended.setdefault(grant.owner.name, []).append(grant.epoch)
@@ -152,15 +153,16 @@ class Hub:
         """Open the session at another owner, from its last checkpoint on; wait for one while there is none."""
         session.carrier = NOWHERE
         deadline, name = time.monotonic() + MOVE_WITHIN_S, owner
-        is_lost = True
+        is_lost, ended = True, {owner: [session.epoch]}
         try:
             while session.can_move:
                 try:
                     if is_lost:
                         await self._directory.lost(name)
                         is_lost = False
-                    grant = await self._directory.open(session.name, self.sender, session.spec.name, {})
+                    grant = await self._directory.open(session.name, self.sender, session.spec.name, ended)
                     name = grant.owner.name
+                    ended = {name: [grant.epoch]}
                     outbox = await self._outbox(grant.owner)
                     session.epoch = grant.epoch
                     at, state = session.restore_point()

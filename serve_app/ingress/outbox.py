@@ -86,8 +86,8 @@ class Outbox:
         self._schedule()
         try:
             await opened
-            if self._error is not None:
-                raise self._error  # since that was said, and nobody else sees to this session
+            if session.epoch not in self._sessions:  # lost since that was said, and nobody else sees to it
+                raise StateLost(f"owner {self._owner!r} is gone, or stopping")
         except asyncio.CancelledError:
             session.abort()
             raise
@@ -239,7 +239,8 @@ class Outbox:
             elif session is not None and notice.kind == "moving":
                 del self._sessions[notice.epoch]
                 self._land(session)
-                self._lost(session, Unavailable(f"owner {self._owner!r} is stopping"))
+                if opening is None:
+                    self._lost(session, Unavailable(f"owner {self._owner!r} is stopping"))
             elif session is not None and session.end_reason is not None:
                 self._forget(session)  # the owner has given its outputs up
             elif session is not None:

@@ -3,14 +3,15 @@
 import asyncio
 import dataclasses
 import random
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
-from serve_app.errors import StateLost, StepFailed
-from serve_app.frame import Answer, Frame
+from serve_app.errors import StateLost, StepFailed, Unavailable
+from serve_app.frame import Answer, Frame, Notice
 from serve_app.ingress import hub as hub_module
 from serve_app.ingress.hub import Hub
 from serve_app.session import Session
@@ -48,7 +49,12 @@ async def one(hub: Hub, seed: int, acknowledge: bool) -> int:
     """A session of random segments, sometimes pausing, sometimes waiting for its outputs; compared with the sums."""
     rng = random.Random(seed)
     initial = numbers(seed, 1) if rng.random() < 0.3 else None
-    session = await hub.open(f"session {seed}", initial_state=None if initial is None else [initial])
+    while True:
+        try:
+            session = await hub.open(f"session {seed}", initial_state=None if initial is None else [initial])
+            break
+        except Unavailable:  # all owners are gone, others come
+            await asyncio.sleep(0.01)
     reader = asyncio.create_task(collect(session, acknowledge=acknowledge))
     x = numbers(seed, rng.randint(0, 240))
     while session.next < len(x):
@@ -175,7 +181,10 @@ async def test_a_failed_step_keeps_what_is_needed_to_go_on_elsewhere() -> None:
         assert session.read().values["total"][:, 0].tolist() == [1, 2, 3, 4, 5]  # type: ignore[union-attr]
 
 
-async def test_an_owner_may_die_just_when_it_has_taken_a_session_in(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("parts", [False, True])
+async def test_an_owner_may_die_just_when_it_has_taken_a_session_in(
+    parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One call brings that it has, another fails, and whoever opens the session is told of the first after both."""
     async with local(SumModel(), config=CONFIG) as (cluster, hub):
         call, dies, waits = cluster.call, asyncio.get_running_loop().create_future(), asyncio.Event()
@@ -188,9 +197,13 @@ async def test_an_owner_may_die_just_when_it_has_taken_a_session_in(monkeypatch:
             if owner == "owner-0" and frame.opens and cluster.engines[owner].gauges()["sessions_open"] == 2:
                 cluster.add(SumModel())
                 dies.set_exception(StateLost("it has died"))
+                moving = [Notice(ask.epoch, "moving") for ask in frame.opens if parts]
+                answer = dataclasses.replace(answer, notices=(*answer.notices, *moving))
             return answer
 
         monkeypatch.setattr(cluster, "call", dying)
+        grants = Mock(side_effect=cluster.directory.open)
+        monkeypatch.setattr(cluster.directory, "open", grants)
         async with asyncio.timeout(10):
             first = await hub.open()
             await waits.wait()
@@ -198,6 +211,7 @@ async def test_an_owner_may_die_just_when_it_has_taken_a_session_in(monkeypatch:
                 session.submit(np.ones((3, 2), np.int64))
                 assert await session.wait() == 3
         assert cluster.engines["owner-1"].gauges()["sessions_open"] == 2
+        assert grants.call_count == 4, "each session has moved once"
 
 
 async def test_a_session_whose_next_owner_dies_too_is_still_known(monkeypatch: pytest.MonkeyPatch) -> None:
