@@ -1,6 +1,7 @@
 """Sessions over a WebSocket to an ingress: one connection each, in msgpack. Needs neither Ray nor torch."""
 
 import asyncio
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.typing import Subprotocol
 
-from serve_app.errors import InvalidInput, Unavailable, from_wire
+from serve_app.errors import InvalidInput, NotOwner, Unavailable, UnknownSession, from_wire
 from serve_app.frame import ABORT, NO_CLOSE
 from serve_app.ingress.codec import JSON, MSGPACK, Message, read_model, read_session
 from serve_app.segment import Run
@@ -21,6 +22,10 @@ from serve_app.spec import ModelSpec
 
 SUBPROTOCOL = Subprotocol("lockstep.msgpack")
 RETRY_DELAY_S = 0.05
+RESUME_WITHIN_S = 30.0
+"""A session whose connection is gone is lost when there is none again within that time."""
+FINAL = (1000, 1011, *range(4000, 5000))
+"""Codes of a connection that is closed for good: with 4409 another client has the session."""
 
 
 class WebSocketTransport:
@@ -64,10 +69,25 @@ async def open_websocket(
 ) -> Session:
     """Open a session at an address like ws://host:8000, with a path where the ingress has one.
 
-    The connection is the session's: it ends when the session does, and a session whose connection breaks is lost.
-    Raises Unavailable when there is no connection, else what the ingress refuses with.
+    The connection is the session's: it ends when the session does. One that breaks is made again, maybe to another
+    ingress, and the session goes on: inputs are kept until their outputs are here. Raises Unavailable when there is no
+    connection, else what the ingress refuses with.
     """
-    query = {"session": session, "model": model, "initial_state": None if initial_state is None else "true"}
+    state = None if initial_state is None else [np.asarray(array) for array in initial_state]
+    websocket, opened = await _connect(
+        address, state, session=session, model=model, resumable="true", initial_state=None if state is None else "true"
+    )
+    name, spec, limits = read_session(opened)
+    carrier = WebSocketCarrier(websocket, address)
+    opened_session = Session(name, spec, limits, carrier, keeps_unanswered=True)
+    carrier.start(opened_session)
+    return opened_session
+
+
+async def _connect(
+    address: str, state: list[np.ndarray] | None = None, **query: str | None
+) -> tuple[ClientConnection, Message]:
+    """A connection, and the first message that comes by it. Raises Unavailable, or what the ingress refuses with."""
     parameters = urlencode({key: value for key, value in query.items() if value is not None})
     try:
         websocket = await connect(
@@ -81,22 +101,17 @@ async def open_websocket(
     except (OSError, InvalidHandshake) as error:  # a TimeoutError is an OSError
         raise Unavailable(f"no connection to {address}: {str(error) or type(error).__name__}") from error
     try:
-        if initial_state is not None:
-            state = [np.asarray(array) for array in initial_state]
+        if state is not None:
             await websocket.send(MSGPACK.encode({"type": "open", "initial_state": state}))
         opened = MSGPACK.decode(await websocket.recv())
         if "error" in opened.values:
             raise from_wire(opened.mapping("error").values)
-        name, spec, limits = read_session(opened)
     except ConnectionClosed as error:
         raise Unavailable(f"{address} closed the connection: {error}") from error
     except BaseException:
         await websocket.close()
         raise
-    carrier = WebSocketCarrier(websocket, address)
-    opened_session = Session(name, spec, limits, carrier)
-    carrier.start(opened_session)
-    return opened_session
+    return websocket, opened
 
 
 class WebSocketCarrier:
@@ -107,6 +122,7 @@ class WebSocketCarrier:
         self._address = address
         self._due = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._stopped = False
 
     def start(self, session: Session) -> None:
         """Begin to send and to receive."""
@@ -114,6 +130,7 @@ class WebSocketCarrier:
 
     async def stop(self) -> None:
         """Give the session up if it is open, and wait until the connection is closed."""
+        self._stopped = True
         await self._websocket.close()
         if self._task is not None:
             await asyncio.wait([self._task])
@@ -132,22 +149,52 @@ class WebSocketCarrier:
             self._due.set()
 
     async def _receive(self, session: Session) -> None:
-        """Take what comes until the session has ended, or the connection; nobody is left waiting."""
-        sending = asyncio.create_task(self._send(session))
+        """Take what comes until the session has ended; nobody is left waiting."""
         why = "it was closed"
+        try:
+            while not self._stopped:
+                why = await self._converse(session)
+                if session.end_reason is not None or self._websocket.close_code in FINAL:
+                    break
+                await self._resume(session)
+        except Exception as error:
+            why = f"{why}, then {error}"
+        finally:
+            session.fail(
+                Unavailable(f"the connection to {self._address} is gone ({why}), and its session: open a new one")
+            )
+            await self._websocket.close()
+
+    async def _converse(self, session: Session) -> str:
+        """Send and receive until the session or the connection has ended; returns how that was."""
+        sending = asyncio.create_task(self._send(session))
         try:
             async for data in self._websocket:
                 _take(session, MSGPACK.decode(data))
                 if session.end_reason is not None:
                     break
-        except Exception as error:
-            why = str(error) or type(error).__name__
+        except ConnectionClosed as error:
+            return str(error)
         finally:
-            session.fail(
-                Unavailable(f"the connection to {self._address} is gone ({why}), and its session: open a new one")
-            )
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
+        return "it was closed"
+
+    async def _resume(self, session: Session) -> None:
+        """Connect again, and go on. Raises what the session cannot be had again for, Unavailable after a while."""
+        deadline = time.monotonic() + RESUME_WITHIN_S
+        while not self._stopped:
+            try:
+                self._websocket, opened = await _connect(
+                    self._address, session=session.name, resume=str(session.progress)
+                )
+            except (Unavailable, NotOwner, UnknownSession):  # it may be moving
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(RETRY_DELAY_S)
+            else:
+                session.resumed(opened.number("next") or 0, opened.number("rewind") or 0)
+                return
 
     async def _send(self, session: Session) -> None:
         """Send what is due until cancelled; without a sender the connection is of no use."""

@@ -95,6 +95,20 @@ class Directory:
         self._held[chosen][self._last_epoch] = session
         return Grant(session, self._last_epoch, serving[chosen])
 
+    def attach(self, session: str, sender: str) -> tuple[Grant, int]:
+        """Let a sender go on with a session, under a new epoch; and the old one. Raises UnknownSession.
+
+        The sender that has it already keeps its epoch.
+        """
+        record = self.lookup(session)
+        if record.sender == sender:
+            return Grant(session, record.epoch, self._owners[record.owner]), record.epoch
+        self._last_epoch += 1
+        self._sessions[session] = Record(self._last_epoch, record.owner, sender)
+        del self._held[record.owner][record.epoch]
+        self._held[record.owner][self._last_epoch] = session
+        return Grant(session, self._last_epoch, self._owners[record.owner]), record.epoch
+
     def lookup(self, session: str) -> Record:
         """Who holds a session. Raises UnknownSession."""
         if session not in self._sessions:

@@ -20,24 +20,30 @@ ABORT = -2
 class Open:
     """Take a session in. `initial_state`: the state's tensors in the order of the model's, None for the model's own.
 
-    start: the first timestep that it brings; what was before ran elsewhere, and left that state.
+    start: the first timestep that it brings; what was before ran elsewhere, and left that state. adopts: the epoch of a
+    session that is here, or -1; it goes on under the new epoch with another sender, who has the outputs below `start`.
     """
 
     epoch: int
     session: str
     initial_state: tuple[np.ndarray, ...] | None = None
     start: int = 0
+    adopts: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something about one session that is not an output: opened, refused, failed, ended, or moving (elsewhere)."""
+    """Something about one session that is not an output: opened, refused, failed, ended, or moving (elsewhere).
+
+    `progress` of one that was adopted: the timesteps accepted, after `rewind` failed steps.
+    """
 
     epoch: int
     kind: str
     error: Mapping[str, Any] | None = None
     reason: str = ""
     progress: int = 0
+    rewind: int = 0
 
 
 @dataclass(frozen=True, slots=True)

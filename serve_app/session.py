@@ -92,8 +92,12 @@ class Session:
         ack_on_receipt: bool = True,
         initial_state: tuple[np.ndarray, ...] | None = None,
         retains: bool = False,
+        keeps_unanswered: bool = False,
     ) -> None:
-        """retains: inputs are kept until a checkpoint has made them unnecessary, for the owner may be lost."""
+        """retains: inputs are kept until a checkpoint has made them unnecessary, for the owner may be lost.
+
+        keeps_unanswered: they are kept until their outputs are here, for what is between here and the owner may go.
+        """
         self.name = name
         self.spec = spec
         self.limits = limits
@@ -115,9 +119,14 @@ class Session:
         self._close = NO_CLOSE
         self._close_told = False
         self._inputs: deque[tuple[int, np.ndarray]] = deque()
-        self._retains = retains
+        self._retains, self._keeps_unanswered = retains, keeps_unanswered
+        #: Lets go of the session, when another connection of its client takes it over.
+        self.leave: Callable[[], None] | None = None
+        #: It is left as it is at its owner when this side stops: its client can take it over elsewhere.
+        self.stays = False
         #: States by timestep, rising: the first can be gone on from, others when the outputs below have come.
         self._checkpoints: deque[tuple[int, State]] = deque([(0, initial_state)])
+        self._adopted_at = 0  # inputs below were sent to the owner from elsewhere
         self._outputs: deque[Run] = deque()
         self._early: dict[int, Run] = {}  # that overtook others
         self._read = 0  # outputs below were handed to the user
@@ -341,18 +350,46 @@ class Session:
 
     def checkpoint(self, at: int, state: tuple[np.ndarray, ...]) -> None:
         """The owner's state after the first `at` timesteps, all of whose outputs are here or on their way."""
-        if self._retains and at > self._checkpoints[-1][0]:
+        last = self._checkpoints[-1][0] if self._checkpoints else self._adopted_at - 1
+        if self._retains and at > last:
             self._checkpoints.append((at, state))
             self._settle_checkpoints()
 
     @property
     def can_move(self) -> bool:
         """Whether it can go on at another owner."""
-        return self._retains and self.end_reason is None and self._close != ABORT
+        return bool(self._checkpoints) and self._retains and self.end_reason is None and self._close != ABORT
 
     def restore_point(self) -> tuple[int, State]:
         """From which timestep on it can go on elsewhere, with which state (None: the model's own)."""
         return self._checkpoints[0]
+
+    def adopt(self, acked: int) -> None:
+        """It was sent from elsewhere until now, and its client has the outputs below `acked`; the others come here."""
+        self.progress = self.acked = self.acked_told = self._read = acked
+        self._checkpoints.clear()  # one comes with the first outputs
+
+    def adopted(self, accepted: int, rewind: int) -> None:
+        """The owner has its inputs below `accepted`, after so many failed steps."""
+        self.next = self.handed = self.accepted = self._adopted_at = accepted
+        self.rewind = rewind
+        while self._checkpoints and self._checkpoints[0][0] < accepted:
+            self._checkpoints.popleft()  # inputs from there on are not all here
+
+    def read_again(self, timestep: int) -> None:
+        """What was read from that timestep on has not arrived."""
+        self._read = max(self.acked, timestep)
+
+    def resumed(self, accepted: int, rewind: int) -> None:
+        """There is a way to the owner again, who has the inputs below `accepted`, after so many failed steps."""
+        self.in_flight = self._close_told = False
+        if rewind != self.rewind:
+            failed = StepFailed(f"the model failed at timestep {accepted}: resend from {accepted}", expected=accepted)
+            self._rewind(accepted, rewind, failed)
+            return
+        self.handed = self.accepted = min(accepted, self.next)
+        self.acked_told = 0
+        self.offer()
 
     def moved(self, carrier: Carrier, timestep: int) -> None:
         """Another owner has it, from that timestep on: what is not known to have run is sent again."""
@@ -384,8 +421,8 @@ class Session:
 
     def _drop_inputs(self) -> None:
         """Forget what is not needed any more."""
-        needed = self.accepted
-        if self._retains:
+        needed = min(self.accepted, self.progress) if self._keeps_unanswered else self.accepted
+        if self._retains and self._checkpoints:
             needed = self._checkpoints[0][0]
             if self.accepted - needed > MAX_RETAINED:
                 self._retains, needed = False, self.accepted
@@ -427,6 +464,8 @@ class Session:
             self.carrier.notify_ack(self)
         if len(self._checkpoints) > 1:
             self._settle_checkpoints()
+        if self._keeps_unanswered:
+            self._drop_inputs()
         self._wake()
         if self._end is not None:
             self._finish_if_due()

@@ -11,14 +11,14 @@ from serve_app.frame import Answer, Checkpoints, Frame, Notice, Open
 
 def encode_frame(frame: Frame) -> bytes:
     """The inverse of `decode_frame`."""
-    opens = [(ask.epoch, ask.session, _pack_all(ask.initial_state), ask.start) for ask in frame.opens]
+    opens = [(ask.epoch, ask.session, _pack_all(ask.initial_state), ask.start, ask.adopts) for ask in frame.opens]
     return _pack((frame.owner, frame.sender, _pack_array(frame.columns), _pack_array(frame.x), opens))
 
 
 def decode_frame(data: bytes) -> Frame:
     """The frame; its arrays are read-only views into `data`."""
     owner, sender, columns, x, opens = msgpack.unpackb(data)
-    asks = tuple(Open(epoch, session, _unpack_all(state), start) for epoch, session, state, start in opens)
+    asks = tuple(Open(epoch, session, _unpack_all(state), *numbers) for epoch, session, state, *numbers in opens)
     return Frame(owner, sender, _unpack_array(columns), _unpack_array(x), asks)
 
 
@@ -28,7 +28,7 @@ def encode_reply(reply: Answer | LockstepError) -> bytes:
         return _pack((reply.to_wire(), None, (), (), None))
     columns = (reply.epoch, reply.next, reply.rewind, reply.start, reply.length)
     outputs = {name: _pack_array(values) for name, values in reply.outputs.items()}
-    notices = [(notice.epoch, notice.kind, notice.error, notice.reason, notice.progress) for notice in reply.notices]
+    notices = [(n.epoch, n.kind, n.error, n.reason, n.progress, n.rewind) for n in reply.notices]
     kept = reply.checkpoints
     checkpoints = None if kept is None else _pack_all((kept.epoch, kept.at, *kept.state))
     return _pack((None, _pack_array(np.concatenate([columns, reply.timing])), outputs, notices, checkpoints))

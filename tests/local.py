@@ -63,6 +63,9 @@ class LocalCluster:
             self.directory.ended(owner, epochs)
         return self.directory.open(session, sender, model)
 
+    async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
+        return self.directory.attach(session, sender)
+
     async def lost(self, owner: str) -> None:
         self.directory.unregister(owner)
 

@@ -34,7 +34,7 @@ def build(args: Mapping[str, Any]) -> Application:
         max_ongoing_requests=MAX_CALLS,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=10,
-        health_check_period_s=2,  # a dead replica takes its sessions along: the next should come soon
+        health_check_period_s=2,  # where a replica has died the next should come soon
         logging_config=QUIET,
         ray_actor_options={"num_gpus": config.num_gpus, "runtime_env": {"env_vars": OWNER_ENV}},
     )(Recurrent)
@@ -43,6 +43,7 @@ def build(args: Mapping[str, Any]) -> Application:
         max_ongoing_requests=MAX_CALLS,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=10,
+        health_check_period_s=2,
         logging_config=QUIET,
         ray_actor_options={"num_cpus": 0.5, "runtime_env": {"env_vars": ONE_THREAD}},
     )(Ingress)

@@ -41,6 +41,10 @@ class DirectoryActor:
             self._directory.ended(owner, epochs)
         return self._directory.open(session, sender, model)
 
+    def attach(self, session: str, sender: str) -> tuple[Grant, int]:
+        """See Directory.attach."""
+        return self._directory.attach(session, sender)
+
     def lookup(self, session: str) -> Record:
         """See Directory.lookup."""
         return self._directory.lookup(session)
@@ -80,6 +84,10 @@ class RayDirectory:
     async def open(self, session: str, sender: str, model: str | None, ended: dict[str, list[int]]) -> Grant:
         """See DirectoryClient."""
         return await _result(self.actor.open.remote(session, sender, model, ended))
+
+    async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
+        """See DirectoryClient."""
+        return await _result(self.actor.attach.remote(session, sender))
 
     async def lost(self, owner: str) -> None:
         """See DirectoryClient."""

@@ -220,6 +220,8 @@ class Engine:
                 raise InvalidInput(f"a session with the epoch {ask.epoch} was opened: it must have 63 bits, no sign")
             if ask.initial_state is not None:
                 self._pool.check_initial(ask.initial_state)
+            if ask.adopts >= 0:
+                return self._adopt(ask, sender, now)
             if not self._sessions.holds(ask.epoch):
                 row = self._sessions.open(ask.epoch, ask.session, sender, now, ask.start)
                 self._mail[sender].num_sessions += 1
@@ -229,6 +231,26 @@ class Engine:
         except LockstepError as error:
             return Notice(ask.epoch, "refused", error.to_wire())
         return Notice(ask.epoch, "opened")
+
+    def _adopt(self, ask: Open, sender: int, now: float) -> Notice:
+        """Let another sender go on with a session."""
+        row = self._sessions.row_of(ask.adopts)
+        if row < 0 or self._sessions.status[row] != Status.OPEN:
+            raise NotOwner(f"session {ask.session!r} is not here any more, or has ended")
+        while self._flights:  # they know it by its old epoch
+            self._complete(self._flights.popleft(), now)
+        if self._sessions.status[row] != Status.OPEN:
+            raise NotOwner(f"session {ask.session!r} has ended")
+        before = self._mail[int(self._sessions.sender[row])]
+        before.num_sessions -= 1
+        before.notices.append(Notice(ask.adopts, "ended", reason="taken over", progress=ask.start))
+        self._mail[sender].num_sessions += 1
+        self._sessions.adopt(row, ask.epoch, sender, ask.start, now)
+        rows = np.array([row])
+        self._outputs.drop_below(rows, self._sessions.acked[rows])
+        self._mail[sender].mark(rows)
+        accepted, rewind = int(self._sessions.next[row]), int(self._sessions.rewind[row])
+        return Notice(ask.epoch, "opened", progress=accepted, rewind=rewind)
 
     def _checkpoint(self, rows: np.ndarray) -> Checkpoints | None:
         """The states of `rows`, but for those that a step on its way is changing, or that are not in a slot."""

@@ -29,6 +29,8 @@ from serve_app.spec import TensorSpec
 MAX_TOMBSTONES = 65536
 EPOCH, NEXT, REWIND, CLOSE_AT, ACKED, SENT, PROGRESS, SENDER, WAITED, TOOK, TOGETHER, KEPT = range(12)
 """Columns of the table of all sessions."""
+NEVER = -(2**40)
+"""`checkpointed` of a session whose next checkpoint is due at once."""
 OVER = -3
 """`close_at` of a session that does not run any more."""
 
@@ -157,6 +159,18 @@ class SessionTable:
         self.names[row] = name
         _insert(self._row_near, self._table, row)
         return row
+
+    def adopt(self, row: int, epoch: int, sender: int, acked: int, now: float) -> None:
+        """The session of a row goes on under another epoch, for a sender who has the outputs below `acked`."""
+        _remove(self._row_near, self._table, row)
+        self.epoch[row], self.sender[row], self.active_at[row] = epoch, sender, now
+        _insert(self._row_near, self._table, row)
+        self.acked[row] = self.sent[row] = max(int(self.acked[row]), min(acked, int(self.progress[row])))
+        self.checkpointed[row] = NEVER
+
+    def row_of(self, epoch: int) -> int:
+        """The row of a session, -1 when it has none."""
+        return int(_find(self._row_near, self._table, epoch))
 
     def accept(self, frame: Frame, now: float, room: int) -> Accepted:
         """Judge every entry of a frame, which `check_frame` has seen, and move the numbers of those that are taken.

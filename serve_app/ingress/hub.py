@@ -43,6 +43,10 @@ class DirectoryClient(Protocol):
         """A grant for a new session. `ended`: epochs, by owner, that this side has seen end."""
         ...
 
+    async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
+        """A new grant for a session that is open, to be sent from here; and the epoch of the one before."""
+        ...
+
     async def lost(self, owner: str) -> None:
         """The owner does not answer any more."""
         ...
@@ -88,6 +92,36 @@ class Hub:
             except LockstepError:
                 self._ended.setdefault(grant.owner.name, []).append(grant.epoch)
                 raise
+
+    async def resume(self, name: str, acked: int) -> Session:
+        """Go on with a session whose client has lost its way in, this one or another; it has the outputs below `acked`.
+
+        Raises UnknownSession, SessionEnded, NotOwner, Unavailable.
+        """
+        held = self._sessions.get(name)
+        if held is None or held.carrier is not NOWHERE:  # else it is here, and looks for another owner
+            grant, before = await self._directory.attach(name, self.sender)
+            if held is None or held.epoch != grant.epoch:
+                return await self._adopt(grant, before, acked)
+        if held.leave is not None:
+            held.leave()
+        held.ack(min(acked, held.progress))
+        held.read_again(acked)
+        return held
+
+    async def _adopt(self, grant: Grant, before: int, acked: int) -> Session:
+        """Take over from another sender, which has it under the epoch `before`."""
+        owner = grant.owner
+        outbox = await self._outbox(owner)
+        session = Session(
+            grant.session, owner.spec, owner.limits, outbox, epoch=grant.epoch, ack_on_receipt=self._ack_on_receipt,
+            retains=owner.checkpoints,
+        )  # fmt: skip
+        session.adopt(acked)
+        opened = await outbox.open(session, Open(grant.epoch, grant.session, None, acked, before))
+        session.adopted(opened.progress, opened.rewind)
+        self._sessions[grant.session] = session
+        return session
 
     def get(self, name: str) -> Session:
         """An open session, or a closed one with outputs not acknowledged. Raises UnknownSession, SessionEnded."""

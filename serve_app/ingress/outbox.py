@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from serve_app.errors import LockstepError, StateLost, Unavailable, from_wire
-from serve_app.frame import COLUMNS, Answer, Frame, Open
+from serve_app.frame import COLUMNS, Answer, Frame, Notice, Open
 from serve_app.segment import Run
 from serve_app.session import Entry, Session
 from serve_app.spec import ModelSpec
@@ -65,7 +65,7 @@ class Outbox:
         self._forgotten = forgotten
         self._lost = lost
         self._sessions: dict[int, Session] = {}
-        self._opening: dict[int, asyncio.Future[None]] = {}
+        self._opening: dict[int, asyncio.Future[Notice]] = {}
         self._opens: list[Open] = []
         self._pending: dict[int, Session] = {}  # an ordered set
         self._acks: dict[int, Session] = {}
@@ -76,8 +76,8 @@ class Outbox:
         self._pump_due = False
         self._error: LockstepError | None = None
 
-    async def open(self, session: Session, ask: Open) -> None:
-        """Let the owner take the session in. Raises what it refuses with, StateLost when it is gone."""
+    async def open(self, session: Session, ask: Open) -> Notice:
+        """Let the owner take the session in; what it says. Raises what it refuses with, StateLost when it is gone."""
         if self._error is not None:
             raise self._error
         self._sessions[session.epoch] = session
@@ -85,9 +85,10 @@ class Outbox:
         self._opens.append(ask)
         self._schedule()
         try:
-            await opened
+            notice: Notice = await opened
             if session.epoch not in self._sessions:  # lost since that was said, and nobody else sees to it
                 raise StateLost(f"owner {self._owner!r} is gone, or stopping")
+            return notice
         except asyncio.CancelledError:
             session.abort()
             raise
@@ -114,6 +115,11 @@ class Outbox:
 
         They are not cancelled at once: what gRPC has to say of a cancelled call may come when its event loop is closed.
         """
+        for epoch, session in list(self._sessions.items()):
+            if session.stays and session.end_reason is None:
+                del self._sessions[epoch]
+                session.fail(Unavailable("this way in is stopping: resume the session by another"))
+                self._forgotten(session)
         live = [session for session in self._sessions.values() if session.end_reason is None]
         for session in list(self._sessions.values()):
             session.abort()
@@ -235,7 +241,7 @@ class Outbox:
             opening = self._opening.get(notice.epoch)
             session = self._sessions.get(notice.epoch)
             if opening is not None and not opening.done() and notice.kind in ("opened", "refused"):
-                self._opened(notice.epoch, opening, notice.error)
+                self._opened(notice, opening)
             elif session is not None and notice.kind == "moving":
                 del self._sessions[notice.epoch]
                 self._land(session)
@@ -249,12 +255,12 @@ class Outbox:
                 )
                 self._settle(session)
 
-    def _opened(self, epoch: int, opening: asyncio.Future[None], error: object) -> None:
-        if error is None:
-            opening.set_result(None)
-        else:
-            del self._sessions[epoch]
-            opening.set_exception(from_wire(dict(error)))  # type: ignore[call-overload]
+    def _opened(self, notice: Notice, opening: asyncio.Future[Notice]) -> None:
+        if notice.error is None:
+            opening.set_result(notice)
+            return
+        del self._sessions[notice.epoch]
+        opening.set_exception(from_wire(dict(notice.error)))
 
     def _settle(self, session: Session) -> None:
         """Something has happened to the session: it may have landed, or be over."""

@@ -2,13 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from serve_app.errors import InvalidInput, LockstepError, Rewound, SessionEnded
+from serve_app.errors import InvalidInput, LockstepError, Rewound, SessionEnded, Unavailable
 from serve_app.ingress.codec import (
     JSON,
     MSGPACK,
@@ -23,6 +23,10 @@ from serve_app.session import Session
 logger = logging.getLogger(__name__)
 
 SUBPROTOCOL = "lockstep.msgpack"
+NORMAL, RESTART, TAKEN_OVER = 1000, 1012, 4409
+"""Close codes: as agreed; this way in stops, resume by another; the client has come by another connection."""
+RESUME_WITHIN_S = 30.0
+"""A session whose connection has broken is kept for so long."""
 MAX_UNREADABLE = 8
 """After so many messages in a row that cannot be decoded, the other side speaks something else."""
 
@@ -61,7 +65,10 @@ class Conversation:
 
 
 async def converse(websocket: WebSocket, hub: Hub) -> None:
-    """Serve one connection: open a session, and end it with the connection."""
+    """Serve one connection: open a session, and end it with the connection.
+
+    One whose client says that it can resume it is kept for a while after its connection has broken.
+    """
     talk = Conversation(websocket)
     try:
         await websocket.accept(SUBPROTOCOL if talk.encoding is MSGPACK else None)
@@ -71,12 +78,23 @@ async def converse(websocket: WebSocket, hub: Hub) -> None:
             await talk.send("error", error=error.to_wire())
             await websocket.close(4000 + error.http)
             return
+        left = asyncio.Event()
+        session.leave = leave = left.set
+        broken = False
         try:
             await talk.send("opened", **describe_session(session))
-            code = await _first(_listen(talk, session), _speak(talk, session))
-        finally:  # whatever happened, nobody will ask for the session again
-            session.abort()
-            session.ack(session.progress)
+            code = await _first(_listen(talk, session), _speak(talk, session), _wait(left))
+        except WebSocketDisconnect as error:
+            broken = error.code != NORMAL
+            raise
+        except asyncio.CancelledError:
+            broken = True
+            raise
+        finally:
+            if session.stays and broken:
+                asyncio.get_running_loop().call_later(RESUME_WITHIN_S, _give_up, session, leave)
+            elif not left.is_set():  # nobody will ask for the session again
+                _give_up(session, leave)
         await websocket.close(code)
     except WebSocketDisconnect:
         pass
@@ -89,7 +107,17 @@ async def converse(websocket: WebSocket, hub: Hub) -> None:
 
 async def _open(talk: Conversation, hub: Hub) -> Session:
     query = Message(dict(talk.websocket.query_params))
-    query.only("session", "model", "initial_state")
+    query.only("session", "model", "initial_state", "resumable", "resume")
+    acked = query.values.get("resume")
+    if acked is not None:
+        name = query.text("session")
+        if name is None or not acked.isdecimal():
+            raise InvalidInput(
+                f"resume is {acked!r} of session {name!r}: expected its id, and the timestep below which all is here"
+            )
+        session = await hub.resume(name, int(acked))
+        session.stays = True
+        return session
     state = None
     if query.values.get("initial_state", "false") != "false":
         models = await hub.models()
@@ -98,7 +126,21 @@ async def _open(talk: Conversation, hub: Hub) -> Session:
         if message.text("type") != "open":
             raise InvalidInput("the first message has to be of type 'open' and bring the initial_state")
         state = message.arrays("initial_state")
-    return await hub.open(query.text("session"), query.text("model"), state)
+    session = await hub.open(query.text("session"), query.text("model"), state)
+    session.stays = query.values.get("resumable", "false") != "false"
+    return session
+
+
+def _give_up(session: Session, leave: Callable[[], None]) -> None:
+    """End a session whose connection is gone, unless another has taken it over."""
+    if session.leave is leave:
+        session.abort()
+        session.ack(session.progress)
+
+
+async def _wait(left: asyncio.Event) -> int:
+    await left.wait()
+    return TAKEN_OVER
 
 
 async def _listen(talk: Conversation, session: Session) -> int:
@@ -160,6 +202,8 @@ async def _speak(talk: Conversation, session: Session) -> int:
             if not await session.available():
                 break
         except LockstepError as error:
+            if session.stays and isinstance(error, Unavailable):
+                return RESTART
             if session.end_reason is not None:
                 return await _tell_end(talk, session, error)
             await talk.send("error", error=error.to_wire())

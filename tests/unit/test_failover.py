@@ -13,8 +13,9 @@ from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.errors import StateLost, StepFailed, Unavailable
 from serve_app.frame import Answer, Frame, Notice
 from serve_app.ingress import hub as hub_module
-from serve_app.ingress.hub import Hub
+from serve_app.ingress.hub import NOWHERE, Hub
 from serve_app.session import Session
+from serve_app.spec import SessionLimits
 from tests.fakes import FloatSumModel, SumModel
 from tests.local import LocalCluster, local
 
@@ -263,3 +264,19 @@ async def test_without_checkpoints_a_dead_owner_takes_its_sessions_along() -> No
         await cluster.kill("owner-0")
         with pytest.raises(StateLost):
             await session.closed()
+
+
+async def test_a_step_that_failed_while_the_way_was_broken_is_told() -> None:
+    async with local(FloatSumModel(), config=CONFIG) as (_, hub):
+        spec = (await hub.models())["silero_vad"]
+    session = Session("a", spec, SessionLimits(64, 256), NOWHERE, keeps_unanswered=True)
+    session.submit(np.ones((5, 1), np.float32))
+    assert [len(session.take(64).x), len(session.take(64).x)] == [5, 0]
+    session.resumed(2, 0)  # two have arrived
+    assert session.take(64).start == 2
+    session.resumed(3, 1)  # and the fourth has failed
+    with pytest.raises(StepFailed, match="resend from 3"):
+        session.submit(np.ones((1, 1), np.float32))
+    assert session.submit(np.ones((1, 1), np.float32)) == 4
+    entry = session.take(64)
+    assert (entry.start, len(entry.x), entry.rewind) == (3, 1, 1)

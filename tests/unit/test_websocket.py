@@ -15,6 +15,7 @@ import uvicorn
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
+from clients import websocket as websocket_client
 from clients.websocket import WebSocketCarrier, open_websocket
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.errors import (
@@ -27,6 +28,7 @@ from serve_app.errors import (
     UnknownModel,
     WindowFull,
 )
+from serve_app.ingress import websocket as websocket_ingress
 from serve_app.ingress.codec import MSGPACK, read_array
 from serve_app.ingress.http import build_http
 from serve_app.ingress.hub import Hub
@@ -55,25 +57,34 @@ class System:
 
 
 @asynccontextmanager
+async def serving(hub: Hub) -> AsyncIterator[str]:
+    """An ingress; yields its address."""
+    settings = uvicorn.Config(
+        build_http(hub),
+        port=0,
+        log_config=None,
+        lifespan="off",
+        ws="websockets-sansio",
+        timeout_graceful_shutdown=1,
+    )
+    settings.load()
+    server = uvicorn.Server(settings)
+    server.lifespan = settings.lifespan_class(settings)
+    await server.startup()  # serve() would also take the signals, and look only now and then whether to stop
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"ws://127.0.0.1:{port}"
+    finally:
+        await server.shutdown()
+
+
+@asynccontextmanager
 async def system(*models: RecurrentModel, config: AppConfig = CONFIG) -> AsyncIterator[System]:
-    async with local(*(models or (SumModel(),)), config=config, ack_on_receipt=False) as (cluster, hub):
-        settings = uvicorn.Config(
-            build_http(hub),
-            port=0,
-            log_config=None,
-            lifespan="off",
-            ws="websockets-sansio",
-            timeout_graceful_shutdown=1,
-        )
-        settings.load()
-        server = uvicorn.Server(settings)
-        server.lifespan = settings.lifespan_class(settings)
-        await server.startup()  # serve() would also take the signals, and look only now and then whether to stop
-        port = server.servers[0].sockets[0].getsockname()[1]
-        try:
-            yield System(f"ws://127.0.0.1:{port}", cluster, hub)
-        finally:
-            await server.shutdown()
+    async with (
+        local(*(models or (SumModel(),)), config=config, ack_on_receipt=False) as (cluster, hub),
+        serving(hub) as address,
+    ):
+        yield System(address, cluster, hub)
 
 
 class Talk:
@@ -475,23 +486,116 @@ async def test_a_session_whose_owner_dies_is_lost() -> None:
             await session.closed()
 
 
-async def test_a_session_whose_connection_breaks_is_lost_and_says_so() -> None:
+def carrier(session: Session) -> WebSocketCarrier:
+    assert isinstance(session.carrier, WebSocketCarrier)
+    return session.carrier
+
+
+def break_connection(session: Session) -> None:
+    carrier(session)._websocket.transport.abort()
+
+
+async def test_a_session_goes_on_when_its_connection_breaks() -> None:
     async with system() as sut, bystander(sut):
         session = await open_websocket(sut.address, session="a")
-        waiting = asyncio.create_task(session.closed())
         session.submit(np.array(ones(64)))
-        assert isinstance(session.carrier, WebSocketCarrier)
-        session.carrier._websocket.transport.abort()
-        for attempt in (waiting, session.closed()):
-            with pytest.raises(Unavailable, match=r"the connection to ws://.* is gone .*open a new one"):
-                await attempt
-        with pytest.raises(Unavailable):
-            session.submit(np.array(ones(1)))
+        break_connection(session)
+        session.submit(np.array(ones(3)))
+        session.close()
+        assert await session.closed() == "closed"
+        assert await collect(session) == line(0, 67)
+
+
+async def test_an_ingress_that_stops_leaves_its_sessions_for_another() -> None:
+    async with system() as sut:
+        other = Hub(sut.cluster, ack_on_receipt=False)
+        async with serving(other) as address:
+            session = await open_websocket(address)
+            session.submit(np.array(ones(20)))
+            assert await session.wait() == 20
+            carrier(session)._address = sut.address
+            await other.stop()
+        session.submit(np.array(ones(2)))
+        assert await session.wait() == 22
+        assert sut.cluster.engines["owner-0"].stats.timesteps == 22, "nothing has run twice"
+        session.close()
+        assert await session.closed() == "closed"
+        assert await collect(session) == line(0, 22)
+    assert sut.cluster.engines["owner-0"].gauges()["sessions_open"] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_whatever_breaks_each_output_comes_once(seed: int) -> None:
+    """Connections, again and again; sessions go on by either of two ingresses."""
+    rng = random.Random(seed)
+    async with system(SumModel(), SumModel()) as sut:
+        other = Hub(sut.cluster, ack_on_receipt=False)
+        async with serving(other) as address:
+            sessions = [await open_websocket(rng.choice([address, sut.address])) for _ in range(12)]
+
+            async def one(session: Session) -> None:
+                reader = asyncio.create_task(collect(session))
+                while session.next < 200:
+                    session.submit(np.array(ones(rng.randint(1, 12))))
+                    if rng.random() < 0.5:
+                        await session.wait(session.next - rng.randint(0, min(5, session.next)))
+                    if rng.random() < 0.3:
+                        carrier(session)._address = rng.choice([address, sut.address])
+                        break_connection(session)
+                    await asyncio.sleep(rng.random() * 0.02)
+                session.close()
+                assert await session.closed() == "closed"
+                assert await reader == line(0, session.next)
+
+            await asyncio.gather(*map(one, sessions))
+            await asyncio.gather(*(carrier(session).stop() for session in sessions))
+        await other.stop()
+
+
+async def test_a_session_that_nobody_comes_back_for_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(websocket_ingress, "RESUME_WITHIN_S", 0.1)
+    async with system() as sut:
+        async with talk(sut, "?session=a&resumable=true") as client:
+            await client.receive("opened")
+            client.websocket.transport.abort()
         await gone(sut, "a")
 
 
-async def test_a_server_that_stops_takes_its_sessions_along() -> None:
+async def test_a_session_without_a_way_back_is_lost_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(websocket_client, "RESUME_WITHIN_S", 0.2)
     async with system() as sut:
         session = await open_websocket(sut.address)
-    with pytest.raises((Unavailable, StateLost, SessionEnded)):
-        await session.closed()
+    for attempt in (session.closed(), session.closed()):
+        with pytest.raises(Unavailable, match=r"the connection to ws://.* is gone .*open a new one"):
+            await attempt
+    with pytest.raises(Unavailable):
+        session.submit(np.array(ones(1)))
+
+
+async def test_one_client_at_a_time_has_a_session() -> None:
+    """Who resumes it takes it over; the one before does not fight."""
+    async with system() as sut:
+        session = await open_websocket(sut.address, session="a")
+        session.submit(np.array(ones(3)))
+        await session.wait()
+        async with talk(sut, "?session=a&resume=1") as client:
+            opened = await client.receive("opened")
+            assert (opened["next"], opened["rewind"]) == (3, 0)
+            assert await client.outputs(1, 3) == line(1, 3)
+            with pytest.raises(Unavailable, match="4409"):
+                await session.closed()
+            await client.send("segment", x=ones(1), start=3)
+            assert await client.outputs(3, 4) == line(3, 4)
+
+
+@pytest.mark.parametrize("query", ["?session=a&resume=x", "?resume=3", "?session=a&resume=-1"])
+async def test_a_wrong_resume_is_told(query: str) -> None:
+    async with system() as sut, talk(sut, query) as client:
+        error = await client.refused("invalid_input")
+        assert "expected its id" in error["message"]
+        assert await client.closed() == 4400
+
+
+async def test_what_is_not_there_cannot_be_resumed() -> None:
+    async with system() as sut, talk(sut, "?session=nobody&resume=3") as client:
+        await client.refused("unknown_session")

@@ -47,7 +47,7 @@ def assert_same(found: Any, expected: Any) -> None:
 def test_frame(
     owner: str, sender: str, ints: list[np.ndarray], x: np.ndarray, states: list[tuple[np.ndarray, ...] | None]
 ) -> None:
-    opens = tuple(Open(2**62 + i, f"session {i}", state, i * 7) for i, state in enumerate(states))
+    opens = tuple(Open(2**62 + i, f"session {i}", state, i * 7, i - 1) for i, state in enumerate(states))
     frame = Frame(owner, sender, np.stack(ints), x, opens)
     assert_same(decode_frame(encode_frame(frame)), frame)
 
@@ -55,7 +55,7 @@ def test_frame(
 @given(columns(8), st.dictionaries(NAMES, TENSORS, max_size=3), NAMES)
 def test_answer(ints: list[np.ndarray], outputs: dict[str, np.ndarray], reason: str) -> None:
     error = NotOwner("no", expected=3, hint=None).to_wire()
-    notices = (Notice(5, "refused", error), Notice(6, "ended", reason=reason, progress=7))
+    notices = (Notice(5, "refused", error), Notice(6, "ended", reason=reason, progress=7, rewind=3))
     kept = None if reason == "" else Checkpoints(ints[0], ints[1], tuple(outputs.values()))
     answer = Answer(*ints[:5], outputs, notices, np.stack(ints[5:]), kept)  # type: ignore[arg-type]
     assert_same(decode_reply(encode_reply(answer)), answer)
