@@ -12,7 +12,15 @@ from uuid import uuid4
 import numpy as np
 
 from serve_app.directory import Grant, Owner
-from serve_app.errors import LockstepError, SessionEnded, StateLost, TooManySessions, Unavailable, UnknownSession
+from serve_app.errors import (
+    InvalidInput,
+    LockstepError,
+    SessionEnded,
+    StateLost,
+    TooManySessions,
+    Unavailable,
+    UnknownSession,
+)
 from serve_app.frame import Open
 from serve_app.ingress.outbox import Channel, Outbox
 from serve_app.session import Session
@@ -96,9 +104,11 @@ class Hub:
     async def resume(self, name: str, acked: int) -> Session:
         """Go on with a session whose client has lost its way in, this one or another; it has the outputs below `acked`.
 
-        Raises UnknownSession, SessionEnded, NotOwner, Unavailable.
+        Raises InvalidInput for one that was not opened for that, UnknownSession, NotOwner, StateLost, Unavailable.
         """
         held = self._sessions.get(name)
+        if held is not None and not held.stays:
+            raise InvalidInput(f"session {name!r} was not opened to be resumed: open it with resumable=true")
         if held is None or held.carrier is not NOWHERE:  # else it is here, and looks for another owner
             grant, before = await self._directory.attach(name, self.sender)
             if held is None or held.epoch != grant.epoch:

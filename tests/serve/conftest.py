@@ -32,7 +32,7 @@ def cluster(http_port: int) -> Iterator[None]:
     os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
     with tempfile.TemporaryDirectory(prefix="ls", dir="/tmp") as folder:  # short: Ray puts sockets there
         ray.init(
-            num_cpus=16,  # not of this machine: it only has to hold all test applications
+            num_cpus=32,  # not of this machine: it only has to hold all test applications
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

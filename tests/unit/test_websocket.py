@@ -599,3 +599,13 @@ async def test_a_wrong_resume_is_told(query: str) -> None:
 async def test_what_is_not_there_cannot_be_resumed() -> None:
     async with system() as sut, talk(sut, "?session=nobody&resume=3") as client:
         await client.refused("unknown_session")
+
+
+async def test_a_session_that_was_not_opened_for_it_cannot_be_taken_over() -> None:
+    async with system() as sut, talk(sut, "?session=a") as owner:
+        await owner.receive("opened")
+        async with talk(sut, "?session=a&resume=0") as thief:
+            error = await thief.refused("invalid_input")
+            assert "resumable=true" in error["message"]
+        await owner.send("segment", x=ones(2))
+        assert await owner.outputs(0, 2) == line(0, 2)
