@@ -3,8 +3,9 @@
     python -m bench.engine [--device cpu] [--json FILE]
 
 "Engine" is host to host: a frame of numpy arrays in, a step, an answer of numpy arrays out, everything acknowledged
-with the next frame. "Model" is RecurrentModel.forward on a tensor that lies ready, with its state kept. They take turns
-of a few rounds in one process, on one thread, so a busy machine slows both; the ratio is the median over the turns.
+with the next frame. "Model" is RecurrentModel.forward as torch runs it, on a tensor that lies ready, with its state
+kept; "packed" the same with the weights packed as the engine does (serve_app/engine/packed_lstm.py). They take turns of
+a few rounds in one process, on one thread, so a busy machine slows all; a ratio is the median over the turns.
 """
 
 import itertools
@@ -15,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -40,18 +42,28 @@ READY_SESSIONS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """Seconds of each round [turns, ROUNDS], of engine and model."""
+    """Seconds of each round [turns, ROUNDS], of engine, model and packed model."""
 
     batch_size: int
     k: int
     engine_s: np.ndarray
     module_s: np.ndarray
+    packed_s: np.ndarray
 
     @property
     def ratios(self) -> np.ndarray:
         """Rate of the engine in rates of the model, by turn."""
-        ratios: np.ndarray = np.median(self.module_s, 1) / np.median(self.engine_s, 1)
-        return ratios
+        return _ratios(self.module_s, self.engine_s)
+
+    @property
+    def packed_ratio(self) -> float:
+        """Rate of the packed model in rates of the model, the median over the turns."""
+        return float(np.median(_ratios(self.module_s, self.packed_s)))
+
+    @property
+    def vs_packed(self) -> float:
+        """Rate of the engine in rates of the packed model."""
+        return float(np.median(_ratios(self.packed_s, self.engine_s)))
 
     @property
     def ratio(self) -> float:
@@ -77,20 +89,29 @@ class Turns:
         return timesteps / self.delay_ms, timesteps / float(np.median(self.module_s)) / 1e3
 
 
+def _ratios(of: np.ndarray, to: np.ndarray) -> np.ndarray:
+    ratios: np.ndarray = np.median(of, 1) / np.median(to, 1)
+    return ratios
+
+
 @torch.inference_mode()
-def measure_turns(model: RecurrentModel, device: str, batch_size: int, k: int, seconds: float) -> Turns:
-    """Engine and model in turns for about `seconds`, on the same inputs; AssertionError if their outputs differ."""
+def measure_turns(model: RecurrentModel, packed: RecurrentModel, batch_size: int, k: int, seconds: float) -> Turns:
+    """Engine, model and packed model in turns for about `seconds`, on the same inputs.
+
+    packed: the same model again, which is handed to the engine. AssertionError if outputs differ.
+    """
     # an answer is 2.6 MB at most here; one frame, one answer
-    engine = Engine(model, AppConfig(engine=EngineConfig(device=device), frame=FrameConfig(max_bytes=8 * 2**20)))
+    engine = Engine(packed, AppConfig(engine=EngineConfig(device="cpu"), frame=FrameConfig(max_bytes=8 * 2**20)))
     sender = Sender(engine, batch_size)
     sessions = np.arange(batch_size)
     rng = np.random.default_rng(0)
     segments = [rng.standard_normal((batch_size, k, *model.input.shape), np.float32) for _ in range(ROUNDS)]
-    tensors = [torch.from_numpy(x.swapaxes(0, 1).copy()).to(device) for x in segments]
-    state = torch.utils._pytree.tree_map(lambda leaf: leaf.to(device), model.initial_state(batch_size))
+    tensors = [torch.from_numpy(x.swapaxes(0, 1).copy()) for x in segments]
+    state = packed_state = model.initial_state(batch_size)
     (name,) = model.outputs
     engine_s: list[list[float]] = []
     module_s: list[list[float]] = []
+    packed_s: list[list[float]] = []
     until = time.monotonic() + seconds
     while len(engine_s) < 2 or time.monotonic() < until:
         frames = [sender.frame(sessions, x) for x in segments]
@@ -98,25 +119,27 @@ def measure_turns(model: RecurrentModel, device: str, batch_size: int, k: int, s
         for frame in frames:
             began = time.perf_counter()
             (answer,) = sender.exchange(frame)
-            _finish(device)
             engine_s[-1].append(time.perf_counter() - began)
-        module_s.append([])
-        for x in tensors:
-            began = time.perf_counter()
-            y, state = model.forward(x, state)
-            _finish(device)
-            module_s[-1].append(time.perf_counter() - began)
+        y, state = _run(model, tensors, state, module_s)
+        packed_y, packed_state = _run(packed, tensors, packed_state, packed_s)
+    found = answer.outputs[name].reshape(batch_size, k, *y.shape[2:])
+    for outputs in (found, packed_y.transpose(0, 1).numpy()):
+        np.testing.assert_allclose(outputs, y.transpose(0, 1).numpy(), rtol=1e-5, atol=1e-5)
+    turns = (np.array(times[1:]) for times in (engine_s, module_s, packed_s))  # the first warmed up
+    return Turns(batch_size, k, *turns)
+
+
+def _run(
+    model: RecurrentModel, tensors: list[torch.Tensor], state: Any, times: list[list[float]]
+) -> tuple[torch.Tensor, Any]:
+    """All `tensors` through the model; its last output and state. `times` gets the seconds of each."""
+    times.append([])
+    for x in tensors:
+        began = time.perf_counter()
+        y, state = model.forward(x, state)
+        times[-1].append(time.perf_counter() - began)
     assert isinstance(y, torch.Tensor)
-    np.testing.assert_allclose(
-        answer.outputs[name].reshape(batch_size, k, *y.shape[2:]), y.transpose(0, 1).cpu().numpy(), rtol=1e-5, atol=1e-5
-    )
-    return Turns(batch_size, k, np.array(engine_s[1:]), np.array(module_s[1:]))  # the first warmed up
-
-
-def _finish(device: str) -> None:
-    """Wait for all that was launched."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    return y, state
 
 
 def measure_scheduler(lengths: np.ndarray, seconds: float) -> float:
@@ -169,18 +192,41 @@ def main(device: str, seconds: float, max_batch: int, idle_sessions: int, json_f
     max_batch = max_batch or max(BATCH_SIZES)
     figures: dict[str, float] = {}
     for name, config in MODELS.items():
-        model = registry.load(config)
+        model, packed = registry.load(config), registry.load(config)
         rows = []
         batch_sizes = {CLAIMED[0], *(size for size in BATCH_SIZES if size <= max_batch)}
         for batch_size, k in itertools.product(sorted(batch_sizes), TIMESTEPS):
             claimed = (batch_size, k) == CLAIMED
-            turns = measure_turns(model, device, batch_size, k, 4 * seconds if claimed else seconds)
-            rows.append((batch_size, k, *turns.rates, turns.ratio, turns.spread, turns.delay_ms))
+            turns = measure_turns(model, packed, batch_size, k, 4 * seconds if claimed else seconds)
+            rows.append(
+                (
+                    batch_size,
+                    k,
+                    *turns.rates,
+                    turns.ratio,
+                    turns.spread,
+                    turns.vs_packed,
+                    turns.packed_ratio,
+                    turns.delay_ms,
+                )
+            )
             setting = f"{name}_b{batch_size}_k{k}"
             figures[f"engine_timesteps_per_ms_{setting}"] = turns.rates[0]
             figures[f"engine_p50_ms_{setting}"] = turns.delay_ms
             figures[f"engine_vs_module_{name}" if claimed else f"engine_vs_module_{setting}"] = turns.ratio
-        head = ("batch", "timesteps", "engine /ms", "model /ms", "ratio", "spread", "p50 ms")
+            figures[f"engine_vs_packed_{setting}"] = turns.vs_packed
+            figures[f"packed_vs_module_{setting}"] = turns.packed_ratio
+        head = (
+            "batch",
+            "timesteps",
+            "engine /ms",
+            "model /ms",
+            "ratio",
+            "spread",
+            "to packed",
+            "packed to model",
+            "p50 ms",
+        )
         click.echo(f"\n{name}, timesteps per ms\n{table(head, rows)}")
 
     mixed = np.random.default_rng(0).integers(1, 41, READY_SESSIONS)

@@ -15,6 +15,7 @@ from serve_app.engine.calibration import Calibration
 from serve_app.engine.columns import MOVERS
 from serve_app.engine.cuda_runner import CudaRunner
 from serve_app.engine.mailbox import Mailbox, Ticket
+from serve_app.engine.packed_lstm import pack_weights
 from serve_app.engine.runner import EagerRunner, Step, StepRunner
 from serve_app.engine.scheduler import Batch, Scheduler
 from serve_app.engine.sessions import SessionTable, Status, Verdict, check_frame
@@ -45,6 +46,8 @@ class Engine:
         if isinstance(model, torch.nn.Module):
             model.to(device).eval().requires_grad_(False)
             flatten_weights(model)
+            if device.type == "cpu":
+                pack_weights(model)
         self._model = model
         max_sessions = config.session.max_sessions
         self._sessions = SessionTable(max_sessions, config.session.max_window_timesteps)
