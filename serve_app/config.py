@@ -28,6 +28,8 @@ class EngineConfig:
     `slots`: sessions whose state is on the device. `max_batch_size`: sessions of a step, never more than slots.
     `max_step_timesteps`: timesteps that a step takes of a session at most; `step_timesteps`: instead, the numbers that
     it may take, rising from 1 (none: any; on a GPU the powers of two, since each needs graphs of its own).
+    `delay_target_s`: steps are kept so short that a segment of few timesteps runs within that, even beside sessions
+    with many (0: steps are as long as they may be, which is the best rate).
     `threads`: torch threads of a replica.
     `calibration_file`: where a GPU's fastest ways to run steps are remembered (empty: nowhere).
     `max_pending_bytes`, `max_retained_bytes`: bounds on accepted inputs and on outputs kept until acknowledged, of all
@@ -39,6 +41,7 @@ class EngineConfig:
     max_batch_size: int = 256
     max_step_timesteps: int = 16
     step_timesteps: tuple[int, ...] = ()
+    delay_target_s: float = 0.0
     threads: int = 1
     calibration_file: str = "~/.cache/lockstep/calibration.json"
     max_pending_bytes: int = 256 * 2**20
@@ -46,6 +49,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _at_least("engine", self, 1, "slots", "max_batch_size", "max_step_timesteps", "threads")
+        _at_least("engine", self, 0, "delay_target_s")
         rising = all(a < b for a, b in pairwise(self.step_timesteps))
         if self.step_timesteps and (self.step_timesteps[0] != 1 or not rising):
             raise ConfigError(f"engine.step_timesteps is {list(self.step_timesteps)}, it must rise from 1: [1, 10]")

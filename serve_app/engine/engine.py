@@ -52,13 +52,16 @@ class Engine:
         max_sessions = config.session.max_sessions
         self._sessions = SessionTable(max_sessions, config.session.max_window_timesteps)
         max_batch_size = min(config.engine.max_batch_size, config.engine.slots)
-        self._scheduler = Scheduler(max_batch_size, step_timesteps(config.engine, device), max_sessions)
+        self._scheduler = Scheduler(
+            max_batch_size, step_timesteps(config.engine, device), max_sessions, config.engine.delay_target_s
+        )
         self._slots = SlotTable(config.engine.slots, max_sessions)
         self._page_of = np.full(max_sessions, -1, np.int64)  # of evicted states, by row
         self._pool = StatePool(model, config.engine.slots, device)
         self._runner = make_runner(model, self._pool, config, device)
         self._flights: deque[_Flight] = deque()  # steps on their way
         self._in_flight = 0  # timesteps
+        self._completed_at = 0.0  # the last step
         self._inputs = TimestepStore([model.input.nbytes], max_sessions, compacts=False)
         self._outputs = TimestepStore([spec.nbytes for spec in model.outputs.values()], max_sessions, compacts=True)
         self._acked: tuple[np.ndarray, np.ndarray] | None = None  # rows, and what they hold: to be dropped
@@ -306,7 +309,7 @@ class Engine:
                 self._pool.reset(placement.enter_slots[~kept])
 
     def _launch(self, now: float) -> bool:
-        batch = self._scheduler.schedule(now)
+        batch = self._scheduler.schedule(now, len(self._flights))
         if batch is None:
             return False
         rows = batch.rows
@@ -343,7 +346,10 @@ class Engine:
         (rows, k, waited_us), values = flight.batch, flight.step.outputs()
         self._in_flight -= k * len(rows)
         self.stats.graph_steps += flight.step.captured
-        took_s = time.monotonic() - flight.began
+        done = time.monotonic()
+        took_s = done - flight.began
+        self._scheduler.step_times.add(k, len(rows), done - max(flight.began, self._completed_at))
+        self._completed_at = done
         self.stats.add_step(StepRecord(len(rows), k, float(waited_us[0]) / 1e6, took_s))
         members, rows, starts, closing, sender = self._sessions.advance(
             rows, flight.epochs, k, waited_us, int(took_s * 1e6), now

@@ -1,5 +1,6 @@
 """Who runs next: a queue of sessions with timesteps ready. Pure; sessions are row numbers."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from serve_app.compiled import array, compiled
 from serve_app.policy.batching import choose_batch
+from serve_app.policy.delay import PATIENCE_S, StepTimes, step_limit_s
 
 LOOK_AHEAD = 4
 """Full batches that are looked at, to find one of sessions with as many timesteps each."""
@@ -24,14 +26,21 @@ class Batch(NamedTuple):
 class Scheduler:
     """First come, first served, in steps of up to `max_batch_size` sessions.
 
-    `timesteps`: how many a step may take of each session, rising from 1.
+    `timesteps`: how many a step may take of each session, rising from 1. `delay_target_s` (0: none): within which a
+    segment of few timesteps is to run; it bounds how many a step takes.
 
     A session waits at most once in the queue, so it is at most once in a batch, and its order needs no care.
     """
 
-    def __init__(self, max_batch_size: int, timesteps: Sequence[int], max_rows: int) -> None:
+    def __init__(
+        self, max_batch_size: int, timesteps: Sequence[int], max_rows: int, delay_target_s: float = 0.0
+    ) -> None:
         self.max_batch_size = max_batch_size
         self.timesteps = np.array(timesteps, np.int64)
+        #: How long steps take; told by who runs them.
+        self.step_times = StepTimes(timesteps)
+        self._delay_target_s = delay_target_s
+        self._satisfied_at = -math.inf  # when a step last took all that a session had ready
         #: Timesteps ready, by row.
         self.left = np.zeros(max_rows, np.int64)
         self._since = np.zeros(max_rows)
@@ -46,16 +55,26 @@ class Scheduler:
         """Let each of `rows` (distinct) have `counts` further timesteps ready; none where that is 0."""
         _add(self._numbers, self._queue, self._queued, self.left, self._since, array(rows), array(counts), now)
 
-    def schedule(self, now: float) -> Batch | None:
-        """Take the next step; None when nothing is ready. What it leaves of its sessions' timesteps waits again."""
+    def schedule(self, now: float, in_flight: int = 0) -> Batch | None:
+        """Take the next step; None when nothing is ready. What it leaves of its sessions' timesteps waits again.
+
+        in_flight: steps that will run before it.
+        """
         if not self.total:
             return None
         rows, waited_us = found = np.empty((2, self.max_batch_size), np.int64)
         batch, k = _schedule(
             self._numbers, self._queue, self._queued, self.left, self._since, self.timesteps, self._window,
-            self._chosen, now, found,
+            self._chosen, self.step_times.seconds, self._limit_s(now, in_flight), now, found,
         )  # fmt: skip
+        if self._delay_target_s and not self.left[rows[:batch]].all():
+            self._satisfied_at = now
         return Batch(rows[:batch], k, waited_us[:batch])
+
+    def _limit_s(self, now: float, in_flight: int) -> float:
+        if now - self._satisfied_at > PATIENCE_S:
+            return math.inf
+        return step_limit_s(self._delay_target_s, in_flight, int(self._numbers[SIZE]), self.max_batch_size)
 
     def drop(self, rows: np.ndarray) -> None:
         """Forget everything that `rows` have ready."""
@@ -116,6 +135,8 @@ def _schedule(
     timesteps: np.ndarray,
     window: np.ndarray,
     chosen: np.ndarray,
+    seconds: np.ndarray,
+    limit_s: float,
     now: float,
     found: np.ndarray,
 ) -> tuple[int, int]:
@@ -132,7 +153,7 @@ def _schedule(
             count += 1
         else:
             queued[row] = False
-    batch, k = choose_batch(ready[:count], len(chosen), timesteps, chosen)
+    batch, k = choose_batch(ready[:count], len(chosen), timesteps, chosen, seconds, limit_s)
     which = batch - 1
     for i in range(count - 1, -1, -1):  # those that are not chosen are where they were
         if which >= 0 and chosen[which] == i:

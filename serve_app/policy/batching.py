@@ -6,12 +6,20 @@ from serve_app.compiled import compiled
 
 
 @compiled
-def choose_batch(left: np.ndarray, max_batch_size: int, timesteps: np.ndarray, chosen: np.ndarray) -> tuple[int, int]:
+def choose_batch(
+    left: np.ndarray,
+    max_batch_size: int,
+    timesteps: np.ndarray,
+    chosen: np.ndarray,
+    seconds: np.ndarray,
+    limit_s: float,
+) -> tuple[int, int]:
     """Choose members of a step among waiting sessions: B of them, their indices in order in `chosen` [:B].
 
     left [n]: timesteps that each has ready, longest waiting first, each at least 1; timesteps: how many a step may take
     of each, rising from 1. Returns B and k: every member gives the same k timesteps, so nothing is padded. The longest
-    waiting session is always in, so nobody starves; under that, k is the one that gives the step the most timesteps.
+    waiting session is always in, so nobody starves; under that, k is the one that gives the step the most timesteps,
+    of those with which it takes at most `limit_s` as `seconds` has it (delay.StepTimes), or else the smallest.
     """
     last, of_first = len(timesteps) - 1, 0
     enough = np.zeros(len(timesteps), np.int64)  # how many have as many as each of `timesteps`, first: and no more
@@ -24,8 +32,11 @@ def choose_batch(left: np.ndarray, max_batch_size: int, timesteps: np.ndarray, c
         enough[i - 1] += enough[i]
     most, k, batch = 0, 0, 0
     for i in range(of_first + 1):
-        if timesteps[i] * min(enough[i], max_batch_size) > most:
-            most, k = timesteps[i] * min(enough[i], max_batch_size), timesteps[i]
+        count, size = min(enough[i], max_batch_size), 0
+        while 1 << size < count:
+            size += 1
+        if timesteps[i] * count > most and (i == 0 or seconds[i, size] <= limit_s):
+            most, k = timesteps[i] * count, timesteps[i]
     for i in range(len(left)):
         if left[i] >= k and batch < max_batch_size:
             chosen[batch] = i

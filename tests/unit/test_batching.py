@@ -1,5 +1,6 @@
 """Which sessions a step takes, how many timesteps, and the sizes that it is padded to."""
 
+import itertools
 from itertools import pairwise
 
 import numpy as np
@@ -7,18 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.policy.batching import choose_batch, pad_batch, powers_of_two
+from serve_app.policy.delay import StepTimes
 
 
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=60),
     st.integers(1, 20),
     st.sets(st.integers(2, 24)).map(lambda others: sorted({1, *others})),
+    st.floats(0, 30) | st.just(np.inf),
 )
 def test_a_step_has_the_first_waiting_session_and_the_most_timesteps_with_it(
-    left: list[int], max_batch_size: int, timesteps: list[int]
+    left: list[int], max_batch_size: int, timesteps: list[int], limit_s: float
 ) -> None:
+    times = StepTimes(timesteps)
+    for size, k in itertools.product(range(8), timesteps[:-1]):
+        times.add(k, 1 << size, k + size)
+    times.seconds[-1] = 0  # the longest step has never been made: it may be tried
     chosen = np.zeros(max_batch_size, np.int64)
-    batch, k = choose_batch(np.array(left), max_batch_size, np.array(timesteps), chosen)
+    batch, k = choose_batch(np.array(left), max_batch_size, np.array(timesteps), chosen, times.seconds, limit_s)
     members = chosen[:batch].tolist()
     assert k in timesteps
     assert members[0] == 0
@@ -26,10 +33,14 @@ def test_a_step_has_the_first_waiting_session_and_the_most_timesteps_with_it(
     assert len(members) <= max_batch_size
     assert all(left[i] >= k for i in members)
 
-    def most(k: int) -> int:
-        return k * min(max_batch_size, sum(n >= k for n in left))
+    def count(k: int) -> int:
+        return min(max_batch_size, sum(n >= k for n in left))
 
-    assert len(members) * k == max(most(k) for k in timesteps if k <= left[0])
+    def short_enough(k: int) -> bool:
+        return k in (1, timesteps[-1]) or k + (count(k) - 1).bit_length() <= limit_s
+
+    assert short_enough(k)
+    assert len(members) * k == max(k * count(k) for k in timesteps if k <= left[0] and short_enough(k))
 
 
 @given(st.integers(1, 100_000))
