@@ -30,7 +30,7 @@ class EngineConfig:
     it may take, rising from 1 (none: any; on a GPU the powers of two, since each needs graphs of its own).
     `delay_target_s`: steps are kept so short that a segment of few timesteps runs within that, even beside sessions
     with many (0: steps are as long as they may be, which is the best rate).
-    `threads`: torch threads of a replica.
+    `threads`: torch threads of a replica; `pin_threads`: each replica's on cores of its own.
     `calibration_file`: where a GPU's fastest ways to run steps are remembered (empty: nowhere).
     `max_pending_bytes`, `max_retained_bytes`: bounds on accepted inputs and on outputs kept until acknowledged, of all
     sessions of a replica.
@@ -43,6 +43,7 @@ class EngineConfig:
     step_timesteps: tuple[int, ...] = ()
     delay_target_s: float = 0.0
     threads: int = 1
+    pin_threads: bool = False
     calibration_file: str = "~/.cache/lockstep/calibration.json"
     max_pending_bytes: int = 256 * 2**20
     max_retained_bytes: int = 256 * 2**20

@@ -41,7 +41,7 @@ class Recurrent:
         context = serve.get_replica_context()
         self._actor_name = context.replica_id.to_full_id_str()
         self._engine = build_engine(config, owner=context.replica_id.unique_id)
-        self._serving = AsyncEngine(self._engine)
+        self._serving = AsyncEngine(self._engine, config.engine.threads if config.engine.pin_threads else 0)
         self._frames = FrameServer(self._serving.frame)
         self._parts.push_async_callback(self._frames.stop)
         self._parts.push_async_callback(self._serving.stop)  # first: its last answers have the states of all sessions

@@ -9,11 +9,12 @@ from serve_app.frame import Answer, Frame
 
 
 class AsyncEngine:
-    """Calls into an engine's thread, from the event loop that it is made on."""
+    """Calls into an engine's thread, from the event loop that it is made on: that delivers what the thread answers."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, cores: int = 0) -> None:
+        """cores: see EngineLoop."""
         self._asyncio_loop = asyncio.get_running_loop()
-        self._loop = EngineLoop(engine, self._deliver)
+        self._loop = EngineLoop(engine, self._deliver, cores)
 
     async def frame(self, frame: Frame) -> Answer:
         """Hand a frame in; the answer brings what there is for its sender by then, of this frame or others."""

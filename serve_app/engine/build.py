@@ -20,7 +20,9 @@ def build_engine(config: AppConfig, owner: str = "local") -> Engine:
     ConfigError.
     """
     torch.set_num_threads(config.engine.threads)
-    engine = Engine(registry.load(config.model), config, owner)
+    model = registry.load(config.model)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = getattr(model, "tf32", False)
+    engine = Engine(model, config, owner)
     engine.prepare()
     _run_once(engine)
     return engine

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from serve_app.engine.cores import pin_thread
 from serve_app.engine.engine import Engine
 from serve_app.engine.mailbox import Ticket
 from serve_app.engine.runner import inference_mode
@@ -22,12 +23,14 @@ Delivery = Sequence[tuple[Ticket, Answer | LockstepError]]
 class EngineLoop:
     """Runs an engine until stopped. Every call is answered: by the engine, or with Unavailable once the loop is dead.
 
-    `deliver` is called on the loop's thread, with all answers that became due together.
+    `deliver` is called on the loop's thread, with all answers that became due together. `cores`: that this thread, and
+    torch's beside it, are pinned to (0: they run anywhere).
     """
 
-    def __init__(self, engine: Engine, deliver: Callable[[Delivery], None]) -> None:
+    def __init__(self, engine: Engine, deliver: Callable[[Delivery], None], cores: int = 0) -> None:
         self._engine = engine
         self._deliver = deliver
+        self._cores = cores
         self._arrived = threading.Condition()
         self._inbox: list[tuple[Frame, Ticket]] = []
         self._stopping = False
@@ -60,6 +63,8 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
+            if self._cores:
+                pin_thread(self._cores)
             with inference_mode():
                 while not self._stopping:
                     self._turn()

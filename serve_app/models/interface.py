@@ -17,7 +17,8 @@ class RecurrentModel(Protocol):
 
     A `torch.nn.Module` is moved to the device and put into eval mode by the engine; `forward` runs in inference mode.
     Optional: `sample_rate: int` where a timestep is a run of audio samples; `input_name: str`, what the Open Inference
-    Protocol calls the input (x);
+    Protocol calls the input (x); `tf32 = True` where a GPU may multiply float32 as TF32 (unlike torch's own default for
+    cuDNN, it may not else);
     `session_ended(session: str, reason: str)`, called when a session ends (closed, idle, aborted);
     `takes_views = True` where `forward` never writes x and does not need it in one piece, so that on a CPU it may be a
     view into what arrived: that spares a copy; and

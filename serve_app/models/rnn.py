@@ -11,7 +11,7 @@ from serve_app.models.interface import State
 from serve_app.models.options import RnnOptions
 from serve_app.spec import TensorSpec
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Rnn(torch.nn.Module):
@@ -25,7 +25,7 @@ class Rnn(torch.nn.Module):
         """Raises ConfigError if `options.weights` is not a file with exactly these weights."""
         super().__init__()
         self.options = options
-        self.dtype = _DTYPES[options.dtype]
+        self.dtype, self.tf32 = _DTYPES[options.dtype], options.dtype == "tf32"
         wire, k = "float16" if options.dtype == "fp16" else "float32", options.top_k
         self.input = TensorSpec((options.input,), wire)
         self.outputs: Mapping[str, TensorSpec] = {"y": TensorSpec((options.num_outputs,), wire)}
