@@ -68,7 +68,7 @@ class Calibration:
             logger.warning("%s is not used for steps of %d x %d: it fails", name, k, size, exc_info=True)
             return False
         dtype = next(leaf.dtype for leaf in pytree.tree_leaves(self._model.initial_state(1)))
-        if not error <= TOLERANCE.get(dtype, 1e-4):
+        if not error <= getattr(self._model, "tolerance", TOLERANCE.get(dtype, 1e-4)):
             logger.warning("%s is not used for steps of %d x %d: it is off by %.2g", name, k, size, error)
             return False
         return True

@@ -12,6 +12,9 @@ which is in the order of the diagonals. A tile waits until those it needs are do
 and block of rows. They come earlier in the list and every block runs (a cooperative launch), so no tile waits for ever;
 and where a diagonal has more than two cells, they were done long ago. In a block one warp loads with the tensor memory
 accelerator, one or two warpgroups multiply, 64 rows each, and one warp counts what they have stored.
+
+With weights in FP8, h goes from cell to cell in FP8 too, so these products run at twice the rate; x, its weights, the
+state between steps and the outputs stay as they are.
 """
 
 # mypy: ignore-missing-imports, allow-untyped-decorators
@@ -29,15 +32,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from serve_app.models import fp8
 from serve_app.models.interface import State
 from serve_app.models.options import RnnOptions
 from serve_app.models.rnn import Rnn
 
 ROWS = 64  # of sessions, that one warpgroup multiplies
-DEPTH = 64  # columns of both operands that one load brings: 128 bytes, as wide as the swizzle
+DEPTH_BYTES = 128  # of both operands, that one load brings: as wide as the swizzle
+DEPTH = DEPTH_BYTES // 2  # columns of 16 bits
 UNITS = 32  # whose gates lie together in the packed weights, as 128 rows
 MAX_OUTPUTS = 4096  # of which our top-k finds the largest: one warp holds them all in registers
 MAX_TOP_K = 32  # it takes so many turns
+H_SCALE = 16  # of h in FP8, which is at most 1: steps of 2**-13 near 0
+MAX_INPUT_WEIGHT = 2**14  # of x, scaled as those of h in FP8, in 16 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +89,30 @@ class FusedLstm:
         self.model = model
         device = next(model.parameters()).device
         layers, hidden, input_depth = options.layers, options.hidden, _up(options.input, DEPTH)
-        # [layers, gates, units, input of the layer | h]; sigmoid(v) is (1 + tanh(v / 2)) / 2: the half goes in here
-        weights = torch.zeros(layers, 4, hidden, max(input_depth, hidden) + hidden, dtype=model.dtype, device=device)
+        # [layers, gates, units, h of the layer below | h]; sigmoid(v) is (1 + tanh(v / 2)) / 2: the half goes in here
+        half = torch.tensor([0.5, 0.5, 1.0, 0.5], device=device).view(4, 1, 1)  # gates in torch's order: i, f, g, o
+        weights = torch.zeros(layers, 4, hidden, 2 * hidden, dtype=model.dtype, device=device)
+        x_weights = torch.zeros(4, hidden, input_depth, dtype=model.dtype, device=device)
         bias = torch.zeros(layers, 4, hidden, device=device)
         for layer, (w_ih, w_hh, b_ih, b_hh) in enumerate(model.rnn.all_weights):
-            weights[layer, :, :, : w_ih.shape[1]] = w_ih.view(4, hidden, -1)
-            weights[layer, :, :, -hidden:] = w_hh.view(4, hidden, hidden)
-            bias[layer] = (b_ih.float() + b_hh.float()).view(4, hidden)
-        half = torch.tensor([0.5, 0.5, 1.0, 0.5], device=device).view(4, 1)  # gates in torch's order: i, f, g, o
-        weights *= half[..., None].to(model.dtype)
-        bias *= half
-        # A thread of the accumulator's layout has 2 of every 8 columns, those at 2 * lane: columns are ordered
-        # unit % 8, gate // 2, lane, gate % 2 so that these are the gates of the 8 units at 8 * lane.
-        parts = weights.view(layers, 2, 2, hidden // UNITS, 4, 8, -1)  # gate // 2, gate % 2, unit // 32, lane, unit % 8
-        self._weights = parts.permute(0, 3, 5, 1, 4, 2, 6).reshape(layers * 4 * hidden, -1).contiguous()
+            of_input = weights[layer, :, :, :hidden] if layer else x_weights[:, :, : options.input]
+            of_input.copy_(half * w_ih.view(4, hidden, -1))
+            weights[layer, :, :, hidden:] = half * w_hh.view(4, hidden, hidden)
+            bias[layer] = half[..., 0] * (b_ih.float() + b_hh.float()).view(4, hidden)
+        #: What sums of products are multiplied by, [layers, gates, units]; with weights of 16 bits nothing.
+        self._scales: torch.Tensor | None = None
+        if options.quantization == "fp8":
+            scales = fp8.scales(weights)
+            fits = MAX_INPUT_WEIGHT / x_weights.float().abs().amax(-1, keepdim=True).clamp(min=2**-14)
+            scales[0] = torch.minimum(scales[0], (fits / H_SCALE).log2().floor().exp2())
+            weights = (weights.float() * scales).to(fp8.DTYPE)
+            x_weights *= (scales[0] * H_SCALE).to(model.dtype)
+            self._scales = 1 / (scales[..., 0] * H_SCALE)
+        self._weights, self._x_weights = _packed(weights), _packed(x_weights[None])
         self._bias = bias
         self._orders: dict[int, torch.Tensor] = {}
         self._input_steps = input_depth // DEPTH
+        self._h_scale = 1 if self._scales is None else H_SCALE
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
 
     @staticmethod
@@ -110,7 +124,7 @@ class FusedLstm:
             and options.cell == "lstm"
             and options.dtype in ("fp16", "bf16")
             and not options.projection
-            and options.hidden % 64 == 0
+            and options.hidden % (128 if options.quantization == "fp8" else 64) == 0
             and options.input % 8 == 0  # rows of x start at multiples of 16 bytes
         )
 
@@ -180,7 +194,8 @@ class FusedLstm:
             x, x_rows, x_steps = by_session.reshape(batch, -1), 0, depth // DEPTH  # from one timestep to the next
         else:
             x, x_rows, x_steps = _aligned(x), batch, 0
-        h = x.new_empty(layers, num_timesteps, batch, hidden)
+        h = x.new_empty(layers, num_timesteps, batch, hidden, dtype=self._weights.dtype)
+        y = h[-1] if self._scales is None else x.new_empty(num_timesteps, batch, hidden)
         most = self._multiprocessors - spare
         tiles = tiles_for(layers, hidden, num_timesteps, batch, most)
         row_blocks = -(-batch // (ROWS * tiles.warpgroups))
@@ -188,19 +203,24 @@ class FusedLstm:
         if h_0 is None:
             h_0 = h.new_empty(layers, batch, hidden)
             _begin[(batch, layers)](
-                h_n, slots, h_0, ready, ready.numel(), num_slots, hidden, HIDDEN=triton.next_power_of_2(hidden)
-            )
+                h_n, slots, h_0, ready, ready.numel(), num_slots, hidden, HIDDEN=triton.next_power_of_2(hidden),
+                SCALE=self._h_scale,
+            )  # fmt: skip
         else:
             ready.zero_()
+            h_0 = (h_0 * self._h_scale).to(h.dtype)
         blocks = min(most, layers * num_timesteps * tiles.count(hidden, batch))
         _lstm[(blocks,)](
             _matrix(x, ROWS),
             _matrix(h_0, ROWS),
             _matrix(h, ROWS),
             _matrix(self._weights, tiles.columns),
+            _matrix(self._x_weights, tiles.columns),
             self._bias,
+            self._bias if self._scales is None else self._scales,
             c,
             h,
+            y,
             h_n,
             slots,
             ready,
@@ -215,10 +235,11 @@ class FusedLstm:
             INPUT_STEPS=self._input_steps,
             WARPGROUPS=tiles.warpgroups,
             STAGES=tiles.stages,
+            H_SCALE=self._h_scale,
             num_warps=4,
             launch_cooperative_grid=True,
         )
-        return h[-1]
+        return y
 
 
 def top_k(y: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> None:
@@ -238,6 +259,19 @@ def top_k(y: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> None:
         )  # fmt: skip
 
 
+def _packed(weights: torch.Tensor) -> torch.Tensor:
+    """[layers, gates, units, columns] -> [layers * gates * units, columns], in the order of the kernel's rows.
+
+    A thread of the accumulator's layout has 2 of every 8 columns, those at 2 * lane: what becomes columns is ordered
+    unit % 8, gate // 2, lane, gate % 2 so that these are the gates of the 8 units at 8 * lane.
+    """
+    layers, _, hidden, columns = weights.shape
+    parts = weights.view(
+        layers, 2, 2, hidden // UNITS, 4, 8, columns
+    )  # gate // 2, gate % 2, unit // 32, lane, unit % 8
+    return parts.permute(0, 3, 5, 1, 4, 2, 6).reshape(-1, columns).contiguous()
+
+
 def _up(value: int, step: int) -> int:
     return -(-value // step) * step
 
@@ -249,9 +283,10 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _matrix(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
-    """A contiguous tensor as a matrix of which one load brings `rows` x DEPTH."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor.from_tensor(tensor.view(-1, tensor.shape[-1]), [rows, DEPTH], layout)
+    """A contiguous tensor as a matrix of which one load brings `rows` x DEPTH_BYTES."""
+    nbytes = tensor.element_size()
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=DEPTH_BYTES, element_bitwidth=8 * nbytes, rank=2)
+    return TensorDescriptor.from_tensor(tensor.view(-1, tensor.shape[-1]), [rows, DEPTH_BYTES // nbytes], layout)
 
 
 @gluon.constexpr_function
@@ -268,9 +303,12 @@ def _lstm(
     h_0: tma.tensor_descriptor,
     h: tma.tensor_descriptor,
     weights: tma.tensor_descriptor,
+    x_weights: tma.tensor_descriptor,
     bias: gl.tensor,
+    scales: gl.tensor,
     c: gl.tensor,
     h_out: gl.tensor,
+    y: gl.tensor,
     h_n: gl.tensor,
     slots: gl.tensor,
     ready: gl.tensor,
@@ -285,8 +323,12 @@ def _lstm(
     INPUT_STEPS: gl.constexpr,
     WARPGROUPS: gl.constexpr,
     STAGES: gl.constexpr,
+    H_SCALE: gl.constexpr,
 ) -> None:
     """h_0 [layers * B, hidden], h [layers * T * B, hidden], which is also h_out; `ready` all zero.
+
+    H_SCALE: h_0, h and weights are in FP8, h_0 and h are that many times what they stand for, and sums are multiplied
+    by `scales`; y [T, B, hidden] gets the h of the last layer. 1: all are of 16 bits, `scales` and y count for nothing.
 
     c and h_n are [layers, num_slots, hidden], with the state of row b in slots[b]; c is that of the latest timestep.
     Timestep t of x begins at row t * x_rows and load t * x_steps: x is [T * B, input] or [B, T * input].
@@ -307,12 +349,13 @@ def _lstm(
     mbarrier.init(stored, count=WARPGROUPS)
     mbarrier.init(counted, count=1)
     ring, signals, sizes = (a, b, full, empty), (stored, counted), (timesteps, batch, row_blocks)
-    states, times = (c, h_out, h_n, slots, num_slots), (x_rows, x_steps)
+    states, times, operands = (c, h_out, y, h_n, slots, num_slots), (x_rows, x_steps), (x, h_0, h, weights, x_weights)
+    sums = bias, scales
     if WARPGROUPS == 1:
         gl.warp_specialize(
             [
-                (_multiply, (0, bias, states, ring, signals, sizes, LAYERS, HIDDEN, INPUT_STEPS)),
-                (_load, (x, h_0, h, weights, ready, ring, sizes, times, LAYERS, HIDDEN, INPUT_STEPS)),
+                (_multiply, (0, operands, sums, states, ring, signals, sizes, LAYERS, HIDDEN, INPUT_STEPS, H_SCALE)),
+                (_load, (operands, ready, ring, sizes, times, LAYERS, HIDDEN, INPUT_STEPS)),
                 (_count, (ready, weights, signals, sizes, LAYERS, HIDDEN)),
             ],
             [1, 1],  # warps; the first has four
@@ -321,9 +364,9 @@ def _lstm(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (0, bias, states, ring, signals, sizes, LAYERS, HIDDEN, INPUT_STEPS)),
-                (_multiply, (1, bias, states, ring, signals, sizes, LAYERS, HIDDEN, INPUT_STEPS)),
-                (_load, (x, h_0, h, weights, ready, ring, sizes, times, LAYERS, HIDDEN, INPUT_STEPS)),
+                (_multiply, (0, operands, sums, states, ring, signals, sizes, LAYERS, HIDDEN, INPUT_STEPS, H_SCALE)),
+                (_multiply, (1, operands, sums, states, ring, signals, sizes, LAYERS, HIDDEN, INPUT_STEPS, H_SCALE)),
+                (_load, (operands, ready, ring, sizes, times, LAYERS, HIDDEN, INPUT_STEPS)),
                 (_count, (ready, weights, signals, sizes, LAYERS, HIDDEN)),
             ],
             [4, 1, 1],
@@ -355,10 +398,7 @@ def _locate(
 
 @gluon.jit
 def _load(
-    x: tma.tensor_descriptor,
-    h_0: tma.tensor_descriptor,
-    h: tma.tensor_descriptor,
-    weights: tma.tensor_descriptor,
+    operands: gl.tuple,
     ready: gl.tensor,
     ring: gl.tuple,
     sizes: gl.tuple,
@@ -371,32 +411,32 @@ def _load(
 
     The last block of rows reads into the next cell, or zeros behind the end: what comes of that is stored nowhere.
     """
+    x, h_0, h, weights, x_weights = operands
     timesteps, batch, row_blocks = sizes
     x_rows, x_steps = times
     COLUMNS: gl.constexpr = weights.block_shape[0]
     BLOCKS: gl.constexpr = 4 * HIDDEN // COLUMNS
     WARPGROUPS: gl.constexpr = ring[0].shape[0] // ring[1].shape[0]
     STEPS: gl.constexpr = HIDDEN // h.block_shape[1]
-    H_STEP: gl.constexpr = max(INPUT_STEPS, STEPS)  # where h begins in the weights
     loads, diagonal, before = 0, 0, 0
     for tile in range(gl.program_id(0), LAYERS * timesteps * row_blocks * BLOCKS, gl.num_programs(0)):
         diagonal, before, layer, t, row_block, column_block = _locate(tile, diagonal, before, sizes, LAYERS, BLOCKS)
         row = row_block * (WARPGROUPS * h.block_shape[0])
         w_row = (layer * BLOCKS + column_block) * COLUMNS
-        # what is ready first goes first: at t = 0 h of the state, else the input, which the diagonal before began with
-        if t == 0:
-            loads = _load_steps(loads, h_0, layer * batch + row, 0, STEPS, weights, w_row, H_STEP, ready, 0, ring)
+        # what is ready first goes first: x, h of the state, and of others that with which the diagonal before began
         if layer == 0:
             x_row, x_step = t * x_rows + row, t * x_steps
-            loads = _load_steps(loads, x, x_row, x_step, INPUT_STEPS, weights, w_row, 0, ready, 0, ring)
-        else:
+            loads = _load_steps(loads, x, x_row, x_step, INPUT_STEPS, x_weights, w_row, 0, ready, 0, ring)
+        if t == 0:
+            loads = _load_steps(loads, h_0, layer * batch + row, 0, STEPS, weights, w_row, STEPS, ready, 0, ring)
+        if layer > 0:
             cell = (layer - 1) * timesteps + t
             counter = ready + cell * row_blocks + row_block
             loads = _load_steps(loads, h, cell * batch + row, 0, STEPS, weights, w_row, 0, counter, BLOCKS, ring)
         if t > 0:
             cell = layer * timesteps + t - 1
             counter = ready + cell * row_blocks + row_block
-            loads = _load_steps(loads, h, cell * batch + row, 0, STEPS, weights, w_row, H_STEP, counter, BLOCKS, ring)
+            loads = _load_steps(loads, h, cell * batch + row, 0, STEPS, weights, w_row, STEPS, counter, BLOCKS, ring)
 
 
 @gluon.jit
@@ -458,9 +498,9 @@ def _load_weights(
     STAGES: gl.constexpr = b.shape[0]
     stage = load % STAGES
     mbarrier.wait(empty.index(stage), (load // STAGES & 1) ^ 1)
-    mbarrier.expect(full.index(stage), (a.numel + b.numel) // STAGES * 2)  # bytes
+    mbarrier.expect(full.index(stage), (a.numel + b.numel) // STAGES * b.dtype.primitive_bitwidth // 8)  # bytes
     at = [row, step * weights.block_shape[1]]
-    tma.async_copy_global_to_shared(weights, at, full.index(stage), b.index(stage))
+    tma.async_copy_global_to_shared(weights, at, full.index(stage), _as(b.index(stage), weights))
 
 
 @gluon.jit
@@ -478,7 +518,17 @@ def _load_rows(
     stage = load % STAGES
     for i in gl.static_range(WARPGROUPS):
         at = [row + i * matrix.block_shape[0], step * matrix.block_shape[1]]
-        tma.async_copy_global_to_shared(matrix, at, full.index(stage), a.index(stage * WARPGROUPS + i))
+        to = _as(a.index(stage * WARPGROUPS + i), matrix)
+        tma.async_copy_global_to_shared(matrix, at, full.index(stage), to)
+
+
+@gluon.jit
+def _as(memory: gl.tensor, matrix: tma.tensor_descriptor) -> gl.tensor:
+    """Shared memory as what one load of the matrix brings: x and its weights have 16 bits where others have 8."""
+    if memory.dtype == matrix.dtype:
+        return memory
+    else:
+        return memory._reinterpret(matrix.dtype, matrix.block_shape, matrix.layout)
 
 
 @gluon.jit
@@ -491,7 +541,8 @@ def _acquire(counter: gl.tensor) -> gl.tensor:
 @gluon.jit
 def _multiply(
     WHICH: gl.constexpr,
-    bias: gl.tensor,
+    operands: gl.tuple,
+    sums: gl.tuple,
     states: gl.tuple,
     ring: gl.tuple,
     signals: gl.tuple,
@@ -499,9 +550,11 @@ def _multiply(
     LAYERS: gl.constexpr,
     HIDDEN: gl.constexpr,
     INPUT_STEPS: gl.constexpr,
+    H_SCALE: gl.constexpr,
 ) -> None:
     """Rows WHICH * 64 and the next 63 of this block's tiles: the product, then c and h of it."""
-    c_in_slots, h, h_n, slots, num_slots = states
+    x, _, _, _, x_weights = operands
+    c_in_slots, h, y, h_n, slots, num_slots = states
     a, b, full, empty = ring
     stored, counted = signals
     timesteps, batch, row_blocks = sizes
@@ -513,7 +566,8 @@ def _multiply(
     STEPS: gl.constexpr = HIDDEN // a.shape[2]
     UNITS: gl.constexpr = COLUMNS // 4
     LAYOUT: gl.constexpr = _units_layout(UNITS)
-    ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, a.shape[2] // 4])
+    X_ACCUMULATOR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, x.block_shape[1] // 4])
     loads, diagonal, before = 0, 0, 0
     for tile in range(gl.program_id(0), LAYERS * timesteps * row_blocks * BLOCKS, gl.num_programs(0)):
         diagonal, before, layer, t, row_block, column_block = _locate(tile, diagonal, before, sizes, LAYERS, BLOCKS)
@@ -526,16 +580,23 @@ def _multiply(
 
         # acc: gates of [input of the layer, h of t - 1], each half of them scaled as tanh needs them
         acc = gl.zeros([ROWS, COLUMNS], gl.float32, ACCUMULATOR)
-        input_steps = gl.where(layer == 0, INPUT_STEPS, STEPS)
-        steps = gl.where(t == 0, STEPS, input_steps)  # those that `_load` brings first
-        acc = _multiply_steps(loads, 0, steps, acc, WHICH, ring)
+        steps = gl.where(layer == 0, INPUT_STEPS, STEPS)  # those that come first; as many follow as h has
+        if H_SCALE > 1:  # noqa: SIM102  # one is decided when this is compiled
+            if layer == 0:  # products of another kind
+                x_acc = gl.zeros([ROWS, COLUMNS], gl.float32, X_ACCUMULATOR)
+                x_acc = _multiply_steps(loads, 0, INPUT_STEPS, x_acc, x, x_weights, WHICH, ring)
+                x_acc = warpgroup_mma_wait(0, deps=[x_acc])
+                loads += INPUT_STEPS
+                mbarrier.arrive(empty.index((loads - 1) % STAGES), count=1)
+                acc = gl.convert_layout(x_acc, ACCUMULATOR, assert_trivial=True)
+                steps = 0
+        acc = _multiply_steps(loads, 0, steps, acc, a, b, WHICH, ring)
         loads += steps
-        # h of t - 1 has arrived, so c of t - 1 was stored, if it is not that of the state
+        # h of t - 1 has arrived or comes next, so c of t - 1 was stored, if it is not that of the state
         mbarrier.wait(full.index(loads % STAGES), loads // STAGES & 1)
         c = gl.load(c_in_slots + in_slots, valid, other=0.0, cache_modifier=".cg")
-        rest = STEPS + input_steps - steps
-        acc = _multiply_steps(loads, steps, rest, acc, WHICH, ring)
-        loads += rest
+        acc = _multiply_steps(loads, steps, STEPS, acc, a, b, WHICH, ring)
+        loads += STEPS
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((loads - 1) % STAGES), count=1)
 
@@ -544,16 +605,22 @@ def _multiply(
         i_and_g, f_and_o = gl.split(gates)
         i, g = gl.split(i_and_g)
         f, o = gl.split(f_and_o)
-        at_bias = bias + layer * 4 * HIDDEN + units
-        i = _tanh(_with_bias(i, at_bias, LAYOUT)) * 0.5 + 0.5
-        f = _tanh(_with_bias(f, at_bias + HIDDEN, LAYOUT)) * 0.5 + 0.5
-        g = _tanh(_with_bias(g, at_bias + 2 * HIDDEN, LAYOUT))
-        o = _tanh(_with_bias(o, at_bias + 3 * HIDDEN, LAYOUT)) * 0.5 + 0.5
+        first = layer * 4 * HIDDEN + units
+        i = _tanh(_gate(i, sums, first, LAYOUT, H_SCALE)) * 0.5 + 0.5
+        f = _tanh(_gate(f, sums, first + HIDDEN, LAYOUT, H_SCALE)) * 0.5 + 0.5
+        g = _tanh(_gate(g, sums, first + 2 * HIDDEN, LAYOUT, H_SCALE))
+        o = _tanh(_gate(o, sums, first + 3 * HIDDEN, LAYOUT, H_SCALE)) * 0.5 + 0.5
         new_c = f * c.to(gl.float32) + i * g
-        new_h = (o * _tanh(new_c)).to(h.dtype.element_ty)
+        new_h = (o * _tanh(new_c)).to(h_n.dtype.element_ty)
 
         gl.store(c_in_slots + in_slots, new_c.to(c_in_slots.dtype.element_ty), valid)
-        gl.store(h + ((layer * timesteps + t) * batch).to(gl.int64) * HIDDEN + at, new_h, valid)
+        at_h = h + ((layer * timesteps + t) * batch).to(gl.int64) * HIDDEN + at
+        if H_SCALE > 1:
+            gl.store(at_h, (new_h.to(gl.float32) * H_SCALE).to(h.dtype.element_ty), valid)
+            if layer == LAYERS - 1:
+                gl.store(y + (t * batch).to(gl.int64) * HIDDEN + at, new_h, valid)
+        else:
+            gl.store(at_h, new_h, valid)
         if t == timesteps - 1:
             gl.store(h_n + in_slots, new_h, valid)
         mbarrier.wait(counted, (tile // gl.num_programs(0) & 1) ^ 1)  # the tile before
@@ -566,12 +633,15 @@ def _multiply_steps(
     done: gl.tensor,
     steps: gl.tensor,
     acc: gl.tensor,
+    rows: gl.tensor,
+    weights: gl.tensor,
     WHICH: gl.constexpr,
     ring: gl.tuple,
 ) -> gl.tensor:
     """acc [rows, columns] += a @ b^T of the next `steps` loads, after the `done` ones of this tile.
 
-    A product runs while the next is issued: the last one still does at the end, and its stage is still full.
+    rows, weights: of the dtype that these loads bring. A product runs while the next is issued: the last one still does
+    at the end, and its stage is still full.
     """
     a, b, full, empty = ring
     STAGES: gl.constexpr = b.shape[0]
@@ -579,7 +649,8 @@ def _multiply_steps(
     for step in range(steps):
         stage = loads % STAGES
         mbarrier.wait(full.index(stage), loads // STAGES & 1)
-        acc = warpgroup_mma(a.index(stage * WARPGROUPS + WHICH), b.index(stage).permute((1, 0)), acc, is_async=True)
+        operands = _as(a.index(stage * WARPGROUPS + WHICH), rows), _as(b.index(stage), weights).permute((1, 0))
+        acc = warpgroup_mma(operands[0], operands[1], acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(empty.index((loads + STAGES - 1) % STAGES), count=1, pred=done + step > 0)
         loads += 1
@@ -587,9 +658,13 @@ def _multiply_steps(
 
 
 @gluon.jit
-def _with_bias(gate: gl.tensor, at: gl.tensor, LAYOUT: gl.constexpr) -> gl.tensor:
-    """gate [rows, units] + bias of its units."""
-    return gl.convert_layout(gate, LAYOUT, assert_trivial=True) + gl.expand_dims(gl.load(at), 0)
+def _gate(gate: gl.tensor, sums: gl.tuple, units: gl.tensor, LAYOUT: gl.constexpr, H_SCALE: gl.constexpr) -> gl.tensor:
+    """Products of a gate [rows, units], scaled as they are to be, and the bias of its units."""
+    bias, scales = sums
+    gate = gl.convert_layout(gate, LAYOUT, assert_trivial=True)
+    if H_SCALE > 1:
+        gate = gate * gl.expand_dims(gl.load(scales + units), 0)
+    return gate + gl.expand_dims(gl.load(bias + units), 0)
 
 
 @gluon.jit
@@ -631,12 +706,15 @@ def _begin(
     num_slots: tl.tensor,
     hidden: tl.tensor,
     HIDDEN: tl.constexpr,
+    SCALE: tl.constexpr,
 ) -> None:
-    """h_0 [layers, B, hidden] out of the slots of h [layers, num_slots, hidden]; `ready` is 0."""
+    """h_0 [layers, B, hidden], SCALE times what is in the slots of h [layers, num_slots, hidden]; `ready` is 0."""
     row, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
     unit = tl.arange(0, HIDDEN)
     begin = (layer * num_slots + tl.load(slots + row)) * hidden
     value = tl.load(h + begin + unit, unit < hidden)
+    if SCALE > 1:
+        value = (value.to(tl.float32) * SCALE).to(h_0.dtype.element_ty)
     tl.store(h_0 + (layer * tl.num_programs(0) + row) * hidden + unit, value, unit < hidden)
     for i in range(layer * tl.num_programs(0) + row, num_ready, tl.num_programs(0) * tl.num_programs(1)):
         tl.store(ready + i, 0)

@@ -23,7 +23,8 @@ class RecurrentModel(Protocol):
     `takes_views = True` where `forward` never writes x and does not need it in one piece, so that on a CPU it may be a
     view into what arrived: that spares a copy; and
     `alternatives() -> Mapping[str, forward]`, other ways to compute `forward` on the device where the model lies, of
-    which the engine takes the fastest that gives the same. One that has `in_slots(x, states, slots, outputs, spare)`
+    which the engine takes the fastest that gives the same, up to `tolerance: float`, ‖a − b‖ / ‖b‖, by default that of
+    the dtype. One that has `in_slots(x, states, slots, outputs, spare)`
     runs on the engine's own tensors of all states, batched over slots: it reads and writes those of `slots` [B], writes
     `outputs`, tensors [T, B, *shape] that lie in any order, and leaves `spare` multiprocessors to others.
     """

@@ -13,7 +13,8 @@ class RnnOptions:
     `projection`: LSTM projection size (0: none). `output`: size of a linear layer behind the last one (0: none).
     `top_k`: answer the k largest outputs and their indices instead of all (0: all). `weights`: a state-dict (.pt) or
     safetensors file; without one, weights are random from `seed`. `dtype`: tf32 is fp32 whose products have 10 bits on
-    a GPU.
+    a GPU. `quantization`: weights of the recurrent layers are rounded to fp8; where there are kernels for it, they
+    multiply in fp8.
     """
 
     cell: Literal["relu", "tanh", "lstm", "gru"] = "lstm"
@@ -24,6 +25,7 @@ class RnnOptions:
     output: int = 0
     top_k: int = 0
     dtype: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    quantization: Literal["none", "fp8"] = "none"
     weights: str | None = None
     seed: int = 0
 

@@ -7,11 +7,15 @@ from typing import Any
 import torch
 
 from serve_app.errors import ConfigError
+from serve_app.models.fp8 import round_to_fp8
 from serve_app.models.interface import State
 from serve_app.models.options import RnnOptions
 from serve_app.spec import TensorSpec
 
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+FP8_TOLERANCE = 5e-2
+"""Of a forward that multiplies in fp8: it rounds not only weights, but h too."""
 
 
 class Rnn(torch.nn.Module):
@@ -40,6 +44,11 @@ class Rnn(torch.nn.Module):
         if options.weights is not None:
             _load(self, Path(options.weights))
         self.to(self.dtype).requires_grad_(False)
+        if options.quantization == "fp8":
+            self.tolerance = FP8_TOLERANCE
+            for name, weight in self.rnn.named_parameters():
+                if name.startswith("weight_hh") or (name.startswith("weight_ih") and name != "weight_ih_l0"):
+                    weight.copy_(round_to_fp8(weight))
 
     def initial_state(self, batch: int) -> State:
         """Zeros: h [layers, batch, projection or hidden]; for an LSTM (h, c [layers, batch, hidden])."""

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ import torch
 pytest.importorskip("triton")
 
 from serve_app.models import fused_lstm
-from serve_app.models.fused_lstm import TILES, FusedLstm, Tiles, top_k
+from serve_app.models.fused_lstm import H_SCALE, TILES, FusedLstm, Tiles, top_k
 from serve_app.models.options import RnnOptions
-from serve_app.models.rnn import Rnn
+from serve_app.models.rnn import FP8_TOLERANCE, Rnn
 
 CUDA = torch.device("cuda")
 TOLERANCE = {"fp16": 2e-3, "bf16": 2e-2}
@@ -118,6 +119,70 @@ def test_all_tiles_near_float64(tiles: Tiles, batch: int, monkeypatch: pytest.Mo
     check(RnnOptions(input=40, hidden=256, layers=3, dtype="fp16"), 9, batch)
 
 
+def run_as_fp8(
+    model: Rnn, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """In float64, but that h is rounded as the kernel does before each product, and c after each cell."""
+
+    def rounded(h: torch.Tensor) -> torch.Tensor:
+        return (h.to(model.dtype).float() * H_SCALE).to(torch.float8_e4m3fn).double() / H_SCALE
+
+    below, after = x.double(), []
+    for layer, weights in enumerate(model.rnn.all_weights):
+        w_ih, w_hh, b_ih, b_hh = (weight.double() for weight in weights)
+        h, c = (leaf[layer].double() for leaf in state)
+        ys = []
+        for inputs in below:
+            gates = (rounded(inputs) if layer else inputs) @ w_ih.T + b_ih + rounded(h) @ w_hh.T + b_hh
+            i, f, g, o = gates.chunk(4, -1)
+            c = (f.sigmoid() * c + i.sigmoid() * g.tanh()).to(model.dtype).double()
+            h = o.sigmoid() * c.tanh()
+            ys.append(h)
+        below = torch.stack(ys)
+        after.append((h, c))
+    return below, (torch.stack([h for h, _ in after]), torch.stack([c for _, c in after]))
+
+
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("shape", "timesteps", "batch"), [((72, 128, 3), 7, 200), ((8, 256, 1), 3, 1), ((200, 384, 2), 5, 65)]
+)
+def test_fp8_as_it_is_meant(
+    shape: tuple[int, int, int], timesteps: int, batch: int, dtype: str, tiles: Tiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_lstm, "tiles_for", lambda *_: tiles)
+    size, hidden, layers = shape
+    options = RnnOptions(input=size, hidden=hidden, layers=layers, dtype=dtype, quantization="fp8")  # type: ignore[arg-type]
+    model, fused = pair(options)
+    x, state = draw(options, timesteps, batch)
+    x *= 30  # as no number in FP8 could be with the same scale as h
+    before = [leaf.clone() for leaf in state]
+    with poisoned():
+        y, (h, c) = fused.layers(x, state)
+    expected_y, (expected_h, expected_c) = run_as_fp8(model, x, state)
+    for found, expected in ((y, expected_y), (h, expected_h), (c, expected_c)):
+        assert found.dtype == model.dtype
+        assert errors(found, expected).max() < 2 * TOLERANCE[dtype]
+    assert all(torch.equal(leaf, old) for leaf, old in zip(state, before, strict=True))
+
+
+def test_fp8_over_a_thousand_timesteps() -> None:
+    """Against float64 with the weights as they were before they were rounded."""
+    options = RnnOptions(input=128, hidden=1024, layers=7, dtype="fp16")
+    twin, (_, fused) = exact(pair(options)[0]), pair(replace(options, quantization="fp8"))
+    _, state = draw(options, 1, 96)
+    expected_state = state
+    found, expected = [], []
+    for _ in range(100):
+        x, _ = draw(options, 10, 96)
+        y, state = fused.layers(x, state)
+        expected_y, expected_state = run_exact(twin, x, expected_state)
+        found.append(y)
+        expected.append(expected_y)
+    assert errors(torch.cat(found), torch.cat(expected)).max() < FP8_TOLERANCE
+
+
 @pytest.mark.parametrize("batch", [64, 300])
 def test_large_model_near_float64(batch: int) -> None:
     check(LARGE, 10, batch)
@@ -163,7 +228,14 @@ def test_outputs_as_those_of_the_module(options: RnnOptions) -> None:
     assert errors(found["values"], expected["values"]).max() < 2 * TOLERANCE[options.dtype]
 
 
-@pytest.mark.parametrize("options", [LARGE, RnnOptions(input=72, hidden=128, layers=3, dtype="fp16")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        LARGE,
+        RnnOptions(input=72, hidden=128, layers=3, dtype="fp16"),
+        RnnOptions(input=72, hidden=128, layers=3, dtype="fp16", quantization="fp8"),
+    ],
+)
 @pytest.mark.parametrize("spare", [0, 4])
 def test_states_in_slots_go_on_and_no_others(options: RnnOptions, spare: int) -> None:
     """Timesteps of a session lie together, as frames have them; what fills the batch up shares a slot."""
@@ -262,6 +334,7 @@ def test_supports() -> None:
         RnnOptions(cell="gru", dtype="fp16"),
         RnnOptions(projection=64, dtype="fp16"),
         RnnOptions(hidden=96, dtype="fp16"),
+        RnnOptions(hidden=192, dtype="fp16", quantization="fp8"),
         RnnOptions(input=100, dtype="fp16"),
     ):
         assert not FusedLstm.supports(options, CUDA)
