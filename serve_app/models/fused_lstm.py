@@ -106,7 +106,7 @@ class FusedLstm:
             fits = MAX_INPUT_WEIGHT / x_weights.float().abs().amax(-1, keepdim=True).clamp(min=2**-14)
             scales[0] = torch.minimum(scales[0], (fits / H_SCALE).log2().floor().exp2())
             weights = (weights.float() * scales).to(fp8.DTYPE)
-            x_weights *= (scales[0] * H_SCALE).to(model.dtype)
+            x_weights = (x_weights.float() * scales[0] * H_SCALE).to(model.dtype)
             self._scales = 1 / (scales[..., 0] * H_SCALE)
         self._weights, self._x_weights = _packed(weights), _packed(x_weights[None])
         self._bias = bias

@@ -163,7 +163,7 @@ def test_fp8_as_it_is_meant(
     expected_y, (expected_h, expected_c) = run_as_fp8(model, x, state)
     for found, expected in ((y, expected_y), (h, expected_h), (c, expected_c)):
         assert found.dtype == model.dtype
-        assert errors(found, expected).max() < 2 * TOLERANCE[dtype]
+        assert errors(found, expected).max() < 1e-2  # where one of both rounds h up and the other down
     assert all(torch.equal(leaf, old) for leaf, old in zip(state, before, strict=True))
 
 
