@@ -64,6 +64,7 @@ bench-gpu: venv
 	$(BIN)/python -m bench.saturation --json bench/results/saturation_cuda.json
 	$(BIN)/python -m bench.evict --json bench/results/evict_cuda.json
 	$(BIN)/python -m bench.s9422 --json bench/results/s9422_cuda.json
+	$(BIN)/python -m bench.fused_rnn --json bench/results/fused_rnn.json
 	$(BIN)/python -m bench.performance
 
 # The modules of serve_app/ingress/protos/oip.proto, by a compiler in an environment of its own: it wants an older protobuf.

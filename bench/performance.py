@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from bench import fused_rnn
 from bench.engine_cuda import COLUMNS
+from bench.report import shown
 from bench.s9422 import DTYPES, INSTANCES, T4
 from bench.saturation import BATCH_SIZES, ROWS
 
@@ -56,6 +58,17 @@ in us of a step: the kernel of the LSTM, all other kernels (linear layer, top-k,
 copies run beside. `product_us` is what the step's operations take at a large product's rate.
 
 ![What runs on the device in four steps of 1024 sessions](saturation.png)
+"""
+FUSED_RNN = """## Fused layers against cells, as in MXNet's table
+
+`python -m bench.fused_rnn --json bench/results/fused_rnn.json`. Sequences per second, of 300 timesteps, in batches of
+20, input and cells 800: through torch's fused layers (on a CPU oneDNN's LSTM and torch's own GRU, ReLU and tanh; on a
+GPU cuDNN's), and through one call of a cell for each timestep, with the same weights. Both give the same, gradients
+too, which is checked before each row. "Packed" is oneDNN's LSTM with its weights reordered once, as the engine runs it.
+Beside it what MXNet's "Fused RNN Operators for CPU" has, in tables, of two sockets of SKX-8180 and of a P100: cells
+against `sym.RNN` (cwiki.apache.org/confluence/display/MXNET/Fused+RNN+Operators+for+CPU). Those of 5 layers are under a
+heading that says two directions, but an earlier version of the page, which the P100's are from, has the same ones under
+a heading that says one; so they stand at one.
 """
 
 
@@ -113,6 +126,9 @@ def rendered() -> str:
     parts += [SATURATION, _source(saturation), _saturation_table(saturation["figures"])]
     parts += [EVICT, _source(evict), _evict_table(evict["figures"])]
     parts += [S9422, _source(s9422), _instances_table(s9422["figures"])]
+    if (RESULTS / "fused_rnn.json").exists():
+        layers = _load("fused_rnn.json")
+        parts += [FUSED_RNN, _source(layers), _fused_rnn_tables(layers["figures"], layers["threads"])]
     parts += [_rest(saturation["figures"])]
     return "\n".join(parts)
 
@@ -249,6 +265,20 @@ def _instances_table(figures: dict[str, float]) -> str:
     for dtype in DTYPES:
         head += [f"{dtype}, timesteps/ms", "p50 ms", f"T4, {dtype}"]
     return _table(head, rows)
+
+
+def _fused_rnn_tables(figures: dict[str, float], threads: int) -> str:
+    titles = {
+        "cpu": f"On the CPU, {threads} threads, fp32",
+        "cuda": "On the GPU, fp32",
+        "cuda_fp16": "On the GPU, fp16",
+    }
+    parts = []
+    for target, title in titles.items():
+        if any(f"_{target}_" in name for name in figures):
+            head, rows = fused_rnn.columns(figures, target)
+            parts.append(f"{title}:\n\n{_table(head, [list(map(shown, row)) for row in rows])}")
+    return "\n".join(parts)
 
 
 def _rate(value: float) -> str:

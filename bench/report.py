@@ -64,8 +64,8 @@ def show_hardware() -> None:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns of text, the first to the left, the rest to the right; floats with three digits that count."""
-    cells = [list(head), *([_cell(value) for value in row] for row in rows)]
+    """Columns of text, the first to the left, the rest to the right, as `shown`."""
+    cells = [list(head), *([shown(value) for value in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     cells.insert(1, ["-" * width for width in widths])
     return "\n".join(
@@ -77,17 +77,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     )
 
 
+def shown(value: object) -> str:
+    """A value as it is in a table: floats with three digits that count."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "none"
-
-
-def _cell(value: object) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _cpu_model() -> str:

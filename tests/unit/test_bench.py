@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
+import pytest
+import torch
 
-from bench import report
+from bench import fused_rnn, report
 from bench.saturation import Event, drawn, row_of, shares
 from bench.sender import Sender
 from serve_app.config import AppConfig, EngineConfig
@@ -82,3 +85,43 @@ def test_a_trace_is_split_into_the_longest_kernel_the_others_and_nothing() -> No
     assert shares(events) == expected
     assert drawn(events)[:3] == [(row, name, start - 200, us) for row, name, start, us in events[6:9]]
     assert row_of("Memcpy DtoH (Device -> Pinned)") == "to the host"
+
+
+@pytest.mark.parametrize("setting", fused_rnn.SETTINGS, ids=lambda setting: setting.name)
+def test_cells_give_what_the_fused_layers_give(setting: fused_rnn.Setting) -> None:
+    ways = fused_rnn.runs(setting, fused_rnn.QUICK_SIZES, "cpu", torch.float32)
+    results = {name: run() for name, run in ways.items()}
+    fused_rnn.check(setting, results)
+    weights_and_x = 1 + 4 * setting.layers * setting.directions
+    assert len(results["cells"]) == 1 + (weights_and_x if setting.mode == "training" else 0)
+    assert results["cells"][0].shape == (5, 3, 16 * setting.directions)
+    for wrong in (1.01, float("nan")):
+        with pytest.raises(click.ClickException, match=f"output of {setting.name}, cells"):
+            fused_rnn.check(setting, {**results, "cells": (results["cells"][0] * wrong, *results["cells"][1:])})
+
+
+def test_the_bench_of_fused_layers_writes_all_figures(tmp_path: Path) -> None:
+    file = tmp_path / "fused_rnn.json"
+    command = [sys.executable, "-m", "bench.fused_rnn", "--quick", "--seconds", "0", "--device", "cpu"]
+    done = subprocess.run([*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())["figures"]
+    assert "lstm_l1_d1_inference_cpu_fused" in figures
+    ways = ("fused", "cells", "speedup")
+    assert figures.keys() >= {f"{setting.name}_cpu_{way}" for setting in fused_rnn.SETTINGS for way in ways}
+
+
+@pytest.mark.parametrize("published", fused_rnn.PUBLISHED.values(), ids=fused_rnn.PUBLISHED)
+def test_what_was_published_is_of_settings_that_are_measured(published: dict[str, tuple[float, float]]) -> None:
+    assert published.keys() <= {setting.name for setting in fused_rnn.SETTINGS}
+
+
+def test_what_was_published_stands_beside_what_was_measured() -> None:
+    measured = {"lstm_l5_d1_training_cpu_cells": 10.0, "lstm_l5_d1_training_cpu_fused": 30.0}
+    head, rows = fused_rnn.columns({**measured, "lstm_l5_d1_training_cpu_speedup": 3.0}, "cpu")
+    (row,) = (row for row in rows if row[:4] == ["lstm", 5, 1, "training"])
+    assert dict(zip(head, row, strict=True)) == {
+        "cell": "lstm", "layers": 5, "directions": 1, "": "training",
+        "cell by cell": 10.0, "fused": 30.0, "speed-up": 3.0,
+        "SKX-8180 cell by cell": 12.93, "SKX-8180 fused": 32.29, "SKX-8180 speed-up": pytest.approx(2.4973, abs=1e-4),
+    }  # fmt: skip

@@ -1,0 +1,276 @@
+"""MXNet's table: recurrent layers through torch's fused operators against a call of a cell for each timestep.
+
+    python -m bench.fused_rnn [--device cpu] [--json FILE]
+
+Both have the same weights and begin with states of zeros; "training" is forward and backward, with gradients of the
+input and of all weights. Before anything is timed, what the two give is compared, and a difference ends the bench.
+They take turns, each from inputs that lie ready to results that are there; a rate is sequences per second, by the
+median time.
+"""
+
+import copy
+import importlib
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import click
+import torch
+from torch.nn.modules.rnn import RNNBase, RNNCellBase
+
+from bench.report import json_option, save, show_hardware, table, use_replica_env
+
+Forward: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+"""x [T, N, I] -> y [T, N, directions * H]"""
+Results: TypeAlias = tuple[torch.Tensor, ...]
+
+CELLS: dict[str, tuple[Callable[..., RNNBase], Callable[..., RNNCellBase], dict[str, str]]] = {
+    "lstm": (torch.nn.LSTM, torch.nn.LSTMCell, {}),
+    "gru": (torch.nn.GRU, torch.nn.GRUCell, {}),
+    "relu": (torch.nn.RNN, torch.nn.RNNCell, {"nonlinearity": "relu"}),
+    "tanh": (torch.nn.RNN, torch.nn.RNNCell, {"nonlinearity": "tanh"}),
+}
+TARGETS = {
+    "cpu": ("cpu", torch.float32),
+    "cuda": ("cuda", torch.float32),
+    "cuda_fp16": ("cuda", torch.float16),
+}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
+MIN_ROUNDS = 3
+
+PUBLISHED = {  # samples/s, cell by cell and fused; see docs/performance.md
+    "cpu": {  # two sockets of SKX-8180
+        "lstm_l1_d1_inference": (187.09, 394.73),
+        "lstm_l1_d1_training": (73.23, 153.53),
+        "gru_l1_d1_inference": (128.21, 392.16),
+        "gru_l1_d1_training": (80.32, 171.91),
+        "relu_l1_d1_inference": (518.13, 1538.46),
+        "relu_l1_d1_training": (202.02, 357.14),
+        "tanh_l1_d1_inference": (492.61, 952.38),
+        "tanh_l1_d1_training": (198.02, 318.98),
+        "lstm_l5_d1_inference": (37.24, 107.13),
+        "lstm_l5_d1_training": (12.93, 32.29),
+        "gru_l5_d1_inference": (26.67, 88.9),
+        "gru_l5_d1_training": (15.04, 39.2),
+        "relu_l5_d1_inference": (40.73, 134.23),
+        "relu_l5_d1_training": (22.60, 35.97),
+        "tanh_l5_d1_inference": (38.91, 104.17),
+        "tanh_l5_d1_training": (22.73, 34.01),
+    },
+    "cuda": {  # P100
+        "lstm_l1_d1_inference": (399.76, 1049.81),  # the ratio beside them there makes 399.2 of the first
+        "lstm_l1_d1_training": (118.65, 339.81),
+        "gru_l1_d1_inference": (180.18, 952.38),
+        "gru_l1_d1_training": (126.58, 338.98),
+        "lstm_l5_d1_inference": (86.45, 329.78),
+        "lstm_l5_d1_training": (25.45, 124.13),
+        "gru_l5_d1_inference": (40.57, 357.14),
+        "gru_l5_d1_training": (27.62, 140.85),
+    },
+}
+PUBLISHED_ON = {"cpu": "SKX-8180", "cuda": "P100", "cuda_fp16": ""}
+
+
+class Sizes(NamedTuple):
+    """T, N, I, H."""
+
+    timesteps: int
+    batch: int
+    input: int
+    hidden: int
+
+
+SIZES, QUICK_SIZES = Sizes(300, 20, 800, 800), Sizes(5, 3, 8, 16)
+
+
+class Setting(NamedTuple):
+    """What a row of the table is about."""
+
+    cell: str
+    layers: int
+    directions: int
+    mode: str
+
+    @property
+    def name(self) -> str:
+        """As figures begin."""
+        return f"{self.cell}_l{self.layers}_d{self.directions}_{self.mode}"
+
+
+SETTINGS = [
+    Setting(cell, layers, directions, mode)
+    for layers, directions, cell, mode in itertools.product((1, 5), (1, 2), CELLS, ("inference", "training"))
+]
+
+
+def fused_layers(setting: Setting, sizes: Sizes) -> RNNBase:
+    """The layers of the setting, with random weights."""
+    layers, _, options = CELLS[setting.cell]
+    return layers(sizes.input, sizes.hidden, setting.layers, bidirectional=setting.directions == 2, **options)
+
+
+def cells_of(setting: Setting, layers: RNNBase) -> list[list[RNNCellBase]]:
+    """A cell of each layer and direction, [layers][directions], with the very weights that the layers have."""
+    _, cell, options = CELLS[setting.cell]
+    cells = []
+    for weights in layers.all_weights:  # of each layer, and in it of each direction
+        cells.append(cell(weights[0].shape[1], layers.hidden_size, device="meta", **options))
+        cells[-1].weight_ih, cells[-1].weight_hh, cells[-1].bias_ih, cells[-1].bias_hh = weights
+    return [cells[i : i + setting.directions] for i in range(0, len(cells), setting.directions)]
+
+
+def run_cells(cells: Sequence[Sequence[RNNCellBase]], x: torch.Tensor) -> torch.Tensor:
+    """x [T, N, I] -> y [T, N, directions * H], as the layers compute it: each gets both directions of the one below."""
+    for layer in cells:
+        ys = [_run_cell(cell, x, step) for cell, step in zip(layer, (1, -1), strict=False)]
+        x = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
+    return x
+
+
+def _run_cell(cell: RNNCellBase, x: torch.Tensor, step: int) -> torch.Tensor:
+    """Through the timesteps, from the first with step 1, from the last with step -1."""
+    ys, state = [], None
+    for x_t in x.unbind()[::step]:
+        state = cell(x_t, state)
+        ys.append(state[0] if isinstance(state, tuple) else state)
+    return torch.stack(ys[::step])
+
+
+def forwards(setting: Setting, layers: RNNBase) -> dict[str, Forward]:
+    """The ways to compute the layers' outputs, by name; those with packed weights where there are any."""
+    ways: dict[str, Forward] = {
+        "fused": lambda x: layers(x)[0],
+        "cells": partial(run_cells, cells_of(setting, layers)),
+    }
+    if setting.cell == "lstm" and setting.mode == "inference" and (packed := _packed(layers)):
+        ways["packed"] = packed
+    return ways
+
+
+def _packed(lstm: RNNBase) -> Forward | None:
+    """The way that Lockstep's engine takes on a CPU, if this version has it and it takes these layers."""
+    try:
+        packed_lstm: Any = importlib.import_module("serve_app.engine.packed_lstm")
+    except ModuleNotFoundError:
+        return None
+    copied = copy.deepcopy(lstm)
+    if not packed_lstm.pack_weights(copied):
+        return None
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        h = x.new_zeros(lstm.num_layers, x.shape[1], lstm.hidden_size)
+        y: torch.Tensor = copied(x, (h, h))[0]
+        return y
+
+    return forward
+
+
+def runs(setting: Setting, sizes: Sizes, device: str, dtype: torch.dtype) -> dict[str, Callable[[], Results]]:
+    """By name of the way, what gives the outputs on random inputs; in training the gradients too."""
+    training = setting.mode == "training"
+    layers = fused_layers(setting, sizes).to(device, dtype).train(training)
+    x = torch.randn(sizes.timesteps, sizes.batch, sizes.input, device=device, dtype=dtype, requires_grad=training)
+    dy = torch.randn(sizes.timesteps, sizes.batch, setting.directions * sizes.hidden, device=device, dtype=dtype)
+    wanted = (x, *layers.parameters())
+
+    def run(forward: Forward) -> Results:
+        with torch.inference_mode(not training):
+            y = forward(x)
+        return (y.detach(), *torch.autograd.grad(y, wanted, dy)) if training else (y,)
+
+    return {name: partial(run, forward) for name, forward in forwards(setting, layers).items()}
+
+
+def check(setting: Setting, results: Mapping[str, Results]) -> None:
+    """ClickException unless all ways give what the fused one does, but for rounding."""
+    for (way, found), i in itertools.product(results.items(), range(len(results["fused"]))):
+        expected = results["fused"][i]
+        limit = TOLERANCE[expected.dtype]
+        if i > 0 and setting.cell == "relu":
+            limit **= 0.5  # gradients: units that rounding brings over 0 have the other slope, and those add up squared
+        error = float((found[i].double() - expected.double()).norm() / expected.double().norm())
+        if not error <= limit:  # NaN is not
+            what = (
+                f"{'gradient' if i > 0 else 'output'} of {setting.name}, {way}, {expected.dtype} on {expected.device}"
+            )
+            raise click.ClickException(f"{what}: ‖found - fused‖ / ‖fused‖ is {error:.2g}, the limit is {limit:.2g}")
+
+
+def measure(ways: Mapping[str, Callable[[], object]], seconds: float, device: str) -> dict[str, float]:
+    """Median seconds of each, in turns for so many seconds and at least MIN_ROUNDS rounds."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < MIN_ROUNDS or time.perf_counter() < end:
+        for name, run in ways.items():
+            _wait(device)
+            began = time.perf_counter()
+            run()
+            _wait(device)
+            times[name].append(time.perf_counter() - began)
+        rounds += 1
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def figures_of(setting: Setting, sizes: Sizes, target: str, seconds: float) -> dict[str, float]:
+    """Samples/s of each way, and the speed-up of the fused one over the cells."""
+    device, dtype = TARGETS[target]
+    ways = runs(setting, sizes, device, dtype)
+    name = f"{setting.name}_{target}"
+    check(setting, {way: run() for way, run in ways.items()})  # which also warms up
+    rates = {way: sizes.batch / found for way, found in measure(ways, seconds, device).items()}
+    rates["speedup"] = rates["fused"] / rates["cells"]
+    return {f"{name}_{what}": value for what, value in rates.items()}
+
+
+def columns(figures: Mapping[str, float], target: str) -> tuple[list[str], list[list[object]]]:
+    """Head and rows of a target's table, with what was published; without columns that have nothing."""
+    head = ["cell", "layers", "directions", "", "cell by cell", "fused", "speed-up", "packed"]
+    head += [f"{PUBLISHED_ON[target]} {what}" for what in ("cell by cell", "fused", "speed-up")]
+    rows: list[list[object]] = []
+    for setting in SETTINGS:
+        measured = [
+            figures.get(f"{setting.name}_{target}_{what}", "") for what in ("cells", "fused", "speedup", "packed")
+        ]
+        published = PUBLISHED.get(target, {}).get(setting.name)
+        rows.append([*setting, *measured, *((*published, published[1] / published[0]) if published else ("",) * 3)])
+    kept = [i for i in range(len(head)) if any(row[i] != "" for row in rows)]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+@click.command()
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="One of them, instead of all that are there.")
+@click.option("--seconds", default=1.0, show_default=True, help=f"Of a row; at least {MIN_ROUNDS} rounds are run.")
+@click.option("--threads", type=int, help="On the CPU, instead of as many as torch takes by itself.")
+@click.option("--quick", is_flag=True, help=f"{QUICK_SIZES} instead of {SIZES}, to see that it runs.")
+@json_option
+def main(device: str | None, seconds: float, threads: int | None, quick: bool, json_file: Path | None) -> None:
+    """Measure fused recurrent layers against cells: LSTM, GRU, ReLU, tanh; 1 and 5 layers; 1 and 2 directions."""
+    use_replica_env()
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    sizes = QUICK_SIZES if quick else SIZES
+    devices = [device] if device else ["cpu", *["cuda"] * torch.cuda.is_available()]
+    show_hardware()
+    click.echo(f"threads: {torch.get_num_threads()}")
+    figures: dict[str, float] = {}
+    for target in (target for target, (where, _) in TARGETS.items() if where in devices):
+        for setting in SETTINGS:
+            figures |= figures_of(setting, sizes, target, seconds)
+        click.echo(f"\n{target}, {sizes}, samples/s\n{table(*columns(figures, target))}")
+    save(figures, json_file, threads=torch.get_num_threads())
+
+
+if __name__ == "__main__":
+    main()
