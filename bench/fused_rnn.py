@@ -9,20 +9,20 @@ median time.
 """
 
 import copy
-import importlib
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import click
 import torch
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 
 from bench.report import json_option, save, show_hardware, table, use_replica_env
+from serve_app.engine.packed_lstm import pack_weights
 
 Forward: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """x [T, N, I] -> y [T, N, directions * H]"""
@@ -152,13 +152,9 @@ def forwards(setting: Setting, layers: RNNBase) -> dict[str, Forward]:
 
 
 def _packed(lstm: RNNBase) -> Forward | None:
-    """The way that Lockstep's engine takes on a CPU, if this version has it and it takes these layers."""
-    try:
-        packed_lstm: Any = importlib.import_module("serve_app.engine.packed_lstm")
-    except ModuleNotFoundError:
-        return None
+    """The way that the engine takes on a CPU, if it takes these layers."""
     copied = copy.deepcopy(lstm)
-    if not packed_lstm.pack_weights(copied):
+    if not pack_weights(copied):
         return None
 
     def forward(x: torch.Tensor) -> torch.Tensor:

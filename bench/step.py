@@ -162,7 +162,7 @@ def main(rounds: int, json_file: Path | None) -> None:
     )
     click.echo(f"\n{table(head, rows)}\n\nlarge fp16 product: {product_tflops:.0f} TFLOP/s")
     click.echo(f"errors: {', '.join(f'{name} {error:.2g}' for name, error in errors.items())}")
-    save(figures, json_file)
+    save(figures, json_file, errors_of={"timesteps": ERROR_TIMESTEPS, "sessions": ERROR_BATCH})
 
 
 if __name__ == "__main__":
