@@ -31,8 +31,8 @@ STEP = """## A step of our own
 
 `python -m bench.step --json bench/results/step_cuda.json`. One kernel runs all layers and timesteps
 (`serve_app/models/fused_lstm.py`); the engine takes it where it is faster than cuDNN and gives the same. "FP8" is the
-same kernel with `model.quantization: fp8`: weights of the recurrent layers are rounded to e4m3, each row with a scale of
-its own, and h from cell to cell too; x, the states and the outputs stay in fp16.
+same kernel with `model.quantization: fp8`: weights of the recurrent layers are rounded to e4m3, each row with a scale
+of its own, and h from cell to cell too; x, the states and the outputs stay in fp16.
 """
 ENGINE = """## The engine against the bare model
 

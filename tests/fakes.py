@@ -1,5 +1,6 @@
 """Small real objects to test with."""
 
+import random
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from serve_app.config import AppConfig
+from serve_app.config import AppConfig, EngineConfig, SessionConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.runner import EagerRunner
 from serve_app.engine.state_pool import StatePool
@@ -57,6 +58,32 @@ class FloatSumModel:
     def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         y = state + x.cumsum(0)
         return y, y[-1]
+
+
+def check_checkpoints(device: str, *, overlap: bool = False) -> None:
+    """Sessions that send in pieces, more of them than slots: each checkpoint has the sum of all below its timestep."""
+    session = SessionConfig(max_sessions=60, checkpoint_timesteps=5)
+    engine = EngineConfig(device=device, calibration_file="", slots=40, max_batch_size=16, max_step_timesteps=4)
+    sender, rng = Sender(FloatSumModel(), AppConfig(engine=engine, session=session), overlap=overlap), random.Random(0)
+    totals = {epoch: [0.0] for epoch in range(1, 61)}
+    sender.open(*totals)
+    for _ in range(60):
+        entries = []
+        for epoch in rng.sample(list(totals), 20):
+            x, start = [rng.randint(-9, 9) for _ in range(rng.randint(1, 6))], len(totals[epoch]) - 1
+            entries.append({"epoch": epoch, "start": start, "x": np.array(x)[:, None]})
+            totals[epoch] += (totals[epoch][-1] + np.cumsum(x)).tolist()
+        sender.send(*entries)
+        for _ in range(rng.randint(0, 5)):
+            sender.step()
+    sender.run()
+    while sender.engine._readings:
+        sender.poll()
+    sender.engine.check()
+    assert len(sender.checkpoints) > len(totals)
+    assert len(sender.checkpoints) == sender.engine.stats.checkpoints
+    for epoch, timestep, (total,) in sender.checkpoints:
+        assert total.tolist() == [[totals[epoch][timestep]]], f"epoch {epoch} at {timestep}"
 
 
 class OverlappingRunner(EagerRunner):
@@ -127,6 +154,7 @@ class Sender:
         self.notices: dict[int, list[str]] = {}
         self.errors: dict[int, list[dict[str, object]]] = {}
         self.next: dict[int, int] = {}
+        self.checkpoints: list[tuple[int, int, list[np.ndarray]]] = []  # epoch, timestep, tensors
 
     def send(self, *entries: dict[str, object], opens: tuple[Open, ...] = (), owner: str = "local") -> None:
         """entries: epoch and any of x [T, ...], start, acked, rewind, close."""
@@ -175,6 +203,10 @@ class Sender:
             self.outputs.setdefault(epoch, []).append((start, values[at : at + length]))
             self.next[epoch] = due
             at += length
+        if (kept := answer.checkpoints) is not None:
+            for i, (epoch, timestep) in enumerate(zip(kept.epoch.tolist(), kept.at.tolist(), strict=True)):
+                assert timestep <= sum(len(values) for _, values in self.outputs[epoch]), "a state before its outputs"
+                self.checkpoints.append((epoch, timestep, [leaf[i].copy() for leaf in kept.state]))
         for notice in answer.notices:
             self.notices.setdefault(notice.epoch, []).append(notice.reason or notice.kind)
             if notice.error:

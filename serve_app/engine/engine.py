@@ -20,7 +20,7 @@ from serve_app.engine.runner import EagerRunner, Step, StepRunner
 from serve_app.engine.scheduler import Batch, Scheduler
 from serve_app.engine.sessions import SessionTable, Status, Verdict, check_frame
 from serve_app.engine.slots import SlotTable
-from serve_app.engine.state_pool import StatePool
+from serve_app.engine.state_pool import Reading, StatePool
 from serve_app.engine.stats import Stats, StepRecord
 from serve_app.engine.timesteps import EVERYTHING, TimestepStore
 from serve_app.errors import ConfigError, InvalidInput, LockstepError, NotOwner, StepFailed
@@ -64,6 +64,7 @@ class Engine:
         self._completed_at = 0.0  # the last step
         self._inputs = TimestepStore([model.input.nbytes], max_sessions, compacts=False)
         self._outputs = TimestepStore([spec.nbytes for spec in model.outputs.values()], max_sessions, compacts=True)
+        self._readings: list[_Checkpoint] = []  # on their way to host memory, or waiting for an answer
         self._acked: tuple[np.ndarray, np.ndarray] | None = None  # rows, and what they hold: to be dropped
         self._mailboxes: dict[str, int] = {}
         self._mail: dict[int, Mailbox] = {}
@@ -138,6 +139,7 @@ class Engine:
                 answers.append((ticket, answer))
             if mailbox.idle:
                 del self._mailboxes[name], self._mail[sender]
+                self._readings = [reading for reading in self._readings if reading.sender != sender]
         return answers
 
     def farewell(self, now: float) -> list[tuple[Ticket, Answer]]:
@@ -169,8 +171,8 @@ class Engine:
         """The states of all of `rows` that have run or came with one; no step is on its way."""
         slots, pages = self._slots.slot_of[rows], self._page_of[rows]
         in_slots, in_pages = rows[slots >= 0], rows[pages >= 0]
-        parts = [self._pool.read(slots[slots >= 0])] if len(in_slots) else []
-        parts += [self._pool.read_pages(pages[pages >= 0])] if len(in_pages) else []
+        parts = [self._pool.read(slots[slots >= 0]).arrays()] if len(in_slots) else []
+        parts += [self._pool.read_pages(pages[pages >= 0]).arrays()] if len(in_pages) else []
         if not parts:
             return None
         known = np.concatenate([in_slots, in_pages])
@@ -258,16 +260,24 @@ class Engine:
         accepted, rewind = int(self._sessions.next[row]), int(self._sessions.rewind[row])
         return Notice(ask.epoch, "opened", progress=accepted, rewind=rewind)
 
-    def _checkpoint(self, rows: np.ndarray) -> Checkpoints | None:
-        """The states of `rows`, but for those that a step on its way is changing, or that are not in a slot."""
-        for flight in self._flights:
+    def _checkpoint(self, sender: int, rows: np.ndarray) -> Checkpoints | None:
+        """Start reading the states of `rows`, but for those that a step on its way is changing, or that are in no slot.
+
+        Returns the oldest for that sender that have been read.
+        """
+        for flight in self._flights if len(rows) else ():
             rows = rows[~np.isin(rows, flight.batch.rows)]
         rows = rows[self._slots.slot_of[rows] >= 0]
-        if not len(rows):
-            return None
-        at = self._sessions.checkpointed[rows] = self._sessions.progress[rows]
-        self.stats.checkpoints += len(rows)
-        return Checkpoints(self._sessions.epoch[rows], at, self._pool.read(self._slots.slot_of[rows]))
+        if len(rows):
+            at = self._sessions.checkpointed[rows] = self._sessions.progress[rows]
+            self.stats.checkpoints += len(rows)
+            reading = self._pool.read(self._slots.slot_of[rows])
+            self._readings.append(_Checkpoint(sender, self._sessions.epoch[rows], at, reading))
+        for i, (of, epochs, at, reading) in enumerate(self._readings):
+            if of == sender and reading.is_here:
+                del self._readings[i]
+                return Checkpoints(epochs, at, reading.arrays())
+        return None
 
     def _receive_odd(self, frame: Frame, rows: np.ndarray, verdict: np.ndarray, mailbox: Mailbox) -> None:
         """What a frame with resends, refusals or closes asks for beside running its timesteps."""
@@ -451,8 +461,17 @@ class Engine:
         self._mail[int(self._sessions.sender[row])].notices.append(notice)
 
 
-def _never(rows: np.ndarray) -> None:
+def _never(sender: int, rows: np.ndarray) -> None:
     """No checkpoint."""
+
+
+class _Checkpoint(NamedTuple):
+    """States of sessions of one sender, known by their epochs [n], at timesteps [n]."""
+
+    sender: int
+    epochs: np.ndarray
+    at: np.ndarray
+    states: Reading
 
 
 class _Flight(NamedTuple):

@@ -55,12 +55,12 @@ class Mailbox:
         specs: Mapping[str, TensorSpec],
         room: int,
         every: int,
-        checkpoint: Callable[[np.ndarray], Checkpoints | None],
+        checkpoint: Callable[[int, np.ndarray], Checkpoints | None],
     ) -> Answer:
         """All there is, up to `room` timesteps; what is left goes with a later call. Notices follow the last output.
 
-        store: the outputs, which are as `specs` says. checkpoint: takes those of rows whose next is due, `every` so
-        many timesteps (0: never).
+        store: the outputs, which are as `specs` says. checkpoint: takes this sender and its rows whose next is due,
+        `every` so many timesteps (0: never); returns what there is for it, of these or earlier ones.
         """
         marked = self.marked or [np.empty(0, np.int64)]
         rows = marked[0] if len(marked) == 1 else np.concatenate(marked)
@@ -77,5 +77,5 @@ class Mailbox:
             notices = tuple(self.notices)
             self.notices.clear()
         _, epoch, following, rewind, start, length, timing, _, due = unsent
-        checkpoints = checkpoint(due) if len(due) else None
+        checkpoints = checkpoint(self.sender, due)
         return Answer(epoch, following, rewind, start, length, outputs, notices, timing, checkpoints)

@@ -30,7 +30,7 @@ class StatePool:
         self._device = device
         #: Slots beside those that are lent: for what fills a step up, and for a state on its way to a page.
         self.padding_slot, self._passing_slot = num_slots, num_slots + 1
-        self._aside: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._aside, self._out = (_stream(device) for _ in range(2))  # that moves states, that brings some to the host
         one, two = (pytree.tree_flatten(model.initial_state(batch)) for batch in (1, 2))
         self._initial: list[torch.Tensor] = [leaf.detach().to(device) for leaf in one[0]]
         self._structure = one[1]
@@ -124,20 +124,32 @@ class StatePool:
         self.free_pages(pages[pages >= 0])
         return taken
 
-    def read(self, slots: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Copies of the states in `slots` [n], in host memory: each tensor is [n, *shape for a batch of 1].
-
-        No step on its way may use these slots. bfloat16, which numpy has not, comes as float32.
-        """
+    def read(self, slots: np.ndarray) -> "Reading":
+        """Copies of the states in `slots` [n], which no step on its way may use; later steps may."""
         with self.moving(after_steps=False):
             index = self.index(slots)
-            return self._as_arrays([column.select(index).cpu() for column in self._columns])
+            leaves = [column.select(index) for column in self._columns]
+        if self._aside is None:
+            return Reading(leaves, self._dims)
+        self._out.wait_stream(self._aside)
+        steps = torch.cuda.current_stream()
+        torch.cuda.set_stream(self._out)
+        try:
+            copies = [torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=True) for leaf in leaves]
+            for leaf, copied in zip(leaves, copies, strict=True):
+                copied.copy_(leaf, non_blocking=True)
+                leaf.record_stream(self._out)
+        finally:
+            torch.cuda.set_stream(steps)
+        landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        landed.record(self._out)
+        return Reading(copies, self._dims, landed)
 
-    def read_pages(self, pages: np.ndarray) -> tuple[np.ndarray, ...]:
+    def read_pages(self, pages: np.ndarray) -> "Reading":
         """The same of the states in `pages` [n]."""
         if self._aside is not None:
             self._aside.synchronize()  # which writes there
-        return self._as_arrays([column.read(pages) for column in self._columns])
+        return Reading([column.read(pages) for column in self._columns], self._dims)
 
     def free_pages(self, pages: np.ndarray) -> None:
         """The states in `pages` are not needed any more."""
@@ -168,12 +180,6 @@ class StatePool:
         if not all(a.dtype.name in STATE_DTYPES and (a.dtype.kind != "f" or np.isfinite(a).all()) for a in state):
             raise InvalidInput("the initial state holds NaN, infinity or values that are not numbers")
 
-    def _as_arrays(self, leaves: Sequence[torch.Tensor]) -> tuple[np.ndarray, ...]:
-        """Batched tensors, with a session in each row and its batch of 1 left in its place."""
-        arrays = [(leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy() for leaf in leaves]
-        moved = (np.moveaxis(array, dim, 0) for array, dim in zip(arrays, self._dims, strict=True))
-        return tuple(np.expand_dims(array, dim + 1) for array, dim in zip(moved, self._dims, strict=True))
-
     def _flatten(self, state: State) -> tuple[Sequence[torch.Tensor], pytree.TreeSpec]:
         tensors = [torch.Tensor] * len(self._columns)
         if self._plain and type(state) is tuple and [type(leaf) for leaf in state] == tensors:
@@ -189,6 +195,32 @@ class StatePool:
                 column.grow(self._chunk_pages)
         self._num_free -= count
         return self._free[self._num_free : self._num_free + count].copy()
+
+
+class Reading:
+    """States on their way to host memory, beside the steps."""
+
+    def __init__(self, leaves: Sequence[torch.Tensor], dims: Sequence[int], landed: Any = None) -> None:
+        """leaves: the states, batched over `dims`. landed: an event on the device; None: they are there."""
+        self._leaves, self._dims, self._landed = leaves, dims, landed
+
+    @property
+    def is_here(self) -> bool:
+        """Whether `arrays` waits for nothing."""
+        return self._landed is None or self._landed.query()
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """Each tensor as [n, *shape for a batch of 1]. bfloat16, which numpy has not, comes as float32."""
+        if self._landed is not None:
+            self._landed.synchronize()
+        arrays = [(leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy() for leaf in self._leaves]
+        moved = (np.moveaxis(array, dim, 0) for array, dim in zip(arrays, self._dims, strict=True))
+        return tuple(np.expand_dims(array, dim + 1) for array, dim in zip(moved, self._dims, strict=True))
+
+
+def _stream(device: torch.device) -> Any:
+    """Beside the steps, on a GPU; None on the CPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _batch_dim(one: torch.Tensor, two: torch.Tensor) -> int:

@@ -13,7 +13,7 @@ from serve_app.frame import NO_CLOSE
 from serve_app.models.options import RnnOptions, SileroOptions
 from serve_app.models.rnn import Rnn
 from serve_app.models.silero_vad import SileroVad
-from tests.fakes import Sender, SumModel
+from tests.fakes import Sender, SumModel, check_checkpoints
 
 pytestmark = [
     pytest.mark.gpu,
@@ -156,3 +156,7 @@ def test_whole_numbers_are_equal_to_the_bit() -> None:
     found = run(SumModel(), x, "cuda", slots=64, max_batch_size=32, max_step_timesteps=4)
     for epoch, values in x.items():
         assert found[epoch].tolist() == values.cumsum(0).tolist()
+
+
+def test_checkpoints_have_the_states_of_their_timesteps() -> None:
+    check_checkpoints("cuda")

@@ -17,7 +17,7 @@ from serve_app.errors import ConfigError, InvalidInput, NotOwner
 from serve_app.frame import ABORT, NO_CLOSE, Frame, Open
 from serve_app.models.options import RnnOptions
 from serve_app.models.rnn import Rnn
-from tests.fakes import FloatSumModel, Sender, SumModel
+from tests.fakes import FloatSumModel, Sender, SumModel, check_checkpoints
 
 
 def config(slots: int = 4, batch: int = 4, step: int = 4, **session: object) -> AppConfig:
@@ -577,3 +577,8 @@ def test_outputs_in_a_row_that_changed_hands_go_to_who_has_it_now() -> None:
     assert [(sender, answer.epoch.tolist()) for sender, answer in answers if len(answer.epoch)] == [("second", [2])]
     (found,) = (answer.outputs["total"] for sender, answer in answers if sender == "second")
     assert found.tolist() == totals(3, 2).tolist()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_checkpoints_have_the_states_of_their_timesteps(overlap: bool) -> None:
+    check_checkpoints("cpu", overlap=overlap)
