@@ -9,7 +9,7 @@ of numpy arrays out, GROUPS times the batch of sessions, each with one segment o
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import click
@@ -116,7 +116,13 @@ def time_s(run: Callable[[], object], seconds: float = 0.25) -> float:
 
 
 def make_engine(
-    model: RecurrentModel, batch: int, k: int, groups: int = GROUPS, slots: int | None = None, device: str = "cuda"
+    model: RecurrentModel,
+    batch: int,
+    k: int,
+    groups: int = GROUPS,
+    slots: int | None = None,
+    device: str = "cuda",
+    session: SessionConfig | None = None,
 ) -> Engine:
     """An engine for steps of `batch` sessions and k timesteps, with `groups` times as many sessions."""
     sessions = groups * batch
@@ -132,7 +138,7 @@ def make_engine(
                 max_pending_bytes=2**32,
                 max_retained_bytes=2**34,
             ),
-            session=SessionConfig(max_sessions=sessions),
+            session=replace(session or SessionConfig(), max_sessions=sessions),
             frame=FrameConfig(max_bytes=2**30, answer_within_s=60),
         ),
     )
@@ -174,7 +180,7 @@ class ClosedLoop:
         self._groups = [Group(engine, batch, k, 1 + i * batch) for i in range(groups)]
         for group in self._groups:
             self._send(group)
-        self.run(0, warm_up=10 * groups)  # torch gets more pinned memory in the first of them
+        self.run(0, warm_up=30 * groups)  # torch gets more pinned memory in the first of them, and with checkpoints
 
     @torch.inference_mode()
     def run(self, seconds: float, warm_up: int = 0) -> Load:

@@ -91,6 +91,8 @@ class Engine:
         for k in {self._scheduler.timesteps[0], self._scheduler.timesteps[-1]}:
             for batch in {1, self._scheduler.max_batch_size}:
                 self._runner.prepare(int(k), batch)
+        if self._checkpoint_every:
+            self._pool.prepare(self._scheduler.max_batch_size)
 
     def step(self, now: float) -> bool:
         """Launch a batch of whatever is ready, complete one that has run; False when there was nothing to do.

@@ -14,6 +14,8 @@ from serve_app.models.interface import RecurrentModel, State
 
 CHUNK_BYTES = 64 * 2**20
 """Of host memory, that is taken at a time for states that are evicted."""
+READINGS = 4
+"""Of the largest size, that are on their way at the same time."""
 MIN_CHUNK_PAGES, MAX_CHUNK_PAGES = 64, 8192
 STATE_DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
 """Of a client's initial state; it is cast to what the model has."""
@@ -123,6 +125,15 @@ class StatePool:
             column.exchange(index[0], index[1], index[2])
         self.free_pages(pages[pages >= 0])
         return taken
+
+    def prepare(self, batch: int) -> None:
+        """Take the memory that it needs on a GPU to read the states of `batch` sessions while others are on their way.
+
+        Pinned memory is kept for the next of the same size, and the device stands still while it is taken.
+        """
+        if self._aside is not None:
+            on_their_way = [self.read(np.zeros(batch, np.int64)) for _ in range(READINGS)]
+            del on_their_way
 
     def read(self, slots: np.ndarray) -> "Reading":
         """Copies of the states in `slots` [n], which no step on its way may use; later steps may."""

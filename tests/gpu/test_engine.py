@@ -11,7 +11,7 @@ from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.engine import cuda_runner
 from serve_app.frame import NO_CLOSE
 from serve_app.models.options import RnnOptions, SileroOptions
-from serve_app.models.rnn import Rnn
+from serve_app.models.rnn import FP8_TOLERANCE, Rnn
 from serve_app.models.silero_vad import SileroVad
 from tests.fakes import Sender, SumModel, check_checkpoints
 
@@ -82,6 +82,16 @@ def test_half_precision_is_near_the_cpu(dtype: str, tolerance: float) -> None:
     found = run(Rnn(RnnOptions(dtype=dtype, **options)), x, "cuda", **size)  # type: ignore[arg-type]
     single = {epoch: values.astype(np.float32) for epoch, values in x.items()}
     assert relative(found, run(Rnn(RnnOptions(**options)), single, "cpu", **size)) < tolerance
+
+
+def test_fp8_weights_are_near_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    x = {e: np.random.default_rng(e).standard_normal((60, 32), np.float32).astype(np.float16) for e in range(1, 65)}
+    size = {"slots": 24, "max_batch_size": 16, "max_step_timesteps": 8}
+    options = {"input": 32, "hidden": 256, "layers": 3, "quantization": "fp8"}
+    found = run(Rnn(RnnOptions(dtype="fp16", **options)), x, "cuda", **size)  # type: ignore[arg-type]
+    single = {epoch: values.astype(np.float32) for epoch, values in x.items()}
+    assert relative(found, run(Rnn(RnnOptions(**options)), single, "cpu", **size)) < FP8_TOLERANCE  # type: ignore[arg-type]
+    assert "fused_lstm is not used" not in caplog.text
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2), ("tf32", 2e-3), ("fp32", 1e-5)])
