@@ -60,25 +60,32 @@ class FloatSumModel:
         return y, y[-1]
 
 
-def check_checkpoints(device: str, *, overlap: bool = False) -> None:
+def check_checkpoints(device: str, *, overlap: bool = False, together: int = 4) -> None:
     """Sessions that send in pieces, more of them than slots: each checkpoint has the sum of all below its timestep."""
     session = SessionConfig(max_sessions=60, checkpoint_timesteps=5)
     engine = EngineConfig(device=device, calibration_file="", slots=40, max_batch_size=16, max_step_timesteps=4)
     sender, rng = Sender(FloatSumModel(), AppConfig(engine=engine, session=session), overlap=overlap), random.Random(0)
+    sender.engine._checkpoints._together = together
     totals = {epoch: [0.0] for epoch in range(1, 61)}
-    sender.open(*totals)
+    for number, epoch in enumerate(totals):
+        sender.send(opens=(Open(epoch, f"s{epoch}"),), sender=f"sender {number % 2}")
     for _ in range(60):
-        entries = []
+        entries: list[list[dict[str, object]]] = [[], []]
         for epoch in rng.sample(list(totals), 20):
             x, start = [rng.randint(-9, 9) for _ in range(rng.randint(1, 6))], len(totals[epoch]) - 1
-            entries.append({"epoch": epoch, "start": start, "x": np.array(x)[:, None]})
+            entries[1 - epoch % 2].append({"epoch": epoch, "start": start, "x": np.array(x)[:, None]})
             totals[epoch] += (totals[epoch][-1] + np.cumsum(x)).tolist()
-        sender.send(*entries)
+        for number, those in enumerate(entries):
+            sender.send(*those, sender=f"sender {number}")
         for _ in range(rng.randint(0, 5)):
             sender.step()
     sender.run()
-    while sender.engine._readings:
-        sender.poll()
+    for _ in range(1000):
+        sender.now += 100
+        for number in range(2):
+            sender.send(sender=f"sender {number}")
+        if not sender.engine._checkpoints.num_slabs:
+            break
     sender.engine.check()
     assert len(sender.checkpoints) > len(totals)
     assert len(sender.checkpoints) == sender.engine.stats.checkpoints
@@ -156,7 +163,9 @@ class Sender:
         self.next: dict[int, int] = {}
         self.checkpoints: list[tuple[int, int, list[np.ndarray]]] = []  # epoch, timestep, tensors
 
-    def send(self, *entries: dict[str, object], opens: tuple[Open, ...] = (), owner: str = "local") -> None:
+    def send(
+        self, *entries: dict[str, object], opens: tuple[Open, ...] = (), owner: str = "local", sender: str = "test"
+    ) -> None:
         """entries: epoch and any of x [T, ...], start, acked, rewind, close."""
         spec = self.engine.spec.input
         xs = [np.asarray(e.get("x", np.empty((0, *spec.shape))), spec.dtype) for e in entries]
@@ -166,7 +175,7 @@ class Sender:
         }
         x = np.concatenate(xs) if xs else np.empty((0, *spec.shape), spec.dtype)
         length = np.array([len(x) for x in xs], np.int64)
-        self.engine.receive(Frame.of(owner, "test", length=length, x=x, opens=opens, **columns), object(), self.now)
+        self.engine.receive(Frame.of(owner, sender, length=length, x=x, opens=opens, **columns), object(), self.now)
         self.collect()
 
     def open(self, *epochs: int) -> None:

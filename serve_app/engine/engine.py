@@ -12,6 +12,7 @@ import torch
 
 from serve_app.config import AppConfig, EngineConfig
 from serve_app.engine.calibration import Calibration
+from serve_app.engine.checkpoints import Checkpointer
 from serve_app.engine.columns import MOVERS
 from serve_app.engine.cuda_runner import CudaRunner
 from serve_app.engine.mailbox import Mailbox, Ticket
@@ -20,7 +21,7 @@ from serve_app.engine.runner import EagerRunner, Step, StepRunner
 from serve_app.engine.scheduler import Batch, Scheduler
 from serve_app.engine.sessions import SessionTable, Status, Verdict, check_frame
 from serve_app.engine.slots import SlotTable
-from serve_app.engine.state_pool import Reading, StatePool
+from serve_app.engine.state_pool import StatePool
 from serve_app.engine.stats import Stats, StepRecord
 from serve_app.engine.timesteps import EVERYTHING, TimestepStore
 from serve_app.errors import ConfigError, InvalidInput, LockstepError, NotOwner, StepFailed
@@ -58,13 +59,14 @@ class Engine:
         self._slots = SlotTable(config.engine.slots, max_sessions)
         self._page_of = np.full(max_sessions, -1, np.int64)  # of evicted states, by row
         self._pool = StatePool(model, config.engine.slots, device)
+        together = 1 if device.type == "cpu" else max(1, max_batch_size // 4)
+        self._checkpoints = Checkpointer(self._pool, self._sessions, max_sessions, together)
         self._runner = make_runner(model, self._pool, config, device)
         self._flights: deque[_Flight] = deque()  # steps on their way
         self._in_flight = 0  # timesteps
         self._completed_at = 0.0  # the last step
         self._inputs = TimestepStore([model.input.nbytes], max_sessions, compacts=False)
         self._outputs = TimestepStore([spec.nbytes for spec in model.outputs.values()], max_sessions, compacts=True)
-        self._readings: list[_Checkpoint] = []  # on their way to host memory, or waiting for an answer
         self._acked: tuple[np.ndarray, np.ndarray] | None = None  # rows, and what they hold: to be dropped
         self._mailboxes: dict[str, int] = {}
         self._mail: dict[int, Mailbox] = {}
@@ -130,18 +132,25 @@ class Engine:
     def answers(self, now: float) -> list[tuple[Ticket, Answer]]:
         """Calls to answer now: the oldest of each sender that has mail, and those that have waited long enough."""
         answers: list[tuple[Ticket, Answer]] = []
+
+        def checkpoint(sender: int, due: np.ndarray) -> Checkpoints | None:
+            self._checkpoints.add(due, now)
+            self._read_checkpoints(now)
+            return self._checkpoints.take(sender)
+
         for name, sender in list(self._mailboxes.items()):
             mailbox = self._mail[sender]
             while mailbox.due(now):
                 ticket, _ = mailbox.calls.popleft()
                 answer = mailbox.write_answer(
                     self._sessions, self._outputs, self.spec.outputs, self._max_answered, self._checkpoint_every,
-                    self._checkpoint,
+                    checkpoint,
                 )  # fmt: skip
                 answers.append((ticket, answer))
             if mailbox.idle:
                 del self._mailboxes[name], self._mail[sender]
-                self._readings = [reading for reading in self._readings if reading.sender != sender]
+                self._checkpoints.forget(sender)
+        self._read_checkpoints(now)
         return answers
 
     def farewell(self, now: float) -> list[tuple[Ticket, Answer]]:
@@ -196,7 +205,13 @@ class Engine:
 
     def wake_at(self) -> float:
         """When `answers` or `expire` has something to do even if nothing arrives."""
-        return min([self._expire_at, *(mail.calls[0][1] for mail in self._mail.values() if mail.calls)])
+        return min(
+            [
+                self._expire_at,
+                self._checkpoints.read_at,
+                *(mail.calls[0][1] for mail in self._mail.values() if mail.calls),
+            ]
+        )
 
     def gauges(self) -> dict[str, float]:
         """How full everything with a bound is, by name. Changes nothing: other threads ask."""
@@ -262,24 +277,12 @@ class Engine:
         accepted, rewind = int(self._sessions.next[row]), int(self._sessions.rewind[row])
         return Notice(ask.epoch, "opened", progress=accepted, rewind=rewind)
 
-    def _checkpoint(self, sender: int, rows: np.ndarray) -> Checkpoints | None:
-        """Start reading the states of `rows`, but for those that a step on its way is changing, or that are in no slot.
+    def _read_checkpoints(self, now: float) -> None:
+        if self._checkpoints.read_at <= now:
+            self.stats.checkpoints += self._checkpoints.read(self._slots.slot_of, self._rows_on_their_way())
 
-        Returns the oldest for that sender that have been read.
-        """
-        for flight in self._flights if len(rows) else ():
-            rows = rows[~np.isin(rows, flight.batch.rows)]
-        rows = rows[self._slots.slot_of[rows] >= 0]
-        if len(rows):
-            at = self._sessions.checkpointed[rows] = self._sessions.progress[rows]
-            self.stats.checkpoints += len(rows)
-            reading = self._pool.read(self._slots.slot_of[rows])
-            self._readings.append(_Checkpoint(sender, self._sessions.epoch[rows], at, reading))
-        for i, (of, epochs, at, reading) in enumerate(self._readings):
-            if of == sender and reading.is_here:
-                del self._readings[i]
-                return Checkpoints(epochs, at, reading.arrays())
-        return None
+    def _rows_on_their_way(self) -> list[np.ndarray]:
+        return [flight.batch.rows for flight in self._flights]
 
     def _receive_odd(self, frame: Frame, rows: np.ndarray, verdict: np.ndarray, mailbox: Mailbox) -> None:
         """What a frame with resends, refusals or closes asks for beside running its timesteps."""
@@ -306,11 +309,15 @@ class Engine:
         placement = self._slots.place(rows, self._scheduler.left, now)
         if not len(placement.enter_rows):
             return
+        if num_evicted := len(placement.evict_rows):
+            slots = placement.enter_slots[-num_evicted:]
+            self.stats.checkpoints += self._checkpoints.read_leaving(
+                placement.evict_rows, slots, self._rows_on_their_way()
+            )
         in_flight = bool(self._flights) and placement.used_at >= self._flights[0].launched_at
         with self._pool.moving(after_steps=in_flight):
             pages = self._page_of[placement.enter_rows]
             kept = pages >= 0
-            num_evicted = len(placement.evict_rows)
             if num_evicted or kept.any():
                 taken = self._pool.exchange(placement.enter_slots, num_evicted, pages)
                 self._page_of[placement.enter_rows] = -1
@@ -465,15 +472,6 @@ class Engine:
 
 def _never(sender: int, rows: np.ndarray) -> None:
     """No checkpoint."""
-
-
-class _Checkpoint(NamedTuple):
-    """States of sessions of one sender, known by their epochs [n], at timesteps [n]."""
-
-    sender: int
-    epochs: np.ndarray
-    at: np.ndarray
-    states: Reading
 
 
 class _Flight(NamedTuple):

@@ -579,6 +579,7 @@ def test_outputs_in_a_row_that_changed_hands_go_to_who_has_it_now() -> None:
     assert found.tolist() == totals(3, 2).tolist()
 
 
+@pytest.mark.parametrize("together", [1, 25])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_checkpoints_have_the_states_of_their_timesteps(overlap: bool) -> None:
-    check_checkpoints("cpu", overlap=overlap)
+def test_checkpoints_have_the_states_of_their_timesteps(overlap: bool, together: int) -> None:
+    check_checkpoints("cpu", overlap=overlap, together=together)

@@ -1,0 +1,111 @@
+"""Checkpoints: states of sessions, read many at a time beside the steps, for the answers to their senders."""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from serve_app.engine.sessions import SessionTable, Status
+from serve_app.engine.state_pool import Reading, StatePool
+from serve_app.frame import Checkpoints
+
+WITHIN_S = 0.05
+"""One that is due waits so long for others."""
+
+
+class Checkpointer:
+    """Reads the states of sessions that are due, known by their rows: `together` of them at once, or after WITHIN_S.
+
+    Whose step is on its way, or who has outputs that were not sent, is not read: it is due again with its next outputs.
+    """
+
+    def __init__(self, pool: StatePool, sessions: SessionTable, max_rows: int, together: int) -> None:
+        self._pool = pool
+        self._sessions = sessions
+        self._together = together
+        self._due: list[np.ndarray] = []
+        self._is_due, self._busy = np.zeros((2, max_rows), np.bool_)
+        self._num_due = 0
+        self._slabs: list[_Slab] = []
+        #: When those that are due are to be read.
+        self.read_at = math.inf
+
+    def add(self, rows: np.ndarray, now: float) -> None:
+        """These (distinct) are due; they may be already."""
+        rows = rows[~self._is_due[rows]]
+        if len(rows):
+            self._is_due[rows] = True
+            self._due.append(rows)
+            self._num_due += len(rows)
+            self.read_at = -math.inf if self._num_due >= self._together else min(self.read_at, now + WITHIN_S)
+
+    def read(self, slot_of: np.ndarray, on_their_way: Iterable[np.ndarray]) -> int:
+        """Start reading all that are due and have a slot; returns how many.
+
+        slot_of [max_rows]; on_their_way: the rows of each step that is.
+        """
+        rows = np.concatenate(self._due)
+        self._due.clear()
+        self._is_due[rows] = False
+        self._num_due, self.read_at = 0, math.inf
+        rows = rows[slot_of[rows] >= 0]
+        return self._read(rows, slot_of[rows], on_their_way)
+
+    def read_leaving(self, rows: np.ndarray, slots: np.ndarray, on_their_way: Iterable[np.ndarray]) -> int:
+        """Start reading those of `rows` that are due, in whose `slots` others come next; returns how many."""
+        due = self._is_due[rows]
+        return self._read(rows[due], slots[due], on_their_way) if due.any() else 0
+
+    def take(self, sender: int) -> Checkpoints | None:
+        """The oldest of a sender's that have been read."""
+        for i, (of, epochs, at, which, states) in enumerate(self._slabs):
+            if of == sender and states.is_here:
+                del self._slabs[i]
+                leaves = states.arrays()
+                return Checkpoints(
+                    epochs, at, leaves if len(epochs) == len(leaves[0]) else tuple(leaf[which] for leaf in leaves)
+                )
+        return None
+
+    def forget(self, sender: int) -> None:
+        """Nobody takes that sender's any more."""
+        self._slabs = [slab for slab in self._slabs if slab.sender != sender]
+
+    @property
+    def num_slabs(self) -> int:
+        """What has been read, or is being read, and not taken."""
+        return len(self._slabs)
+
+    def _read(self, rows: np.ndarray, slots: np.ndarray, on_their_way: Iterable[np.ndarray]) -> int:
+        sessions = self._sessions
+        busy = list(on_their_way)
+        for each in busy:
+            self._busy[each] = True
+        here = (
+            (sessions.sent[rows] == sessions.progress[rows])
+            & (sessions.status[rows] == Status.OPEN)
+            & ~self._busy[rows]
+        )
+        for each in busy:
+            self._busy[each] = False
+        rows, slots = rows[here], slots[here]
+        if not len(rows):
+            return 0
+        sessions.checkpointed[rows] = sessions.progress[rows]
+        states, senders = self._pool.read(slots), sessions.sender[rows]
+        for sender in np.unique(senders).tolist():
+            which = np.flatnonzero(senders == sender)
+            of = rows[which]
+            self._slabs.append(_Slab(sender, sessions.epoch[of], sessions.progress[of], which, states))
+        return len(rows)
+
+
+class _Slab(NamedTuple):
+    """States of sessions of one sender, known by their epochs [n], at timesteps [n]: rows `which` [n] of `states`."""
+
+    sender: int
+    epochs: np.ndarray
+    at: np.ndarray
+    which: np.ndarray
+    states: Reading
