@@ -51,7 +51,11 @@ bench: venv
 	$(BIN)/python -m bench.compare --json bench/results/compare_cpu.json
 	$(BIN)/python -m examples.demo --json bench/results/demo_cpu.json
 	$(BIN)/python -m bench.chaos --json bench/results/chaos_cpu.json
+	$(BIN)/python -m bench.delay --json bench/results/delay_cpu.json
+	$(BIN)/python -m bench.checkpoint --json bench/results/checkpoint_cpu.json
+	$(BIN)/python -m bench.fused_rnn --device cpu --json bench/results/fused_rnn_cpu.json
 	$(BIN)/python -m bench.readme
+	$(BIN)/python -m bench.performance
 
 # Beside Triton, which it fetches; on Debian or Ubuntu.
 bench-triton: venv
@@ -64,7 +68,8 @@ bench-gpu: venv
 	$(BIN)/python -m bench.saturation --json bench/results/saturation_cuda.json
 	$(BIN)/python -m bench.evict --json bench/results/evict_cuda.json
 	$(BIN)/python -m bench.s9422 --json bench/results/s9422_cuda.json
-	$(BIN)/python -m bench.fused_rnn --json bench/results/fused_rnn.json
+	$(BIN)/python -m bench.checkpoint --device cuda --json bench/results/checkpoint_cuda.json
+	$(BIN)/python -m bench.fused_rnn --device cuda --json bench/results/fused_rnn_cuda.json
 	$(BIN)/python -m bench.performance
 
 # The modules of serve_app/ingress/protos/oip.proto, by a compiler in an environment of its own: it wants an older protobuf.

@@ -61,12 +61,18 @@ copies run beside. `product_us` is what the step's operations take at a large pr
 
 ![What runs on the device in four steps of 1024 sessions](saturation.png)
 """
+CHECKPOINTS = """## What checkpoints cost
+
+`python -m bench.checkpoint --device cuda --json bench/results/checkpoint_cuda.json`, and the same for cpu: the rate at
+saturation with checkpoints at the default interval, and without, in turns.
+"""
 FUSED_RNN = """## Fused layers against cells, as in MXNet's table
 
-`python -m bench.fused_rnn --json bench/results/fused_rnn.json`. Sequences per second, of 300 timesteps, in batches of
-20, input and cells 800: through torch's fused layers (on a CPU oneDNN's LSTM and torch's own GRU, ReLU and tanh; on a
-GPU cuDNN's), and through one call of a cell for each timestep, with the same weights. Both give the same, gradients
-too, which is checked before each row. "Packed" is oneDNN's LSTM with its weights reordered once, as the engine runs it.
+`python -m bench.fused_rnn --device cpu --json bench/results/fused_rnn_cpu.json`, and the same for cuda. Sequences per
+second, of 300 timesteps, in batches of 20, input and cells 800: through torch's fused layers (on a CPU oneDNN's LSTM
+and torch's own GRU, ReLU and tanh; on a GPU cuDNN's), and through one call of a cell for each timestep, with the same
+weights. Both give the same, gradients too, which is checked before each row. "Packed" is oneDNN's LSTM with its weights
+reordered once, as the engine runs it.
 Beside it what MXNet's "Fused RNN Operators for CPU" has, in tables, of two sockets of SKX-8180 and of a P100: cells
 against `sym.RNN` (cwiki.apache.org/confluence/display/MXNET/Fused+RNN+Operators+for+CPU). Those of 5 layers are under a
 heading that says two directions, but an earlier version of the page, which the P100's are from, has the same ones under
@@ -135,10 +141,12 @@ def rendered() -> str:
     parts += [SATURATION, _source(saturation), _saturation_table(saturation["figures"])]
     parts += [EVICT, _source(evict), _evict_table(evict["figures"])]
     parts += [S9422, _source(s9422), _instances_table(s9422["figures"])]
-    if (RESULTS / "fused_rnn.json").exists():
-        layers = _load("fused_rnn.json")
-        parts += [FUSED_RNN, _source(layers), _fused_rnn_tables(layers["figures"], layers["threads"])]
     parts += [_rest(saturation["figures"])]
+    parts += [CHECKPOINTS, *(_checkpoints(_load(f"checkpoint_{device}.json"), device) for device in ("cuda", "cpu"))]
+    parts += [FUSED_RNN]
+    for device in ("cpu", "cuda"):
+        layers = _load(f"fused_rnn_{device}.json")
+        parts += [_source(layers), _fused_rnn_tables(layers["figures"], layers["threads"])]
     return "\n".join(parts)
 
 
@@ -235,6 +243,16 @@ Against float64 with the weights as they were, ‖found − exact‖ / ‖exact�
 timesteps of {sessions} sessions with random weights and inputs: cuDNN, ours and FP8 are off by {", ".join(errors)}. A
 trained model is to be tried with its own data.
 """
+
+
+def _checkpoints(report: dict[str, Any], device: str) -> str:
+    cost, rate, replay_s = (
+        report["figures"][f"checkpoint_{name}_{device}"] for name in ("cost", "timesteps_per_ms", "replay_s")
+    )
+    return (
+        f"{_source(report)}They cost {max(cost, 0):.1%} of the rate `[checkpoint_cost_{device}]`, {_rate(rate)} "
+        f"timesteps per ms are left; all sessions together replay one interval in {replay_s:.2f} s.\n"
+    )
 
 
 def _saturation_table(figures: dict[str, float]) -> str:
