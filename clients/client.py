@@ -64,8 +64,13 @@ def connect(target: Any) -> Client:
     """A client for `target`.
 
     A Serve handle of the application, or its name: frames go straight to the owners; Ray has to be connected.
-    `ws://host:port` (or wss): one WebSocket a session; nothing of Ray is needed.
+    `ws://host:port` (or wss): one WebSocket a session; nothing of Ray is needed. `grpc://host:port`: one stream of the
+    Open Inference Protocol for all sessions, without initial states; they end with it.
     """
+    if isinstance(target, str) and target.startswith("grpc://"):
+        from clients.open_inference import OpenInferenceTransport
+
+        return Client(OpenInferenceTransport(target))
     if isinstance(target, str) and target.startswith(("ws://", "wss://")):
         from clients.websocket import WebSocketTransport
 

@@ -121,6 +121,7 @@ class InferenceServer:
     async def config(self, name: str, version: str) -> dict[str, Any]:
         """ModelConfig. Raises UnknownModel."""
         spec = await self._spec(name, version)
+        rate = spec.sample_rate
         return {
             "name": name,
             "platform": PLATFORM,
@@ -129,7 +130,7 @@ class InferenceServer:
             "input": [{**_configured(spec.input_name, spec.input), "optional": False, "is_shape_tensor": False}],
             "output": [_configured(output, tensor) for output, tensor in spec.outputs.items()],
             "sequence_batching": {"oldest": {}},
-            "parameters": {},
+            "parameters": {} if rate is None else {"sample_rate": {"string_value": str(rate)}},
             "model_transaction_policy": {"decoupled": False},
         }
 

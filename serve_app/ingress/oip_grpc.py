@@ -274,6 +274,7 @@ class _Stream:
         response = pb.ModelInferResponse(
             model_name=request.model_name, model_version=request.model_version, id=request.id
         )
+        response.parameters["error"].string_param = error.code  # for clients that know us: the message is for people
         self.replies.put_nowait(pb.ModelStreamInferResponse(error_message=error.message, infer_response=response))
 
 

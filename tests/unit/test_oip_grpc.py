@@ -35,7 +35,19 @@ CONFIG = AppConfig(
 async def served(
     config: AppConfig = CONFIG, model: FloatSumModel | None = None
 ) -> AsyncIterator[tuple[LocalCluster, Any]]:
-    """The service at a port of its own; a cluster, and a stub that calls it."""
+    """The service; a cluster, and a stub that calls it."""
+    async with (
+        at_port(config, model) as (cluster, port, _),
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        yield cluster, oip_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+
+@asynccontextmanager
+async def at_port(
+    config: AppConfig = CONFIG, model: FloatSumModel | None = None
+) -> AsyncIterator[tuple[LocalCluster, int, grpc.aio.Server]]:
+    """The service at a port of its own; a cluster, the port, the server."""
     async with local(model or FloatSumModel(), config=config, ack_on_receipt=False) as (cluster, hub):
         service = InferenceService()
         service.inference = InferenceServer(hub)
@@ -43,8 +55,7 @@ async def served(
         oip_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield cluster, oip_pb2_grpc.GRPCInferenceServiceStub(channel)
+        yield cluster, port, server
         await server.stop(grace=None)
 
 
