@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -14,7 +15,7 @@ from serve_app.frame import ABORT, NO_CLOSE
 from serve_app.ingress.oip import DATATYPES, DTYPES
 from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.protos import oip_pb2_grpc
-from serve_app.segment import Run
+from serve_app.segment import Run, Timing
 from serve_app.session import Session
 from serve_app.spec import ModelSpec, SessionLimits, TensorSpec
 
@@ -177,6 +178,7 @@ class SequenceStream:
         values = {}
         for output, data in zip(infer.outputs, infer.raw_output_contents, strict=True):
             values[output.name] = np.frombuffer(data, DTYPES[output.datatype]).reshape(output.shape)
+        session.timing.add(*(infer.parameters[each.name].int64_param for each in fields(Timing)))
         session.deliver(end, 0, Run(start, end, values) if end > start else None)
         if ends:
             session.notice("ended", None, "closed", end)

@@ -4,6 +4,7 @@ import asyncio
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlencode
 
@@ -15,7 +16,7 @@ from websockets.typing import Subprotocol
 
 from serve_app.errors import InvalidInput, NotOwner, Unavailable, UnknownSession, from_wire
 from serve_app.frame import ABORT, NO_CLOSE
-from serve_app.ingress.codec import JSON, MSGPACK, Message, read_model, read_session
+from serve_app.ingress.codec import JSON, MSGPACK, Message, read_model, read_session, read_timing
 from serve_app.segment import Run
 from serve_app.session import Entry, Session
 from serve_app.spec import ModelSpec
@@ -234,6 +235,7 @@ def _take(session: Session, message: Message) -> None:
         values = {name: arrays.array(name, spec) for name, spec in session.spec.outputs.items()}
         start = message.number("start") or 0
         outputs = Run(start, start + len(next(iter(values.values()))), values)
+        session.timing.add(**asdict(read_timing(message)))
         session.deliver(message.number("next") or 0, message.number("rewind") or 0, outputs)
     elif kind == "ended" and "error" not in message.values:
         session.notice("ended", None, message.text("reason") or kind, message.number("progress") or 0)

@@ -1,7 +1,7 @@
 """One session's timesteps: a segment in, its outputs out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +16,31 @@ class Segment:
     start: int | None = None
 
 
+@dataclass(slots=True)
+class Timing:
+    """Where the time of outputs went: waiting for steps, in steps, and how many sessions were in the last of these."""
+
+    queue_us: int = 0
+    compute_us: int = 0
+    batch_size: int = 0
+
+    def add(self, queue_us: int, compute_us: int, batch_size: int) -> None:
+        """More outputs have come."""
+        self.queue_us += queue_us
+        self.compute_us += compute_us
+        self.batch_size = batch_size
+
+
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Outputs of consecutive timesteps: every value is [T, *shape], the first of timestep `start`."""
+    """Outputs of consecutive timesteps: every value is [T, *shape], the first of timestep `start`.
+
+    timing: of those that came here since some were handed out before.
+    """
 
     start: int
     values: Mapping[str, np.ndarray]
+    timing: Timing = field(default_factory=Timing)
 
     def __len__(self) -> int:
         return len(next(iter(self.values.values())))

@@ -7,7 +7,6 @@ is a Carrier's business. Everything here runs on one event loop.
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,7 +23,7 @@ from serve_app.errors import (
     from_wire,
 )
 from serve_app.frame import ABORT, NO_CLOSE
-from serve_app.segment import Outputs, Run
+from serve_app.segment import Outputs, Run, Timing
 from serve_app.spec import ModelSpec, SessionLimits, check_segment
 
 State = tuple[np.ndarray, ...] | None
@@ -56,21 +55,6 @@ class Entry(NamedTuple):
     acked: int
     rewind: int
     close: int
-
-
-@dataclass(slots=True)
-class Timing:
-    """Where the time of outputs went: waiting for steps, in steps, and how many sessions were in the last of these."""
-
-    queue_us: int = 0
-    compute_us: int = 0
-    batch_size: int = 0
-
-    def add(self, queue_us: int, compute_us: int, batch_size: int) -> None:
-        """More outputs have come."""
-        self.queue_us += queue_us
-        self.compute_us += compute_us
-        self.batch_size = batch_size
 
 
 class Session:
@@ -111,7 +95,7 @@ class Session:
         #: Why the session ended (closed, idle, aborted, …), None while it lives.
         self.end_reason: str | None = None
         self.carrier = carrier
-        #: Of all outputs since whoever reads it has put a new one here.
+        #: Of all outputs that have come since some were handed out.
         self.timing = Timing()
         #: Called, on the event loop, whenever there are more outputs, or a failure, or the session has ended.
         self.changed: Callable[[], None] | None = None
@@ -236,7 +220,8 @@ class Session:
             values = {name: runs[0].rows(name).copy() for name in self.spec.outputs}
         else:
             values = {name: np.concatenate([run.rows(name) for run in runs]) for name in self.spec.outputs}
-        return Outputs(runs[0].start, values)
+        timing, self.timing = self.timing, Timing()
+        return Outputs(runs[0].start, values, timing)
 
     def ack(self, timestep: int) -> None:
         """The client behind this side holds the outputs below the timestep. Lower than before is no error.

@@ -131,7 +131,7 @@ class Recurrent:
             raise InvalidInput(
                 f"outputs of session {session.name!r} from timestep {start} on were acknowledged and are gone"
             )
-        return Outputs(start, {name: value[: end - start] for name, value in outputs.values.items()})
+        return Outputs(start, {name: value[: end - start] for name, value in outputs.values.items()}, outputs.timing)
 
     async def _forward(self, session: str, method: str, *args: Any) -> Any:
         """Call the replica where the session was opened. Raises UnknownSession when that is not another one."""

@@ -6,14 +6,14 @@ JSON has neither NaN nor infinity: in what is written both become null. The toke
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import msgpack
 import numpy as np
 
 from serve_app.errors import InvalidInput
-from serve_app.segment import Outputs
+from serve_app.segment import Outputs, Timing
 from serve_app.session import Session
 from serve_app.spec import ModelSpec, SessionLimits, TensorSpec
 
@@ -109,7 +109,8 @@ class Encoding:
         """The outputs in parts that make messages of about MAX_OUTPUT_BYTES or less."""
         count = max(1, MAX_OUTPUT_BYTES // max(1, spec.output_bytes * self.expansion))
         for at in range(0, len(outputs), count):
-            yield Outputs(outputs.start + at, {name: value[at : at + count] for name, value in outputs.values.items()})
+            values = {name: value[at : at + count] for name, value in outputs.values.items()}
+            yield Outputs(outputs.start + at, values, Timing() if at else outputs.timing)
 
 
 def _to_json(message: Mapping[str, Any]) -> bytes:
@@ -277,8 +278,14 @@ def describe_numbers(session: Session) -> dict[str, int]:
 
 
 def describe_outputs(session: Session, outputs: Outputs) -> dict[str, Any]:
-    """Outputs of a session."""
-    return {"start": outputs.start, "end": outputs.end, "outputs": outputs.values, **describe_numbers(session)}
+    """Outputs of a session; `read_timing` reads where their time went."""
+    numbers = {**asdict(outputs.timing), **describe_numbers(session)}
+    return {"start": outputs.start, "end": outputs.end, "outputs": outputs.values, **numbers}
+
+
+def read_timing(message: Message) -> Timing:
+    """Where the time of a message's outputs went."""
+    return Timing(*(message.number(each.name) or 0 for each in fields(Timing)))
 
 
 def read_session(message: Message) -> tuple[str, ModelSpec, SessionLimits]:

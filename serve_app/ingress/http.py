@@ -97,6 +97,9 @@ class OutputsBody(NumbersBody):
     start: int
     end: int
     outputs: dict[str, list[Any]]
+    queue_us: int
+    compute_us: int
+    batch_size: int
     ended: str | None = None
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from serve_app.errors import InvalidInput, LockstepError, SessionEnded, SessionExists, WindowFull
 from serve_app.ingress.hub import Hub
-from serve_app.session import Session, Timing
+from serve_app.segment import Timing
+from serve_app.session import Session
 
 SequenceId = int | str
 MAX_EARLY = 4096
@@ -241,7 +242,7 @@ class Sequence:
             return
         first = asked[0].start
         outputs = session.peek(first)
-        timing, session.timing = session.timing, Timing()
+        timing = Timing() if outputs is None else outputs.timing
         while asked and asked[0].end <= progress:
             _, reply, start, end = asked.popleft()
             values = (

@@ -76,7 +76,9 @@ async def test_what_a_model_takes_is_known() -> None:
         assert (spec.input.shape, spec.input.dtype, spec.sample_rate) == ((1,), "float32", 16000)
         async with await client.open() as session:
             session.submit(np.ones(3, np.float32))  # samples, since there is a rate
-        assert await totals(session) == [1, 2, 3]
+        (outputs,) = [outputs async for outputs in session.outputs()]
+        assert outputs.values["total"].ravel().tolist() == [1, 2, 3]
+        assert outputs.timing.batch_size == 1
 
 
 async def test_a_session_without_input_closes() -> None:

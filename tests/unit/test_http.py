@@ -130,6 +130,7 @@ async def test_a_session_from_open_to_close() -> None:
         assert await sut.fetch("a", 4, 5) == [[5, 5]]  # until acknowledged
         last = await sut.call("GET", "/v1/sessions/a/outputs?start=5&wait_s=10")
         assert (last["start"], last["end"], last["outputs"], last["ended"]) == (5, 5, {"total": []}, "closed")
+        assert last["batch_size"] == 0, "none have come"
         while sut.hub.num_sessions or sut.cluster.engines["owner-0"].gauges()["retained_bytes"]:
             await asyncio.sleep(0.005)
         assert await sut.refused(410, "session_ended", "closed", "GET", "/v1/sessions/a") == {"reason": "closed"}

@@ -609,3 +609,21 @@ async def test_a_session_that_was_not_opened_for_it_cannot_be_taken_over() -> No
             assert "resumable=true" in error["message"]
         await owner.send("segment", x=ones(2))
         assert await owner.outputs(0, 2) == line(0, 2)
+
+
+async def test_outputs_tell_where_their_time_went() -> None:
+    async with system() as sut, connect(sut.address) as client:
+        sessions = [await client.open() for _ in range(3)]
+        for session in sessions:
+            session.submit(np.ones((40, 2), np.int64))
+            await session.wait()
+        for session in sessions:
+            outputs = session.read()
+            assert outputs is not None
+            assert 1 <= outputs.timing.batch_size <= 3
+            assert outputs.timing.compute_us > 0
+        sessions[0].submit(np.ones((1, 2), np.int64))
+        await sessions[0].wait()
+        last = sessions[0].read()
+        assert last is not None
+        assert last.timing.batch_size == 1, "of the new ones only"
