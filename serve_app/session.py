@@ -395,7 +395,7 @@ class Session:
         """Another owner has it, from that timestep on: what is not known to have run is sent again."""
         self.carrier = carrier
         self.handed = self.accepted = timestep
-        self.rewind = self.acked_told = 0
+        self.acked_told = 0
         self.in_flight = self._close_told = False
         self._end = None
         while len(self._checkpoints) > 1:

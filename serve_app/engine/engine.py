@@ -223,7 +223,7 @@ class Engine:
             if ask.adopts >= 0:
                 return self._adopt(ask, sender, now)
             if not self._sessions.holds(ask.epoch):
-                row = self._sessions.open(ask.epoch, ask.session, sender, now, ask.start)
+                row = self._sessions.open(ask.epoch, ask.session, sender, now, ask.start, ask.rewind)
                 self._mail[sender].num_sessions += 1
                 if ask.initial_state is not None:
                     with self._pool.moving(after_steps=False):

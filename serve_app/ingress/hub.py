@@ -210,7 +210,7 @@ class Hub:
                     outbox = await self._outbox(grant.owner)
                     session.epoch = grant.epoch
                     at, state = session.restore_point()
-                    await outbox.open(session, Open(grant.epoch, session.name, state, at))
+                    await outbox.open(session, Open(grant.epoch, session.name, state, at, rewind=session.rewind))
                 except StateLost:
                     is_lost = True
                 except (Unavailable, TooManySessions):  # for now: replicas and the directory start again

@@ -457,6 +457,22 @@ async def test_a_client_is_told_of_a_failed_step_once_with_segments_behind_it() 
         assert await collect(session) == line(0, 5)
 
 
+async def test_a_session_goes_on_at_another_owner_after_a_failed_step() -> None:
+    """The client counts failed steps, so they still count there."""
+    async with system(SumModel(poison=0)) as sut:
+        session = await open_websocket(sut.address)
+        session.submit(np.array([[-1, -1]]))
+        with pytest.raises(StepFailed):
+            await session.wait()
+        sut.cluster.add(SumModel(poison=0))
+        await sut.cluster.kill("owner-0")
+        session.submit(np.array(ones(2)))
+        assert await session.wait() == 2
+        session.submit(np.array([[-1, -1]]))
+        with pytest.raises(StepFailed, match="resend from 2"):
+            await session.wait()
+
+
 async def test_what_the_client_is_refused() -> None:
     async with system() as sut:
         session = await open_websocket(sut.address, session="a")
