@@ -137,7 +137,7 @@ class SessionTable:
         return bool(_find(self._row_near, self._table, epoch) >= 0)
 
     def open(self, epoch: int, name: str, sender: int, now: float, start: int = 0, rewind: int = 0) -> int:
-        """A row for a new session, which begins at `start` after so many failed steps; TooManySessions, SessionEnded."""
+        """A row for a new session, from `start` on, after `rewind` failed steps; TooManySessions, SessionEnded."""
         if epoch in self.tombstones:
             raise self.ended_error(epoch)
         if len(self.names) >= self.max_sessions:
