@@ -80,6 +80,7 @@ async def open_websocket(
     name, spec, limits = read_session(opened)
     carrier = WebSocketCarrier(websocket, address)
     opened_session = Session(name, spec, limits, carrier, keeps_unanswered=True)
+    opened_session.kept = opened.number("kept")
     carrier.start(opened_session)
     return opened_session
 
@@ -186,7 +187,7 @@ class WebSocketCarrier:
         while not self._stopped:
             try:
                 self._websocket, opened = await _connect(
-                    self._address, session=session.name, resume=str(session.progress)
+                    self._address, session=session.name, resume=str(session.progress), rewind=str(session.rewind)
                 )
             except (Unavailable, NotOwner, UnknownSession):  # it may be moving
                 if time.monotonic() > deadline:
@@ -234,6 +235,8 @@ def _take(session: Session, message: Message) -> None:
         values = {name: arrays.array(name, spec) for name, spec in session.spec.outputs.items()}
         start = message.number("start") or 0
         outputs = Run(start, start + len(next(iter(values.values()))), values)
+        if (kept := message.number("kept")) is not None:
+            session.kept = max(session.kept or 0, kept)
         session.deliver(message.number("next") or 0, message.number("rewind") or 0, outputs)
     elif kind == "ended" and "error" not in message.values:
         session.notice("ended", None, message.text("reason") or kind, message.number("progress") or 0)

@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 from serve_app.errors import ConfigError, Overloaded, Unavailable, UnknownSession
@@ -102,7 +103,8 @@ class FileStore(CheckpointStore):
         sizes: dict[str, int] = {}
         for file in file_system.ls(folder, detail=True):
             if file["name"].endswith(UNFINISHED):
-                file_system.rm_file(file["name"])
+                with suppress(FileNotFoundError):  # whoever was writing it has just finished
+                    file_system.rm_file(file["name"])
             elif file["type"] == "file":
                 sizes[file["name"].rpartition("/")[2]] = file["size"]
         super().__init__(max_bytes, sizes)
@@ -128,9 +130,8 @@ class FileStore(CheckpointStore):
     def _delete(self, keys: Collection[str]) -> None:
         for key in keys:
             try:
-                self._file_system.rm_file(self._path(key))
-            except FileNotFoundError:
-                pass  # whoever has deleted it
+                with suppress(FileNotFoundError):
+                    self._file_system.rm_file(self._path(key))
             except OSError as error:
                 raise Unavailable(f"a checkpoint cannot be deleted from {self._folder}: {error}") from error
 

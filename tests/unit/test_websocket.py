@@ -373,7 +373,7 @@ async def test_an_initial_state() -> None:
 async def test_a_fault_of_the_server_is_logged_and_not_shown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def broken(*_: object) -> None:
+    async def broken(*_: object, **__: object) -> None:
         raise RuntimeError("the secret reason")
 
     async with system() as sut:
