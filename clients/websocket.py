@@ -13,7 +13,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.typing import Subprotocol
 
-from serve_app.errors import InvalidInput, NotOwner, Unavailable, UnknownSession, from_wire
+from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownSession, from_wire
 from serve_app.frame import ABORT, NO_CLOSE
 from serve_app.ingress.codec import JSON, MSGPACK, Message, read_model, read_session
 from serve_app.segment import Run
@@ -196,8 +196,9 @@ class WebSocketCarrier:
                 self._websocket, opened = await _connect(
                     self._address, session=session.name, resume=str(session.progress), rewind=str(session.rewind)
                 )
-            except (Unavailable, NotOwner, UnknownSession):  # it may be moving
-                if time.monotonic() > deadline:
+            except LockstepError as error:
+                passes = error.retry or isinstance(error, UnknownSession)  # it may be moving
+                if not passes or time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(RETRY_DELAY_S)
             else:

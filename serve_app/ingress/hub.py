@@ -203,6 +203,7 @@ class Hub:
     async def _restore_at(self, grant: Grant, at: int, state: State, acked: int, rewind: int) -> Session:
         session, outbox = await self._session_at(grant, state)
         session.restore(at, acked, rewind)
+        session.stays = True
         await outbox.open(session, Open(grant.epoch, session.name, state, at, rewind=rewind))
         self._take_in(session, grant.owner, resumable=True, kept=at)
         return session
@@ -211,6 +212,7 @@ class Hub:
         """Take over from another sender, which has it under the epoch `before`."""
         session, outbox = await self._session_at(grant)
         session.adopt(acked)
+        session.stays = True
         opened = await outbox.open(session, Open(grant.epoch, grant.session, None, acked, before))
         session.adopted(opened.progress, opened.rewind)
         self._take_in(session, grant.owner, resumable=True, kept=0)

@@ -16,7 +16,7 @@ from clients.websocket import open_websocket
 from serve_app import session as session_module
 from serve_app.checkpoint_store import key_of
 from serve_app.config import AppConfig, DurabilityConfig, EngineConfig, FrameConfig, SessionConfig
-from serve_app.errors import NotOwner, StateLost, Unavailable, UnknownSession
+from serve_app.errors import NotOwner, StateLost, TooManySessions, Unavailable, UnknownSession
 from serve_app.frame import Answer, Frame
 from serve_app.ingress import keeper as keeper_module
 from serve_app.ingress.hub import NOWHERE, Hub
@@ -428,6 +428,47 @@ async def test_sessions_that_end_are_kept_no_longer() -> None:
         await dropped(sut.cluster)
         with pytest.raises(UnknownSession):
             await sut.hubs[sut.alive[0]].resume(sessions[0].name, 0)
+
+
+async def test_a_client_waits_while_there_is_no_room_for_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a cluster starts again there may be room for all only when its last replica is there."""
+    async with ingresses() as sut:
+        first, second = sut.alive
+        session = await open_websocket(first)
+        await kept(session, 40)
+        resume, full = sut.hubs[second].resume, 3
+
+        async def crowded(*args: Any) -> Session:
+            nonlocal full
+            full -= 1
+            if full >= 0:
+                raise TooManySessions("all replicas are full")
+            return await resume(*args)
+
+        monkeypatch.setattr(sut.hubs[second], "resume", crowded)
+        go_to(session, second)
+        await finish(session)
+        assert full < 0
+
+
+async def test_an_ingress_that_stops_while_it_takes_a_session_over_leaves_it_to_others() -> None:
+    async with ingresses() as sut:
+        first, second = sut.alive
+        third = await sut.add()
+        session = await open_websocket(first, session="a")
+        await kept(session, 40)
+        carrier(session)._stopped = True
+        break_connection(session)
+        sut.cluster.delay_s = lambda: 0.02
+        resuming = asyncio.create_task(sut.hubs[second].resume("a", session.progress))
+        while not any(ask.adopts >= 0 for frame in sut.cluster.frames for ask in frame.opens):
+            await asyncio.sleep(0)
+        resuming.cancel()
+        await asyncio.gather(resuming, return_exceptions=True)
+        await sut.hubs[second].stop()
+        assert sut.cluster.engines["owner-0"].gauges()["sessions_open"] == 1
+        resumed = await sut.hubs[third].resume("a", session.progress)
+        assert resumed.next == session.next
 
 
 def lone(**options: Any) -> Session:
