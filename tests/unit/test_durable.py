@@ -14,6 +14,7 @@ import pytest
 
 from clients.websocket import open_websocket
 from serve_app import session as session_module
+from serve_app.checkpoint import decode_checkpoint
 from serve_app.checkpoint_store import key_of
 from serve_app.config import AppConfig, DurabilityConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.errors import NotOwner, StateLost, TooManySessions, Unavailable, UnknownSession
@@ -416,6 +417,29 @@ async def test_while_the_directory_is_away_checkpoints_wait(monkeypatch: pytest.
         await kept(session, 40)
         assert away < 0 and all(len(slab) == 1 for slab in slabs)
         await finish(session)
+
+
+async def test_nothing_is_kept_beyond_what_the_client_has() -> None:
+    """Or outputs would be lost that were sent and have not arrived."""
+    async with local(SumModel(), config=CONFIG, ack_on_receipt=False) as (cluster, hub):
+        session, other = await hub.open("a", resumable=True), await hub.open("b", resumable=True)
+
+        async def stored() -> int:
+            """After whatever was to be kept until now."""
+            other.ack(other.progress)
+            before = other.kept or 0
+            while (other.kept or 0) <= before:
+                await other.wait(other.submit(np.array(ones(5))))
+                other.ack(other.progress)
+            assert cluster.actor._store is not None
+            return decode_checkpoint(cluster.actor._store.get(key_of("a")), "a").at
+
+        await session.wait(session.submit(np.array(ones(40))))
+        session.ack(5)
+        assert await stored() == session.kept == 0
+        session.ack(40)
+        at = await stored()
+        assert 0 < at <= 40 and at == session.kept
 
 
 async def test_sessions_that_end_are_kept_no_longer() -> None:
