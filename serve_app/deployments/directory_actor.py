@@ -62,6 +62,7 @@ class DirectoryActor:
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
         """See Directory.attach."""
+        await self._recall([session])
         return self._directory.attach(session, sender)
 
     async def release(self, session: str, epoch: int) -> None:

@@ -156,7 +156,7 @@ class Hub:
         try:
             grant, before = await self._directory.attach(name, self.sender)
         except UnknownSession as error:
-            if held is None or held.epoch < error.details.get("epoch", 0):
+            if held is None or held.epoch < error.details.get("epoch", 0) or held.next < acked:  # it went on elsewhere
                 return await self._restore(name, acked, rewind)
         else:
             if held is None or before != grant.epoch:  # another sender has had it since

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -84,10 +85,18 @@ def go_to(session: Session, address: str) -> None:
     break_connection(session)
 
 
-async def run(session: Session, timesteps: int, segment: int = 5) -> None:
+SEEN: WeakKeyDictionary[Session, list[list[int]]] = WeakKeyDictionary()
+"""Outputs that were read."""
+
+
+async def run(session: Session, timesteps: int) -> None:
     """Submit ones and wait for their outputs, one segment after another."""
-    for _ in range(timesteps // segment):
-        await session.wait(session.submit(np.array(ones(segment))))
+    seen = SEEN.setdefault(session, [])
+    for _ in range(timesteps // 5):
+        await session.wait(session.submit(np.array(ones(5))))
+        outputs = session.read()
+        assert outputs is not None and outputs.start == len(seen)
+        seen += outputs.values["total"].tolist()
 
 
 async def kept(session: Session, at_least: int) -> None:
@@ -96,11 +105,11 @@ async def kept(session: Session, at_least: int) -> None:
         await run(session, 5)
 
 
-async def finish(session: Session, so_far: list[list[int]] | None = None) -> None:
-    """Close it; its outputs must all be there."""
+async def finish(session: Session) -> None:
+    """Close it; its outputs must all have come, once and in order."""
     session.close()
     assert await session.closed() == "closed"
-    assert (so_far or []) + await collect(session) == line(0, session.next)
+    assert SEEN[session] + await collect(session) == line(0, session.next)
 
 
 async def test_a_session_outlives_its_ingress_and_its_owner() -> None:
@@ -133,8 +142,7 @@ async def test_nothing_has_to_be_kept_yet() -> None:
         sut.cluster.add(SumModel())
         go_to(session, second)
         await run(session, 5)
-        session.close()
-        assert await collect(session) == [[40 + i, 40 + i] for i in range(1, 11)]
+        assert SEEN[session] == [[40 + i, 40 + i] for i in range(1, 11)]
 
 
 @pytest.mark.parametrize("url", ["{}", "file://{}"])
@@ -294,6 +302,26 @@ async def test_an_ingress_that_looks_for_another_owner_gives_up_when_its_client_
             await asyncio.sleep(0.001)
         await finish(session)
         assert sut.cluster.engines["owner-1"].gauges()["sessions_open"] == 0
+
+
+async def test_an_ingress_with_an_old_copy_does_not_go_on_with_it(tmp_path: Path) -> None:
+    """The directory has started again, and knows from the store only that another has gone on with the session."""
+    config = dataclasses.replace(CONFIG, durability=DurabilityConfig(store=str(tmp_path)))
+    async with ingresses(SumModel(), SumModel(), config=config) as sut:
+        first, second = sut.alive
+        session = await open_websocket(first, session="a")
+        await kept(session, 40)
+        await sut.cluster.start_directory()
+        go_to(session, second)
+        await kept(session, 60)
+        while sut.hubs[second].get("a").kept != session.kept:
+            await run(session, 5)
+        await sut.cluster.start_directory()
+        assert sut.hubs[first].get("a").next < session.next
+        sut.kill(second)
+        go_to(session, first)
+        await run(session, 20)
+        await finish(session)
 
 
 async def test_who_resumes_at_once_by_two_ways_has_the_session_by_one() -> None:
