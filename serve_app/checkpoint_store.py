@@ -48,10 +48,14 @@ class CheckpointStore(ABC):
 
     def get(self, key: str) -> bytes:
         """Read a record. Raises UnknownSession without any, Unavailable when it cannot be read now."""
-        record = self._read(key)
-        if record is None:
+        found = self.find([key])
+        if key not in found:
             raise UnknownSession("no checkpoint of the session is kept: open a new session")
-        return record
+        return found[key]
+
+    @abstractmethod
+    def find(self, keys: Collection[str]) -> Mapping[str, bytes]:
+        """Read the records that there are. Raises Unavailable when they cannot be read now."""
 
     def drop(self, keys: Collection[str]) -> None:
         """Delete records; where there is none it is no error."""
@@ -69,9 +73,6 @@ class CheckpointStore(ABC):
     def _write(self, slab: Mapping[str, bytes]) -> None: ...
 
     @abstractmethod
-    def _read(self, key: str) -> bytes | None: ...
-
-    @abstractmethod
     def _delete(self, keys: Collection[str]) -> None: ...
 
 
@@ -85,8 +86,8 @@ class MemoryStore(CheckpointStore):
     def _write(self, slab: Mapping[str, bytes]) -> None:
         self._records.update(slab)
 
-    def _read(self, key: str) -> bytes | None:
-        return self._records.get(key)
+    def find(self, keys: Collection[str]) -> Mapping[str, bytes]:
+        return {key: self._records[key] for key in keys if key in self._records}
 
     def _delete(self, keys: Collection[str]) -> None:
         for key in keys:
@@ -118,14 +119,15 @@ class FileStore(CheckpointStore):
         except OSError as error:
             raise Unavailable(f"{len(slab)} checkpoints cannot be written to {self._folder}: {error}") from error
 
-    def _read(self, key: str) -> bytes | None:
-        try:
-            record: bytes = self._file_system.cat_file(self._path(key))
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise Unavailable(f"a checkpoint cannot be read from {self._folder}: {error}") from error
-        return record
+    def find(self, keys: Collection[str]) -> Mapping[str, bytes]:
+        paths = {self._path(key): key for key in keys}
+        found: dict[str, bytes] = {}
+        for path, record in self._file_system.cat(list(paths), on_error="return").items():
+            if isinstance(record, bytes):
+                found[paths[path]] = record
+            elif not isinstance(record, FileNotFoundError):
+                raise Unavailable(f"a checkpoint cannot be read from {self._folder}: {record}") from record
+        return found
 
     def _delete(self, keys: Collection[str]) -> None:
         for key in keys:

@@ -11,7 +11,7 @@ from serve_app.checkpoint import decode_checkpoint
 from serve_app.checkpoint_store import CheckpointStore, key_of, open_store
 from serve_app.config import DurabilityConfig
 from serve_app.directory import Claim, Directory, Grant, Owner, Record, Slab
-from serve_app.errors import LockstepError, StateLost, Unavailable, UnknownSession
+from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.spec import ModelSpec
 
 logger = logging.getLogger("ray.serve")
@@ -108,18 +108,17 @@ class DirectoryActor:
         """The checkpoint of a session that has no owner, and the epoch to claim it by. See Directory.restorable."""
         await self._recall([session])
         epoch = self._directory.restorable(session)
-        return epoch, await self._read(session)
+        return epoch, await self._stored(lambda store: store.get(key_of(session)))
 
     async def _recall(self, sessions: Iterable[str]) -> None:
         """Learn from the store of sessions that an earlier directory has known."""
-        for session in self._directory.unknown(sessions):
+        keys = {key_of(session): session for session in self._directory.unknown(sessions)}
+        records = await self._stored(lambda store: store.find(keys)) if keys else {}
+        for key, record in records.items():
             try:
-                self._directory.recall(session, decode_checkpoint(await self._read(session), session).epoch)
-            except (StateLost, UnknownSession) as error:
-                logger.warning("session %r cannot be had from its checkpoint: %s", session, error)
-
-    async def _read(self, session: str) -> bytes:
-        return await self._stored(lambda store: store.get(key_of(session)))
+                self._directory.recall(keys[key], decode_checkpoint(record, keys[key]).epoch)
+            except StateLost as error:
+                logger.warning("a checkpoint cannot be used: %s", error)
 
     async def _stored(self, work: Callable[[CheckpointStore], T]) -> T:
         """Do something with the store, after all that was to be done before; the directory goes on meanwhile."""

@@ -135,6 +135,20 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(make: Make) -> None:
     assert store.keep({"b": b"y" * 9}) == {}
 
 
+def test_many_are_read_at_once(make: Make) -> None:
+    store = make(100)
+    store.keep({"a": b"1", "b": b"", "c": b"333"})
+    assert store.find(["a", "b", "x"]) == {"a": b"1", "b": b""}
+    assert store.find(["x"]) == {}
+
+
+def test_a_record_that_cannot_be_read_now_is_told(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path), "app", 100)
+    (tmp_path / "app" / "a").mkdir()
+    with pytest.raises(Unavailable, match=r"cannot be read from .*app: .*directory"):
+        store.get("a")
+
+
 def test_a_folder_is_found_again(tmp_path: Path) -> None:
     store = open_store(str(tmp_path), "app", 100)
     store.keep({key_of("a"): b"1", key_of("b/../c"): b"22", key_of("n" * 300): b"333"})
