@@ -134,6 +134,9 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"session": {"nan": False}}, ["session.nan is False", "refuse, pass", "quotes"]),
     ({"session.nan": "drop"}, ["session.nan is 'drop'", "refuse, pass"]),
     ({"session.idle_timeout_s": "0"}, ["session.idle_timeout_s is 0.0", "more than 0"]),
+    ({"durability.keep_s": "0"}, ["durability.keep_s is 0.0", "more than 0"]),
+    ({"durability.max_bytes": "-1"}, ["durability.max_bytes is -1", "the least is 0"]),
+    ({"durability.url": "x"}, ["durability.url is not a setting", "store, max_bytes, keep_s"]),
     ({"session.idle_timeout_s": "nan"}, ["session.idle_timeout_s is 'nan'", "a number"]),
     (
         {"session.max_segment_timesteps": "5000"},

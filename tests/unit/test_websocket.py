@@ -15,6 +15,7 @@ import uvicorn
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
+import clients.client
 from clients import websocket as websocket_client
 from clients.websocket import WebSocketCarrier, open_websocket
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
@@ -373,7 +374,7 @@ async def test_an_initial_state() -> None:
 async def test_a_fault_of_the_server_is_logged_and_not_shown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def broken(*_: object) -> None:
+    async def broken(*_: object, **__: object) -> None:
         raise RuntimeError("the secret reason")
 
     async with system() as sut:
@@ -455,6 +456,22 @@ async def test_a_client_is_told_of_a_failed_step_once_with_segments_behind_it() 
         assert await session.wait() == 5
         session.close()
         assert await collect(session) == line(0, 5)
+
+
+async def test_a_session_goes_on_at_another_owner_after_a_failed_step() -> None:
+    """The client counts failed steps, so they still count there."""
+    async with system(SumModel(poison=0)) as sut:
+        session = await open_websocket(sut.address)
+        session.submit(np.array([[-1, -1]]))
+        with pytest.raises(StepFailed):
+            await session.wait()
+        sut.cluster.add(SumModel(poison=0))
+        await sut.cluster.kill("owner-0")
+        session.submit(np.array(ones(2)))
+        assert await session.wait() == 2
+        session.submit(np.array([[-1, -1]]))
+        with pytest.raises(StepFailed, match="resend from 2"):
+            await session.wait()
 
 
 async def test_what_the_client_is_refused() -> None:
@@ -612,7 +629,7 @@ async def test_a_session_that_was_not_opened_for_it_cannot_be_taken_over() -> No
 
 
 async def test_outputs_tell_where_their_time_went() -> None:
-    async with system() as sut, connect(sut.address) as client:
+    async with system() as sut, clients.client.connect(sut.address) as client:
         sessions = [await client.open() for _ in range(3)]
         for session in sessions:
             session.submit(np.ones((40, 2), np.int64))
