@@ -195,7 +195,11 @@ class StatePool:
         tensors = [torch.Tensor] * len(self._columns)
         if self._plain and type(state) is tuple and [type(leaf) for leaf in state] == tensors:
             return state, self._structure  # as pytree would, in a fraction of the time
-        return pytree.tree_flatten(state)
+        try:
+            leaves = self._structure.flatten_up_to(state)  # by name, in whatever order the model has put them
+        except ValueError:
+            return pytree.tree_flatten(state)
+        return (leaves, self._structure) if all(map(torch.is_tensor, leaves)) else pytree.tree_flatten(state)
 
     def _take_pages(self, count: int) -> np.ndarray:
         while self._num_free < count:
