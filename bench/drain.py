@@ -149,7 +149,7 @@ def _percentiles(gaps: list[float], what: str) -> dict[str, float]:
 
 
 @click.command()
-@click.option("--seconds", default=120.0, show_default=True)
+@click.option("--seconds", default=180.0, show_default=True)
 @click.option("--sessions", default=500, show_default=True)
 @click.option("--replicas", default=4, show_default=True)
 @json_option
