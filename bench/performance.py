@@ -144,8 +144,8 @@ def rendered() -> str:
     parts += [_rest(saturation["figures"])]
     parts += [CHECKPOINTS, *(_checkpoints(_load(f"checkpoint_{device}.json"), device) for device in ("cuda", "cpu"))]
     parts += [FUSED_RNN]
-    for device in ("cpu", "cuda"):
-        layers = _load(f"fused_rnn_{device}.json")
+    for file in sorted(RESULTS.glob("fused_rnn_*.json")):
+        layers = _load(file.name)
         parts += [_source(layers), _fused_rnn_tables(layers["figures"], layers["threads"])]
     return "\n".join(parts)
 
