@@ -75,6 +75,17 @@ class Claim(NamedTuple):
     fingerprint: str = ""
 
 
+class Ask(NamedTuple):
+    """What `Directory.open` is asked. `ended`: epochs, by owner, that the sender has seen end before."""
+
+    session: str
+    sender: str
+    model: str | None
+    ended: Mapping[str, Collection[int]]
+    resumable: bool
+    claim: Claim | None
+
+
 class Held(NamedTuple):
     """A session that a sender wants a checkpoint kept of: at which owner, under which epoch."""
 
@@ -98,8 +109,10 @@ class Directory:
         self._owners: dict[str, Owner] = {}
         self._sessions: dict[str, Record] = {}
         self._held: dict[str | None, dict[int, str]] = {None: {}}  # by owner: epoch -> session
-        self._kept: dict[str, float] = {}  # when the session last had an owner, by key
+        self._kept: set[str] = set()  # keys
+        self._waiting: dict[str, float] = {}  # since when no owner has the session, by key: some of those kept
         self._keep_s = self._expire_at = math.inf
+        self._now = 0.0  # as it was told last
 
     def register(self, owner: Owner) -> None:
         """Take a new owner in."""
@@ -201,8 +214,9 @@ class Directory:
 
     def found(self, keys: Iterable[str], keep_s: float, now: float) -> None:
         """A store has been opened, with these checkpoints in it."""
-        self._kept = dict.fromkeys(keys, now)
-        self._keep_s, self._expire_at = keep_s, now
+        self._waiting = dict.fromkeys(keys, now)
+        self._kept = set(self._waiting)
+        self._keep_s, self._expire_at, self._now = keep_s, now, now
 
     def keep(self, sender: str, sessions: Mapping[str, Held]) -> dict[str, LockstepError]:
         """Whose checkpoints are not to be kept, and why: another goes on with the session (NotOwner), or it is over.
@@ -226,12 +240,15 @@ class Directory:
     def has_kept(self, sessions: Mapping[str, Held], now: float) -> list[str]:
         """These checkpoints are in the store now; keys of those that are to be dropped again, since all is over."""
         over = []
+        self._now = now
         for session, (epoch, _) in sessions.items():
-            record = self._sessions.get(session)
-            if record is not None and record.epoch >= epoch:
-                self._kept[key_of(session)] = now
-            else:
-                over.append(key_of(session))
+            record, key = self._sessions.get(session), key_of(session)
+            if record is None or record.epoch < epoch:
+                over.append(key)
+                continue
+            self._kept.add(key)
+            if record.owner is None:
+                self._waiting[key] = now
         return over
 
     def unknown(self, sessions: Iterable[str]) -> list[str]:
@@ -258,15 +275,14 @@ class Directory:
 
     def expire(self, now: float) -> Collection[str]:
         """Keys of checkpoints to drop: nobody has come back for their sessions. Looks at most every tenth of keep_s."""
+        self._now = now
         if now < self._expire_at:
             return ()
         self._expire_at = now + self._keep_s / 10
-        for session, record in self._sessions.items():
-            if record.owner is not None and (key := key_of(session)) in self._kept:
-                self._kept[key] = now
-        old = {key for key, at in self._kept.items() if at < now - self._keep_s}
+        old = {key for key, since in self._waiting.items() if since < now - self._keep_s}
         for key in old:
-            del self._kept[key]
+            del self._waiting[key]
+        self._kept -= old
         for session in list(self._held[None].values()):
             if key_of(session) not in self._kept:
                 self._forget(session)
@@ -308,6 +324,11 @@ class Directory:
             del self._held[before.owner][before.epoch]
         self._sessions[session] = record
         self._held[record.owner][record.epoch] = session
+        if record.resumable and (key := key_of(session)) in self._kept:
+            if record.owner is None:
+                self._waiting.setdefault(key, self._now)
+            else:
+                self._waiting.pop(key, None)
 
     def _orphan(self, session: str) -> None:
         """Its owner is gone: it waits where a checkpoint of it is kept, else it is over."""
@@ -320,4 +341,5 @@ class Directory:
     def _forget(self, session: str) -> None:
         record = self._sessions.pop(session)
         del self._held[record.owner][record.epoch]
-        self._kept.pop(key_of(session), None)
+        self._kept.discard(key := key_of(session))
+        self._waiting.pop(key, None)

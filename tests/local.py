@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from serve_app.config import AppConfig
 from serve_app.deployments.directory_actor import DirectoryActor
-from serve_app.directory import Claim, Directory, Grant, Owner, Slab
+from serve_app.directory import Ask, Claim, Directory, Grant, Owner, Slab
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.engine import Engine
 from serve_app.errors import LockstepError, StateLost, Unavailable
@@ -83,7 +83,10 @@ class LocalCluster:
         resumable: bool = False,
         claim: Claim | None = None,
     ) -> Grant:
-        return await self.actor.open(session, sender, model, ended, resumable=resumable, claim=claim)
+        (opened,) = await self.actor.open([Ask(session, sender, model, ended, resumable, claim)])
+        if isinstance(opened, LockstepError):
+            raise opened
+        return opened
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
         return await self.actor.attach(session, sender)
