@@ -51,7 +51,6 @@ CALLERS, AT_ONCE = 4, 64
 BURST = 1000
 TIMESTEPS = 5
 LOOK_EVERY_S = 0.005
-SETTLE_S = 2.0
 
 
 class Caller:
@@ -60,7 +59,8 @@ class Caller:
     def __init__(self, number: int) -> None:
         self._name = f"caller-{number}"
         self._directory = RayDirectory(APP)
-        self._looking = False
+        self._took_s: list[float] = []
+        self._looking: asyncio.Task[None] | None = None
 
     async def fill(self, first: int, end: int) -> int:
         """Open sessions that can be resumed, and keep a checkpoint of each; returns the bytes of these."""
@@ -88,19 +88,21 @@ class Caller:
         counts = await asyncio.gather(*map(one_after_another, range(AT_ONCE)))
         return sum(counts) / (time.monotonic() - began)
 
-    async def look(self, session: str) -> list[float]:
-        """Look a session up now and then, until `stop`; returns how long each time took."""
-        self._looking, took_s = True, []
-        while self._looking:
+    async def look(self, session: str) -> None:
+        """Look a session up now and then, from now on."""
+        await self._directory.lookup(session)
+        self._looking = asyncio.create_task(self._look(session))
+
+    async def looked(self) -> list[float]:
+        """How long each time took."""
+        return self._took_s
+
+    async def _look(self, session: str) -> None:
+        while True:
             began = time.monotonic()
             await self._directory.lookup(session)
-            took_s.append(time.monotonic() - began)
+            self._took_s.append(time.monotonic() - began)
             await asyncio.sleep(LOOK_EVERY_S)
-        return took_s
-
-    async def stop(self) -> None:
-        """End `look`."""
-        self._looking = False
 
     async def _open(self, name: str, *, resumable: bool = False) -> Grant:
         return await self._directory.open(name, self._name, IDLE.name, {}, resumable=resumable)
@@ -194,16 +196,14 @@ async def fail_over(moving: int) -> dict[str, float]:
         await asyncio.gather(*(run(session) for session in sessions))
         victim = Counter(session.owner for session in sessions).most_common(1)[0][0]
         hit = [session for session in sessions if session.owner == victim]
-        looking = looker.look.remote(next(session.name for session in sessions if session.owner != victim))
-        await asyncio.sleep(SETTLE_S)
+        await looker.look.remote(next(session.name for session in sessions if session.owner != victim))
         directory.took_s.clear()
         pid = pid_of(ray.get_actor(f"SERVE_REPLICA::{APP}#Recurrent#{victim}", namespace=SERVE_NAMESPACE))
         began = time.monotonic()
         psutil.Process(pid).kill()
         await asyncio.gather(*(run(session) for session in hit))
         took_s = time.monotonic() - began
-        await looker.stop.remote()
-        looked_s = (await looking)[-int(took_s / LOOK_EVERY_S) :]
+        looked_s = await looker.looked.remote()
         assert all(session.progress == 2 * TIMESTEPS and session.owner != victim for session in hit)
         return {
             "failover_sessions": float(len(hit)),

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
-import httpx
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.typing import Subprotocol
 
+from clients import http
 from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownSession, from_wire
 from serve_app.frame import ABORT, NO_CLOSE
-from serve_app.ingress.codec import JSON, MSGPACK, Message, read_model, read_session
+from serve_app.ingress.codec import MSGPACK, Message, read_model, read_session
 from serve_app.segment import Run
 from serve_app.session import Entry, Session
 from serve_app.spec import ModelSpec
@@ -48,14 +48,7 @@ class WebSocketTransport:
 
     async def models(self) -> dict[str, ModelSpec]:
         """See Transport."""
-        url = f"http{self._address.removeprefix('ws')}/v1/models"
-        try:
-            async with httpx.AsyncClient() as http:
-                answer = JSON.decode((await http.get(url)).content)
-        except httpx.HTTPError as error:
-            raise Unavailable(f"no answer from {url}: {str(error) or type(error).__name__}") from error
-        if "error" in answer.values:
-            raise from_wire(answer.mapping("error").values)
+        answer = await http.call(self._address, "GET", "/v1/models")
         models = [read_model(Message(described)) for described in answer.values.get("models", [])]
         return {spec.name: spec for spec in models}
 

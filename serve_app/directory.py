@@ -4,6 +4,7 @@ Asked when a session opens or ends, never per segment. Every grant has an epoch 
 Of resumable sessions it knows too of which a checkpoint is kept: those outlive their owner, and whoever sends to it.
 """
 
+import heapq
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -63,6 +64,17 @@ class Record:
     sender: str
     since: int
     resumable: bool = False
+
+
+class Described(NamedTuple):
+    """A session, for whoever looks after the application. model, owner: None while it waits to be resumed."""
+
+    session: str
+    model: str | None
+    owner: str | None
+    sender: str
+    epoch: int
+    resumable: bool
 
 
 class Claim(NamedTuple):
@@ -198,6 +210,23 @@ class Directory:
         if session not in self._sessions:
             raise UnknownSession(f"session {session!r} is not open: open it first")
         return self._sessions[session]
+
+    def describe(self, session: str) -> Described:
+        """What is known of a session. Raises UnknownSession."""
+        record = self.lookup(session)
+        owner = None if record.owner is None else self._owners.get(record.owner)
+        model = None if owner is None else owner.spec.name
+        return Described(session, model, record.owner, record.sender, record.epoch, record.resumable)
+
+    def sessions(self, after: str, limit: int) -> list[Described]:
+        """So many of them at most, by name, from the first that comes after `after` on."""
+        names = (session for session in self._sessions if session > after)
+        return [self.describe(session) for session in heapq.nsmallest(limit, names)]
+
+    def grant_of(self, session: str) -> Grant | None:
+        """The grant that a session runs under, None while it waits to be resumed. Raises UnknownSession."""
+        record = self.lookup(session)
+        return None if record.owner is None else Grant(session, record.epoch, self._owners[record.owner])
 
     def ended(self, owner: str, epochs: Iterable[int]) -> list[str]:
         """These sessions are over, what is not known (any more) is no error; keys of checkpoints to drop."""

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from serve_app.checkpoint import decode_checkpoint
 from serve_app.checkpoint_store import CheckpointStore, key_of, open_store
 from serve_app.config import DurabilityConfig
-from serve_app.directory import Ask, Directory, Grant, Owner, Record, Slab
+from serve_app.directory import Ask, Described, Directory, Grant, Owner, Record, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable, UnknownSession
 from serve_app.spec import ModelSpec
 
@@ -58,6 +58,23 @@ class DirectoryActor:
     async def lookup(self, session: str) -> Record:
         """See Directory.lookup."""
         return self._directory.lookup(session)
+
+    async def describe(self, session: str) -> Described:
+        """See Directory.describe."""
+        await self._recall([session])
+        return self._directory.describe(session)
+
+    async def sessions(self, after: str, limit: int) -> list[Described]:
+        """See Directory.sessions."""
+        return self._directory.sessions(after, limit)
+
+    async def drop(self, session: str) -> Grant | None:
+        """End a session that waits to be resumed, or say under which grant its owner is to. Raises UnknownSession."""
+        await self._recall([session])
+        grant = self._directory.grant_of(session)
+        if grant is None:
+            self._drop(self._directory.ended("", [self._directory.lookup(session).epoch]))
+        return grant
 
     async def report(self, owner: str, ended: list[int]) -> bool:
         """An owner is alive, and these sessions of it have ended; False when it has to register (again)."""

@@ -12,7 +12,7 @@ from ray.serve._private.common import RequestMetadata
 from serve_app.config import DurabilityConfig
 from serve_app.deployments.directory_actor import DirectoryActor
 from serve_app.deployments.frame_channel import FrameChannel
-from serve_app.directory import Ask, Claim, Grant, Owner, Record, Slab
+from serve_app.directory import Ask, Claim, Described, Grant, Owner, Record, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.ingress.outbox import Channel
 from serve_app.ingress.together import Together
@@ -74,6 +74,18 @@ class RayDirectory:
     async def lost(self, owner: str) -> None:
         """See DirectoryClient."""
         await self._losses.call(owner)
+
+    async def describe(self, session: str) -> Described:
+        """See DirectoryClient."""
+        return await _result(self.actor.describe.remote(session))
+
+    async def sessions(self, after: str, limit: int) -> list[Described]:
+        """See DirectoryClient."""
+        return await _result(self.actor.sessions.remote(after, limit))
+
+    async def drop(self, session: str) -> Grant | None:
+        """See DirectoryClient."""
+        return await _result(self.actor.drop.remote(session))
 
     async def models(self) -> dict[str, ModelSpec]:
         """See DirectoryClient."""

@@ -12,7 +12,7 @@ from uuid import uuid4
 import numpy as np
 
 from serve_app.checkpoint import decode_checkpoint
-from serve_app.directory import Claim, Grant, Owner, Slab
+from serve_app.directory import Claim, Described, Grant, Owner, Slab
 from serve_app.errors import (
     InvalidInput,
     LockstepError,
@@ -22,8 +22,9 @@ from serve_app.errors import (
     TooManySessions,
     Unavailable,
     UnknownSession,
+    from_wire,
 )
-from serve_app.frame import Open
+from serve_app.frame import ABORT, Frame, Open
 from serve_app.ingress.keeper import Keeper
 from serve_app.ingress.outbox import Channel, Outbox
 from serve_app.session import Session, State
@@ -81,6 +82,18 @@ class DirectoryClient(Protocol):
 
     async def lost(self, owner: str) -> None:
         """The owner does not answer any more."""
+        ...
+
+    async def describe(self, session: str) -> Described:
+        """What is known of a session."""
+        ...
+
+    async def sessions(self, after: str, limit: int) -> list[Described]:
+        """Sessions of all senders, by name."""
+        ...
+
+    async def drop(self, session: str) -> Grant | None:
+        """The grant under which an owner is to end a session; None where that is all."""
         ...
 
     async def models(self) -> dict[str, ModelSpec]:
@@ -227,6 +240,37 @@ class Hub:
                 f"session {name!r} has ended ({self._past[name]}): open a new one", reason=self._past[name]
             )
         raise UnknownSession(f"session {name!r} is not open here: open it first")
+
+    def find(self, name: str) -> Session | None:
+        """See `get`; None for a session of another sender, or of none. Raises SessionEnded."""
+        try:
+            return self.get(name)
+        except UnknownSession:
+            return None
+
+    async def describe(self, name: str) -> Described:
+        """A session of whatever sender. Raises UnknownSession."""
+        return await self._directory.describe(name)
+
+    async def sessions(self, after: str, limit: int) -> list[Described]:
+        """Sessions of all senders: `limit` at most, by name, from the first that comes after `after` on."""
+        return await self._directory.sessions(after, limit)
+
+    async def drop(self, name: str) -> None:
+        """Abort a session of whatever sender, which hears of it. Raises UnknownSession, NotOwner while it moves."""
+        grant = await self._directory.drop(name)
+        if grant is None:
+            return
+        channel = self._directory.connect(grant.owner)
+        columns = np.array([[0], [grant.epoch], [0], [0], [ABORT], [0]], np.int64)
+        none = np.empty((0, *grant.owner.spec.input.shape), grant.owner.spec.input.dtype)
+        try:
+            answer = await channel.call(Frame(grant.owner.name, uuid4().hex, columns, none))
+        finally:
+            await channel.close()
+        for notice in answer.notices:
+            if notice.error is not None and notice.error["code"] == NotOwner.code:
+                raise from_wire(dict(notice.error))
 
     async def models(self) -> dict[str, ModelSpec]:
         """The models that can be asked for."""

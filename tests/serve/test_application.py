@@ -4,6 +4,8 @@ import asyncio
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -313,6 +315,32 @@ async def test_http_and_metrics(run_app: Callable[..., DeploymentHandle[Any]], h
         )
         assert 'model="rnn"' in seen["lockstep_steps"]
         assert 'reason="closed"' in seen["lockstep_session_ends"]
+
+
+async def test_the_command_line_ends_a_session_of_another_client(
+    run_app: Callable[..., DeploymentHandle[Any]], http_port: int
+) -> None:
+    app = run_app("watched", route_prefix="/watched", model=MODEL, engine=SMALL)
+    address = f"ws://127.0.0.1:{http_port}/watched"
+
+    async def call(*arguments: str) -> str:
+        command = [sys.executable, "-m", "clients", "sessions", *arguments, "--address", address]
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
+        return str(done.stdout)
+
+    async with connect(app) as by_handle, connect(address) as by_socket:
+        dropped, stays = await by_handle.open("dropped"), await by_socket.open("stays")
+        lines = (await call("list")).splitlines()
+        assert [(line.split()[0], line.endswith("resumable")) for line in lines] == [
+            ("dropped", False),
+            ("stays", True),
+        ]
+        assert await call("drop", "dropped") == "dropped: aborted\n"
+        with pytest.raises(SessionEnded, match="aborted"):
+            await dropped.wait(dropped.submit(noise(1, 5)))
+        await stays.wait(stays.submit(noise(1, 5)))
+        while "dropped" in await call("list"):  # its owner tells the directory soon
+            pass
 
 
 async def _metrics(http: httpx.AsyncClient, names: set[str]) -> dict[str, str]:
