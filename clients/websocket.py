@@ -17,7 +17,7 @@ from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownSe
 from serve_app.frame import ABORT, NO_CLOSE
 from serve_app.ingress.codec import MSGPACK, Message, read_model, read_session
 from serve_app.segment import Run
-from serve_app.session import Entry, Session
+from serve_app.session import Entry, Exported, Session
 from serve_app.spec import ModelSpec
 
 SUBPROTOCOL = Subprotocol("lockstep.msgpack")
@@ -36,10 +36,16 @@ class WebSocketTransport:
         self._resume_within_s = resume_within_s
         self._carriers: weakref.WeakSet[WebSocketCarrier] = weakref.WeakSet()
 
-    async def open(self, session: str | None, model: str | None, initial_state: Sequence[np.ndarray] | None) -> Session:
+    async def open(
+        self,
+        session: str | None,
+        model: str | None,
+        initial_state: Sequence[np.ndarray] | None,
+        checkpoint: bytes | None,
+    ) -> Session:
         """See Transport."""
         opened = await open_websocket(
-            self._address, session=session, model=model, initial_state=initial_state,
+            self._address, session=session, model=model, initial_state=initial_state, checkpoint=checkpoint,
             resume_within_s=self._resume_within_s,
         )  # fmt: skip
         if isinstance(opened.carrier, WebSocketCarrier):
@@ -63,6 +69,7 @@ async def open_websocket(
     session: str | None = None,
     model: str | None = None,
     initial_state: Sequence[np.ndarray] | None = None,
+    checkpoint: bytes | None = None,
     resume_within_s: float | None = None,
 ) -> Session:
     """Open a session at an address like ws://host:8000, with a path where the ingress has one.
@@ -72,22 +79,30 @@ async def open_websocket(
     safe. It is tried for `resume_within_s` (None: RESUME_WITHIN_S). Raises Unavailable when there is no connection,
     else what the ingress refuses with.
     """
-    state = None if initial_state is None else [np.asarray(array) for array in initial_state]
+    first: dict[str, Any] = {}
+    if initial_state is not None:
+        first["initial_state"] = [np.asarray(array) for array in initial_state]
+    if checkpoint is not None:
+        first["checkpoint"] = checkpoint
     websocket, opened = await _connect(
-        address, state, session=session, model=model, resumable="true", initial_state=None if state is None else "true"
+        address, first, session=session, model=model, resumable="true", **dict.fromkeys(first, "true")
     )
     name, spec, limits = read_session(opened)
     carrier = WebSocketCarrier(websocket, address, resume_within_s)
     opened_session = Session(name, spec, limits, carrier, keeps_unanswered=True)
+    opened_session.begin_at(opened.number("next") or 0)
     opened_session.kept = opened.number("kept")
     carrier.start(opened_session)
     return opened_session
 
 
 async def _connect(
-    address: str, state: list[np.ndarray] | None = None, **query: str | None
+    address: str, first: dict[str, Any] | None = None, **query: str | None
 ) -> tuple[ClientConnection, Message]:
-    """A connection, and the first message that comes by it. Raises Unavailable, or what the ingress refuses with."""
+    """A connection, and the first message that comes by it. Raises Unavailable, or what the ingress refuses with.
+
+    first: what the session is to begin with.
+    """
     parameters = urlencode({key: value for key, value in query.items() if value is not None})
     try:
         websocket = await connect(
@@ -101,8 +116,8 @@ async def _connect(
     except (OSError, InvalidHandshake) as error:  # a TimeoutError is an OSError
         raise Unavailable(f"no connection to {address}: {str(error) or type(error).__name__}") from error
     try:
-        if state is not None:
-            await websocket.send(MSGPACK.encode({"type": "open", "initial_state": state}))
+        if first:
+            await websocket.send(MSGPACK.encode({"type": "open", **first}))
         opened = MSGPACK.decode(await websocket.recv())
         if "error" in opened.values:
             raise from_wire(opened.mapping("error").values)
@@ -122,6 +137,7 @@ class WebSocketCarrier:
         self._resume_within_s = RESUME_WITHIN_S if resume_within_s is None else resume_within_s
         self._address = address
         self._due = asyncio.Event()
+        self._wants_state = False
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
 
@@ -148,6 +164,11 @@ class WebSocketCarrier:
         """See Carrier."""
         if _owes_ack(session):
             self._due.set()
+
+    def want_state(self, session: Session) -> None:
+        """See Carrier."""
+        self._wants_state = True
+        self._due.set()
 
     async def _receive(self, session: Session) -> None:
         """Take what comes until the session has ended; nobody is left waiting."""
@@ -208,6 +229,9 @@ class WebSocketCarrier:
                     for message in _messages(session.take(session.limits.max_segment)):
                         await self._websocket.send(MSGPACK.encode(message))
                     session.arrived(session.handed)
+                if self._wants_state:
+                    self._wants_state = False
+                    await self._websocket.send(MSGPACK.encode({"type": "export"}))
         finally:
             await self._websocket.close()
 
@@ -239,6 +263,8 @@ def _take(session: Session, message: Message) -> None:
         if (kept := message.number("kept")) is not None:
             session.kept = max(session.kept or 0, kept)
         session.deliver(message.number("next") or 0, message.number("rewind") or 0, outputs)
+    elif kind == "checkpoint":
+        session.exported(Exported(message.number("at") or 0, message.blob("checkpoint")))
     elif kind == "ended" and "error" not in message.values:
         session.notice("ended", None, message.text("reason") or kind, message.number("progress") or 0)
     elif kind == "ended":

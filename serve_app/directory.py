@@ -77,8 +77,11 @@ class Described(NamedTuple):
     resumable: bool
 
 
+NEW = -1
+
+
 class Claim(NamedTuple):
-    """Someone who goes on with a session: the last epoch that it knows of.
+    """Someone who goes on with a session: the last epoch that it knows of; NEW for a session that begins with a state.
 
     fingerprint: of the model of a checkpoint, for a client that has come back; "" for a sender that had it all along.
     """
@@ -158,13 +161,14 @@ class Directory:
         that the claim's state is of), TooManySessions, Unavailable (no owner yet).
         """
         record = self._sessions.get(session)
-        if claim is not None and record is not None and not self._may_go_on(record, claim.epoch):
+        is_new = claim is None or claim.epoch == NEW
+        if claim is not None and not is_new and record is not None and not self._may_go_on(record, claim.epoch):
             raise NotOwner(f"session {session!r} has gone on elsewhere under epoch {record.epoch}: resume it there")
-        if claim is None and record is not None and record.owner is not None:
+        if is_new and record is not None and record.owner is not None:
             raise SessionExists(
                 f"session {session!r} is open already at {record.owner!r}: close it, or choose another id"
             )
-        if claim is None and (record is not None or key_of(session) in self._kept):
+        if is_new and (record is not None or key_of(session) in self._kept):
             raise SessionExists(f"session {session!r} waits to be resumed: do that, or choose another id")
         serving = self._serving(session, model, claim)
         load = {name: len(self._held[name]) for name in serving}
@@ -339,8 +343,8 @@ class Directory:
         if not same:
             found = sorted({owner.spec.fingerprint for owner in serving.values()})
             raise StateLost(
-                f"what is kept of session {session!r} is of model {model!r} with fingerprint {claim.fingerprint}, the "
-                f"one that is served has {', '.join(found)} (other weights, options or dtype): open a new session"
+                f"the checkpoint of session {session!r} is of model {model!r} with fingerprint {claim.fingerprint}, "
+                f"the one that is served has {', '.join(found)} (other weights, options or dtype): open a new session"
             )
         return same
 

@@ -343,6 +343,27 @@ async def test_the_command_line_ends_a_session_of_another_client(
             pass
 
 
+async def test_a_session_is_taken_along_from_one_application_to_another(
+    run_app: Callable[..., DeploymentHandle[Any]], http_port: int
+) -> None:
+    run_app("here", route_prefix="/here", model=MODEL, engine=SMALL)
+    there = run_app("there", model=MODEL, engine=SMALL)
+    other = run_app("other", model={**MODEL, "seed": 4}, engine=SMALL)
+    x = noise(2, 60)
+    here = connect(f"ws://127.0.0.1:{http_port}/here")
+    async with here, connect(there) as by_handle, connect(other) as wrong:
+        session = await here.open()
+        session.submit(x[:30])
+        record = await session.export()
+        for client in (by_handle, here):
+            again = await client.open(checkpoint=record)
+            again.submit(x[30:])
+            await again.close()
+            np.testing.assert_allclose(await collect(again), alone(x)[30:], rtol=1e-5, atol=1e-5)
+        with pytest.raises(StateLost, match="other weights, options or dtype"):
+            await wrong.open(checkpoint=record)
+
+
 async def _metrics(http: httpx.AsyncClient, names: set[str]) -> dict[str, str]:
     """The first line of each metric, as Prometheus would read it, once all are there."""
     (node,) = [node for node in ray.nodes() if node["Alive"]]
