@@ -193,7 +193,7 @@ BAD_MESSAGES: dict[str, tuple[str, str, str | bytes]] = {
     "binary": ("invalid_input", "a binary message arrived in a conversation in JSON", b"\x80"),
     "not a map": ("invalid_input", "a list, expected a map", "[]"),
     "too large": ("invalid_input", "a message of 90000 bytes arrived, the limit is 81920", " " * 90_000),
-    "no type": ("invalid_input", "a message of type None arrived, expected segment, ack or close", "{}"),
+    "no type": ("invalid_input", "a message of type None arrived, expected segment, ack, export or close", "{}"),
     "unknown type": ("invalid_input", "type 'open' arrived, expected segment", '{"type": "open"}'),
     "unknown key": ("invalid_input", "'ack' is not known here: type, acked", '{"type": "ack", "ack": 3}'),
     "no x": ("invalid_input", "key 'x' is missing", '{"type": "segment"}'),
