@@ -1,6 +1,7 @@
 """Sessions over a WebSocket to an ingress: one connection each, in msgpack. Needs neither Ray nor torch."""
 
 import asyncio
+import random
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,8 @@ from serve_app.session import Entry, Exported, Session
 from serve_app.spec import ModelSpec
 
 SUBPROTOCOL = Subprotocol("lockstep.msgpack")
-RETRY_DELAY_S = 0.05
+RETRY_DELAY_S, MAX_RETRY_DELAY_S = 0.05, 1.0
+"""The first and the longest; many clients that lose their ingress at once must not keep the next from starting."""
 RESUME_WITHIN_S = 30.0
 """A session whose connection is gone is lost when there is none again within that time."""
 FINAL = (1000, 1011, *range(4000, 5000))
@@ -205,6 +207,7 @@ class WebSocketCarrier:
     async def _resume(self, session: Session) -> None:
         """Connect again, and go on. Raises what the session cannot be had again for, Unavailable after a while."""
         deadline = time.monotonic() + self._resume_within_s
+        delay_s = RETRY_DELAY_S
         while not self._stopped:
             try:
                 self._websocket, opened = await _connect(
@@ -214,7 +217,8 @@ class WebSocketCarrier:
                 passes = error.retry or isinstance(error, UnknownSession)  # it may be moving
                 if not passes or time.monotonic() > deadline:
                     raise
-                await asyncio.sleep(RETRY_DELAY_S)
+                await asyncio.sleep(delay_s * random.uniform(0.5, 1))
+                delay_s = min(2 * delay_s, MAX_RETRY_DELAY_S)
             else:
                 session.resumed(opened.number("next") or 0, opened.number("rewind") or 0)
                 return
