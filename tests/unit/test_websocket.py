@@ -625,3 +625,19 @@ async def test_a_session_that_was_not_opened_for_it_cannot_be_taken_over() -> No
             assert "resumable=true" in error["message"]
         await owner.send("segment", x=ones(2))
         assert await owner.outputs(0, 2) == line(0, 2)
+
+
+async def test_tries_to_resume_become_rarer(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[str] = []
+
+    async def refused(address: str, **query: str) -> None:
+        attempts.append(address)
+        raise Unavailable("nobody is there")
+
+    async with system() as sut:
+        session = await open_websocket(sut.address, resume_within_s=0.6)
+        monkeypatch.setattr(websocket_client, "_connect", refused)
+        break_connection(session)
+        with pytest.raises(Unavailable, match="nobody is there"):
+            await session.closed()
+    assert 2 <= len(attempts) <= 6, "0.025 s lie between the first two at least, then twice as much each time"
