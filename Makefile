@@ -52,6 +52,7 @@ bench: venv
 	$(BIN)/python -m examples.demo --json bench/results/demo_cpu.json
 	$(BIN)/python -m bench.chaos --json bench/results/chaos_cpu.json
 	$(BIN)/python -m bench.drain --json bench/results/drain_cpu.json
+	$(BIN)/python -m bench.directory --json bench/results/directory_cpu.json
 	$(BIN)/python -m bench.delay --json bench/results/delay_cpu.json
 	$(BIN)/python -m bench.checkpoint --json bench/results/checkpoint_cpu.json
 	$(BIN)/python -m bench.fused_rnn --device cpu --json bench/results/fused_rnn_cpu.json

@@ -1,18 +1,21 @@
 """Kills under load, and whether anybody noticed: `python -m bench.chaos [--seconds S] [--json FILE]`.
 
-Sessions of the 2x256 LSTM send segments at a steady rate, by handle clients, to replicas on the nodes of a local
-cluster. Every few seconds something is killed with SIGKILL: a replica, a whole worker node, the actor of the session
-directory, the Serve controller; or a replica is stopped by SIGSTOP for a while. Every output of every session is
-compared with the bare module's, and each timestep has to come once, in order. Gaps are from when a segment was due to
-when all of its outputs were there, the longest of each session within the seconds after a kill: of sessions whose owner
-was hit (`gap_…`), and of all others (`others_…`).
+Sessions of the 2x256 LSTM send segments at a steady rate, by a handle client, and some of them by WebSockets through
+Serve's proxy, to replicas on the nodes of a local cluster. Every few seconds something is killed with SIGKILL: a
+replica, the ingress, both at once, a whole worker node, the actor of the session directory, the Serve controller; or a
+replica is stopped by SIGSTOP for a while. Every output of every session is compared with the bare module's, and each
+timestep has to come once, in order. Gaps are from when a segment was due to when all of its outputs were there, the
+longest of each session within the seconds after a kill: of sessions whose owner was hit, or whose way in (`gap_…`), and
+of all others (`others_…`). Who owns a session by WebSocket is not known to its client: it is in neither, unless it was
+its ingress that was killed. There is one ingress, so all of these wait until Serve has started another; checkpoints are
+kept in a folder, since what dies meanwhile may be the directory.
 """
 
 import asyncio
 import itertools
 import os
 import random
-import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -45,7 +48,8 @@ HUNG_S = 10.0
 STOPPED_S = 3.0
 WATCHED_S = 8.0
 """After a kill."""
-KINDS = ("replica", "stopped replica", "node", "controller", "directory")
+KINDS = ("replica", "ingress", "stopped replica", "node", "ingress and replica", "controller", "directory")
+RESUME_WITHIN_S = 60.0
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Line:
     """One session: what it has sent, what came back, and how late."""
 
     seed: int
+    by_socket: bool = False
     epochs: list[tuple[float, int]] = field(default_factory=list)
     due: deque[tuple[int, float]] = field(default_factory=deque)
     outputs: list[np.ndarray] = field(default_factory=list)
@@ -73,6 +78,8 @@ class Line:
 
     def hit(self, kind: str, at: float, late: float) -> bool:
         """Whether a kill was of its owner: it has got another since; or waited, for one that was stopped."""
+        if self.by_socket:
+            return "ingress" in kind
         if kind == "stopped replica":
             return late >= STOPPED_S / 2
         return any(at <= then < at + WATCHED_S for then, _ in self.epochs[1:])
@@ -128,13 +135,14 @@ class Killer:
             self._cluster.remove_node(node, allow_graceful=False)
             self._nodes.append(self._cluster.add_node(num_cpus=self._cpus))
             return
-        pid = self._process(kind)
-        if kind == "stopped replica":
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(STOPPED_S)
-            os.kill(pid, signal.SIGCONT)
-        else:
-            psutil.Process(pid).kill()
+        processes = [psutil.Process(self._process(what)) for what in kind.split(" and ")]
+        for process in processes:
+            if kind == "stopped replica":
+                process.suspend()
+                time.sleep(STOPPED_S)
+                process.resume()
+            else:
+                process.kill()
 
     def _process(self, kind: str) -> int:
         directory: Any = ray.get_actor("directory:lockstep", namespace=NAMESPACE)
@@ -142,16 +150,26 @@ class Killer:
             actor = directory
         elif kind == "controller":
             actor = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace=SERVE_NAMESPACE)
+        elif kind == "ingress":
+            actor = ray.get_actor(self._ingress(), namespace=SERVE_NAMESPACE)
         else:
             held = ray.get(directory.num_sessions.remote(), timeout=10)
             owner = self._rng.choice([owner for owner, count in held.items() if count] or list(held))
             actor = ray.get_actor(f"SERVE_REPLICA::lockstep#Recurrent#{owner}", namespace=SERVE_NAMESPACE)
-        return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=10))
+        return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=30))
+
+    def _ingress(self) -> str:
+        """The name of the one that there is, or will be in a moment."""
+        while True:
+            names = [str(actor["name"]) for actor in ray.util.list_named_actors(all_namespaces=True)]
+            if found := [name for name in names if name.startswith("SERVE_REPLICA::lockstep#Ingress#")]:
+                return found[0]
+            time.sleep(0.1)
 
 
 @contextmanager
-def local_cluster(num_nodes: int, cpus: int) -> Iterator[tuple[Cluster, list[Any]]]:
-    """A head, where the driver and Serve's controller are, and worker nodes."""
+def local_cluster(num_nodes: int, cpus: int, http_port: int | None = None) -> Iterator[tuple[Cluster, list[Any]]]:
+    """A head, where the driver and Serve's controller are, and its proxy if it has a port; and worker nodes."""
     with TemporaryDirectory(prefix="lc", dir="/tmp") as folder:
         (Path(folder) / "ray").mkdir()
         os.environ["RAY_TMPDIR"] = folder  # Ray writes there which cluster is the current one
@@ -166,7 +184,8 @@ def local_cluster(num_nodes: int, cpus: int) -> Iterator[tuple[Cluster, list[Any
         try:
             nodes = [cluster.add_node(num_cpus=cpus) for _ in range(num_nodes)]
             ray.init(address=cluster.address, namespace="chaos", log_to_driver=False)
-            serve.start(http_options={"location": "NoServer"}, logging_config={"log_level": "ERROR"})
+            proxy = {"location": "NoServer"} if http_port is None else {"location": "HeadOnly", "port": http_port}
+            serve.start(http_options=proxy, logging_config={"log_level": "ERROR"})
             yield cluster, nodes
         finally:
             serve.shutdown()  # type: ignore[no-untyped-call]
@@ -174,18 +193,27 @@ def local_cluster(num_nodes: int, cpus: int) -> Iterator[tuple[Cluster, list[Any
             cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
-async def load(lines: list[Line], until: float) -> None:
+def free_port() -> int:
+    """One that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def load(lines: list[Line], address: str, until: float) -> None:
     """All sessions."""
-    async with connect("lockstep") as client:
-        await asyncio.gather(*(run_session(client, line, until) for line in lines))
+    async with connect("lockstep") as by_handle, connect(address, resume_within_s=RESUME_WITHIN_S) as by_socket:
+        await asyncio.gather(*(run_session(by_socket if line.by_socket else by_handle, line, until) for line in lines))
 
 
-def run(killer: Killer, lines: list[Line], kinds: tuple[str, ...], seconds: float) -> list[tuple[str, float]]:
+def run(
+    killer: Killer, lines: list[Line], address: str, kinds: tuple[str, ...], seconds: float
+) -> list[tuple[str, float]]:
     """All sessions, and kills of each kind in turn; returns what was killed when."""
     kills: list[tuple[str, float]] = []
     until = time.monotonic() + seconds
     with ThreadPoolExecutor(1) as threads:  # nodes can be added by the main thread only
-        loading = threads.submit(asyncio.run, load(lines, until))
+        loading = threads.submit(asyncio.run, load(lines, address, until))
         for kind in itertools.cycle(kinds):
             wait([loading], WATCHED_S)
             if loading.done() or time.monotonic() > until - WATCHED_S:
@@ -199,21 +227,27 @@ def run(killer: Killer, lines: list[Line], kinds: tuple[str, ...], seconds: floa
 @click.command()
 @click.option("--seconds", default=90.0, show_default=True)
 @click.option("--sessions", default=500, show_default=True)
+@click.option("--sockets", default=100, show_default=True, help="Of the sessions, by WebSocket.")
 @click.option("--replicas", default=4, show_default=True)
 @click.option("--kinds", default=",".join(KINDS), show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @json_option
-def main(seconds: float, sessions: int, replicas: int, kinds: str, seed: int, json_file: Path | None) -> None:
+def main(
+    seconds: float, sessions: int, sockets: int, replicas: int, kinds: str, seed: int, json_file: Path | None
+) -> None:
     """Kill things under load, and look at every output."""
     show_hardware()
-    lines = [Line(1000 * seed + i) for i in range(sessions)]
-    with local_cluster(num_nodes=2, cpus=replicas) as (cluster, nodes):
+    lines = [Line(1000 * seed + i, by_socket=i < sockets) for i in range(sessions)]
+    port = free_port()
+    with (
+        TemporaryDirectory() as store,
+        local_cluster(num_nodes=2, cpus=replicas, http_port=port) as (cluster, nodes),
+    ):
         model = {"name": "rnn", "seed": SEED}
-        serve.run(
-            build({"model": model, "engine.device": "cpu", "replicas": replicas}), name="lockstep", route_prefix=None
-        )
+        arguments = {"model": model, "engine.device": "cpu", "replicas": replicas, "durability.store": store}
+        serve.run(build(arguments), name="lockstep", route_prefix="/")
         killer = Killer(cluster, nodes, replicas, random.Random(seed))
-        kills = run(killer, lines, tuple(kinds.split(",")), seconds)
+        kills = run(killer, lines, f"ws://127.0.0.1:{port}", tuple(kinds.split(",")), seconds)
     figures = figures_of(lines, kills)
     rows = [(name, value) for name, value in figures.items()]
     click.echo(table(("figure", "value"), rows))
@@ -235,7 +269,7 @@ def figures_of(lines: list[Line], kills: list[tuple[str, float]]) -> dict[str, f
         times = [at for each, at in kills if each == kind]
         found = [(line, at, line.longest(at - PERIOD_S, at + WATCHED_S)) for at in times for line in lines]
         hit = [late for line, at, late in found if line.hit(kind, at, late)]
-        others = [late for line, at, late in found if not line.hit(kind, at, late)]
+        others = [late for line, at, late in found if not (line.by_socket or line.hit(kind, at, late))]
         name = kind.replace(" ", "_")
         figures |= {f"kills_{name}": len(times), f"hit_{name}": len(hit)}
         for what, delays in (("gap", hit), ("others", others)):

@@ -22,9 +22,10 @@ import ray
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from bench.chaos import PERIOD_S, Line, load, local_cluster, wrong
+from bench.chaos import PERIOD_S, Line, local_cluster, run_session, wrong
 from bench.closed_loop import SEED
 from bench.report import json_option, save, show_hardware, table
+from clients.client import connect
 from serve_app.deployments.transport import NAMESPACE, SERVE_NAMESPACE
 from serve_app.ingress.outbox import Outbox
 from serve_app.session import Session
@@ -92,6 +93,12 @@ def owners_by_node(known: dict[str, str]) -> Counter[str]:
 
 def _node(_: Any) -> str:
     return ray.get_runtime_context().get_node_id()
+
+
+async def load(lines: list[Line], until: float) -> None:
+    """All sessions."""
+    async with connect("lockstep") as client:
+        await asyncio.gather(*(run_session(client, line, until) for line in lines))
 
 
 def run(lines: list[Line], replicas: int, seconds: float) -> dict[str, tuple[float, float]]:

@@ -1,14 +1,18 @@
-"""The command line: `python -m clients vad FILE.wav …`, `python -m clients bench`."""
+"""The command line: `python -m clients vad FILE.wav …`, `… bench`, `… sessions list`, `… show`, `… drop`."""
 
 import asyncio
 import itertools
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import click
 import numpy as np
 from tqdm import tqdm
 
+from clients import http
 from clients.audio import read_wav
 from clients.client import Client, connect
 from clients.vad import speech_intervals, timeline
@@ -44,6 +48,64 @@ def vad(address: str, files: tuple[Path, ...]) -> None:
 def bench(address: str, sessions: int, timesteps: int, seconds: float) -> None:
     """Random segments, one at a time from each session: segments per second, and their delay."""
     _run(_bench(address, sessions, timesteps, seconds))
+
+
+@main.group()
+def sessions() -> None:
+    """The sessions of a running application, of all its clients; by an ingress, at ws://host:port."""
+
+
+@sessions.command("list")
+@address_option
+@click.option("--after", default="", help="The last id of the list before.")
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(1))
+def list_sessions(address: str, after: str, limit: int) -> None:
+    """One a line: id, model, replica, epoch; and `resumable`, where its client can come back for it."""
+    _run(_list(address, after, limit))
+
+
+@sessions.command()
+@address_option
+@click.argument("session")
+def show(address: str, session: str) -> None:
+    """All that is known of a session; how far it is, if that is the ingress that it came by."""
+    _run(_show(address, session))
+
+
+@sessions.command()
+@address_option
+@click.argument("names", metavar="SESSION…", nargs=-1, required=True)
+def drop(address: str, names: tuple[str, ...]) -> None:
+    """End sessions at once, and delete their checkpoints. Their clients hear that they were aborted."""
+    _run(_drop(address, names))
+
+
+async def _list(address: str, after: str, limit: int) -> None:
+    answer = await http.call(address, "GET", "/v1/sessions", after=after, limit=str(limit))
+    for described in answer.values["sessions"]:
+        click.echo(_line(described))
+
+
+def _line(described: Mapping[str, Any]) -> str:
+    where = described["owner"] or "waits to be resumed"
+    flags = ["resumable"] if described["resumable"] else []
+    return "  ".join([described["session"], described["model"] or "-", where, str(described["epoch"]), *flags])
+
+
+async def _show(address: str, session: str) -> None:
+    answer = await http.call(address, "GET", _path(session))
+    for key, value in answer.values.items():
+        click.echo(f"{key}: {value}")
+
+
+async def _drop(address: str, names: tuple[str, ...]) -> None:
+    for session in names:
+        answer = await http.call(address, "DELETE", _path(session), abort="true")
+        click.echo(f"{session}: {answer.values['reason']}")
+
+
+def _path(session: str) -> str:
+    return f"/v1/sessions/{quote(session, safe='')}"
 
 
 async def _vad(address: str, files: tuple[Path, ...]) -> None:

@@ -31,10 +31,16 @@ class BlockingClient:
         self._client = self.run(_call(connect, target))
 
     def open(
-        self, session: str | None = None, model: str | None = None, initial_state: Sequence[np.ndarray] | None = None
+        self,
+        session: str | None = None,
+        model: str | None = None,
+        initial_state: Sequence[np.ndarray] | None = None,
+        *,
+        checkpoint: bytes | None = None,
     ) -> "BlockingSession":
         """See Client.open."""
-        return BlockingSession(self, self.run(self._client.open(session, model, initial_state)))
+        opened = self.run(self._client.open(session, model, initial_state, checkpoint=checkpoint))
+        return BlockingSession(self, opened)
 
     def models(self) -> dict[str, ModelSpec]:
         """See Client.models."""
@@ -91,6 +97,10 @@ class BlockingSession:
     def read(self) -> Outputs | None:
         """See Session.read."""
         return self._client.run(_call(self._session.read))
+
+    def export(self) -> bytes:
+        """See Session.export."""
+        return self._client.run(self._session.export())
 
     def close(self) -> str:
         """See Session.close."""

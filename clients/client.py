@@ -14,7 +14,13 @@ from serve_app.spec import ModelSpec
 class Transport(Protocol):
     """How a client reaches the application."""
 
-    async def open(self, session: str | None, model: str | None, initial_state: Sequence[np.ndarray] | None) -> Line:
+    async def open(
+        self,
+        session: str | None,
+        model: str | None,
+        initial_state: Sequence[np.ndarray] | None,
+        checkpoint: bytes | None,
+    ) -> Line:
         """Open a session there."""
         ...
 
@@ -34,14 +40,21 @@ class Client:
         self._transport = transport
 
     async def open(
-        self, session: str | None = None, model: str | None = None, initial_state: Sequence[np.ndarray] | None = None
+        self,
+        session: str | None = None,
+        model: str | None = None,
+        initial_state: Sequence[np.ndarray] | None = None,
+        *,
+        checkpoint: bytes | None = None,
     ) -> Session:
         """Open a session: its id (None: a new one), the model (None: any), and a state to start from.
 
-        initial_state: the tensors of the model's state, in its order and shaped as for a batch of 1. Raises
-        SessionExists, UnknownModel, TooManySessions, InvalidInput, Unavailable.
+        initial_state: the tensors of the model's state, in its order and shaped as for a batch of 1. checkpoint: what
+        `Session.export` gave; the session goes on from it, its first timestep is the one after those it has. Raises
+        SessionExists, UnknownModel, TooManySessions, InvalidInput, Unavailable, StateLost (a checkpoint that is
+        damaged, or of other options, weights or dtypes than those served).
         """
-        return Session(await self._transport.open(session, model, initial_state))
+        return Session(await self._transport.open(session, model, initial_state, checkpoint))
 
     async def models(self) -> dict[str, ModelSpec]:
         """The models that are served, by name."""

@@ -16,9 +16,15 @@ class HandleTransport:
     def __init__(self, app: str) -> None:
         self._hub = Hub(RayDirectory(app), ack_on_receipt=True)
 
-    async def open(self, session: str | None, model: str | None, initial_state: Sequence[np.ndarray] | None) -> Session:
+    async def open(
+        self,
+        session: str | None,
+        model: str | None,
+        initial_state: Sequence[np.ndarray] | None,
+        checkpoint: bytes | None,
+    ) -> Session:
         """See Transport."""
-        return await self._hub.open(session, model, initial_state)
+        return await self._hub.open(session, model, initial_state, checkpoint=checkpoint)
 
     async def models(self) -> dict[str, ModelSpec]:
         """See Transport."""

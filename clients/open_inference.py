@@ -40,10 +40,18 @@ class OpenInferenceTransport:
         self._stub: Any = oip_pb2_grpc.GRPCInferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._stream: SequenceStream | None = None
 
-    async def open(self, session: str | None, model: str | None, initial_state: Sequence[np.ndarray] | None) -> Session:
-        """See Transport. Raises InvalidInput for an initial state, which the protocol has no place for."""
-        if initial_state is not None:
-            raise InvalidInput("a session over grpc:// has no initial_state: open it over ws:// or by handle")
+    async def open(
+        self,
+        session: str | None,
+        model: str | None,
+        initial_state: Sequence[np.ndarray] | None,
+        checkpoint: bytes | None,
+    ) -> Session:
+        """See Transport. Raises InvalidInput for a state to start from, which the protocol has no place for."""
+        if initial_state is not None or checkpoint is not None:
+            raise InvalidInput(
+                "a session over grpc:// has no initial_state or checkpoint: open it over ws:// or by handle"
+            )
         spec = await self._spec(model or await self._only_model())
         if self._stream is None or self._stream.is_over:
             self._stream = SequenceStream(self._stub.ModelStreamInfer(metadata=self._metadata), self._address)
@@ -127,6 +135,10 @@ class SequenceStream:
 
     def notify_ack(self, session: Session) -> None:
         """See Carrier: whoever answers a request takes it as acknowledged."""
+
+    def want_state(self, session: Session) -> None:
+        """See Carrier: the protocol has no place for it."""
+        raise InvalidInput("a session over grpc:// cannot be exported: open it over ws:// or by handle")
 
     def _ask(self, session: Session) -> None:
         start, x, _, _, close = session.take(session.limits.max_segment)

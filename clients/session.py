@@ -81,6 +81,14 @@ class Session:
         """The outputs that are here and were not read yet, without waiting; None without any."""
         return self._line.read()
 
+    async def export(self) -> bytes:
+        """A checkpoint of the session, to go on from with `Client.open`, in this application or another.
+
+        It has all that is submitted by now, or more where more is submitted meanwhile; of audio, all complete
+        timesteps. The session goes on. Raises the error that ended the session.
+        """
+        return (await self._line.export()).record
+
     async def close(self) -> str:
         """End the session when everything submitted has run; returns the reason it ended for. Outputs stay readable."""
         if len(self._samples):

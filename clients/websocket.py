@@ -1,6 +1,7 @@
 """Sessions over a WebSocket to an ingress: one connection each, in msgpack. Needs neither Ray nor torch."""
 
 import asyncio
+import random
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -8,21 +9,22 @@ from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlencode
 
-import httpx
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.typing import Subprotocol
 
+from clients import http
 from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownSession, from_wire
 from serve_app.frame import ABORT, NO_CLOSE
-from serve_app.ingress.codec import JSON, MSGPACK, Message, read_model, read_session, read_timing
+from serve_app.ingress.codec import MSGPACK, Message, read_model, read_session, read_timing
 from serve_app.segment import Run
-from serve_app.session import Entry, Session
+from serve_app.session import Entry, Exported, Session
 from serve_app.spec import ModelSpec
 
 SUBPROTOCOL = Subprotocol("lockstep.msgpack")
-RETRY_DELAY_S = 0.05
+RETRY_DELAY_S, MAX_RETRY_DELAY_S = 0.05, 1.0
+"""The first and the longest; many clients that lose their ingress at once must not keep the next from starting."""
 RESUME_WITHIN_S = 30.0
 """A session whose connection is gone is lost when there is none again within that time."""
 FINAL = (1000, 1011, *range(4000, 5000))
@@ -37,10 +39,16 @@ class WebSocketTransport:
         self._resume_within_s = resume_within_s
         self._carriers: weakref.WeakSet[WebSocketCarrier] = weakref.WeakSet()
 
-    async def open(self, session: str | None, model: str | None, initial_state: Sequence[np.ndarray] | None) -> Session:
+    async def open(
+        self,
+        session: str | None,
+        model: str | None,
+        initial_state: Sequence[np.ndarray] | None,
+        checkpoint: bytes | None,
+    ) -> Session:
         """See Transport."""
         opened = await open_websocket(
-            self._address, session=session, model=model, initial_state=initial_state,
+            self._address, session=session, model=model, initial_state=initial_state, checkpoint=checkpoint,
             resume_within_s=self._resume_within_s,
         )  # fmt: skip
         if isinstance(opened.carrier, WebSocketCarrier):
@@ -49,14 +57,7 @@ class WebSocketTransport:
 
     async def models(self) -> dict[str, ModelSpec]:
         """See Transport."""
-        url = f"http{self._address.removeprefix('ws')}/v1/models"
-        try:
-            async with httpx.AsyncClient() as http:
-                answer = JSON.decode((await http.get(url)).content)
-        except httpx.HTTPError as error:
-            raise Unavailable(f"no answer from {url}: {str(error) or type(error).__name__}") from error
-        if "error" in answer.values:
-            raise from_wire(answer.mapping("error").values)
+        answer = await http.call(self._address, "GET", "/v1/models")
         models = [read_model(Message(described)) for described in answer.values.get("models", [])]
         return {spec.name: spec for spec in models}
 
@@ -71,6 +72,7 @@ async def open_websocket(
     session: str | None = None,
     model: str | None = None,
     initial_state: Sequence[np.ndarray] | None = None,
+    checkpoint: bytes | None = None,
     resume_within_s: float | None = None,
 ) -> Session:
     """Open a session at an address like ws://host:8000, with a path where the ingress has one.
@@ -80,22 +82,30 @@ async def open_websocket(
     safe. It is tried for `resume_within_s` (None: RESUME_WITHIN_S). Raises Unavailable when there is no connection,
     else what the ingress refuses with.
     """
-    state = None if initial_state is None else [np.asarray(array) for array in initial_state]
+    first: dict[str, Any] = {}
+    if initial_state is not None:
+        first["initial_state"] = [np.asarray(array) for array in initial_state]
+    if checkpoint is not None:
+        first["checkpoint"] = checkpoint
     websocket, opened = await _connect(
-        address, state, session=session, model=model, resumable="true", initial_state=None if state is None else "true"
+        address, first, session=session, model=model, resumable="true", **dict.fromkeys(first, "true")
     )
     name, spec, limits = read_session(opened)
     carrier = WebSocketCarrier(websocket, address, resume_within_s)
     opened_session = Session(name, spec, limits, carrier, keeps_unanswered=True)
+    opened_session.begin_at(opened.number("next") or 0)
     opened_session.kept = opened.number("kept")
     carrier.start(opened_session)
     return opened_session
 
 
 async def _connect(
-    address: str, state: list[np.ndarray] | None = None, **query: str | None
+    address: str, first: dict[str, Any] | None = None, **query: str | None
 ) -> tuple[ClientConnection, Message]:
-    """A connection, and the first message that comes by it. Raises Unavailable, or what the ingress refuses with."""
+    """A connection, and the first message that comes by it. Raises Unavailable, or what the ingress refuses with.
+
+    first: what the session is to begin with.
+    """
     parameters = urlencode({key: value for key, value in query.items() if value is not None})
     try:
         websocket = await connect(
@@ -109,8 +119,8 @@ async def _connect(
     except (OSError, InvalidHandshake) as error:  # a TimeoutError is an OSError
         raise Unavailable(f"no connection to {address}: {str(error) or type(error).__name__}") from error
     try:
-        if state is not None:
-            await websocket.send(MSGPACK.encode({"type": "open", "initial_state": state}))
+        if first:
+            await websocket.send(MSGPACK.encode({"type": "open", **first}))
         opened = MSGPACK.decode(await websocket.recv())
         if "error" in opened.values:
             raise from_wire(opened.mapping("error").values)
@@ -130,6 +140,7 @@ class WebSocketCarrier:
         self._resume_within_s = RESUME_WITHIN_S if resume_within_s is None else resume_within_s
         self._address = address
         self._due = asyncio.Event()
+        self._wants_state = False
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
 
@@ -156,6 +167,11 @@ class WebSocketCarrier:
         """See Carrier."""
         if _owes_ack(session):
             self._due.set()
+
+    def want_state(self, session: Session) -> None:
+        """See Carrier."""
+        self._wants_state = True
+        self._due.set()
 
     async def _receive(self, session: Session) -> None:
         """Take what comes until the session has ended; nobody is left waiting."""
@@ -192,6 +208,7 @@ class WebSocketCarrier:
     async def _resume(self, session: Session) -> None:
         """Connect again, and go on. Raises what the session cannot be had again for, Unavailable after a while."""
         deadline = time.monotonic() + self._resume_within_s
+        delay_s = RETRY_DELAY_S
         while not self._stopped:
             try:
                 self._websocket, opened = await _connect(
@@ -201,7 +218,8 @@ class WebSocketCarrier:
                 passes = error.retry or isinstance(error, UnknownSession)  # it may be moving
                 if not passes or time.monotonic() > deadline:
                     raise
-                await asyncio.sleep(RETRY_DELAY_S)
+                await asyncio.sleep(delay_s * random.uniform(0.5, 1))
+                delay_s = min(2 * delay_s, MAX_RETRY_DELAY_S)
             else:
                 session.resumed(opened.number("next") or 0, opened.number("rewind") or 0)
                 return
@@ -216,6 +234,9 @@ class WebSocketCarrier:
                     for message in _messages(session.take(session.limits.max_segment)):
                         await self._websocket.send(MSGPACK.encode(message))
                     session.arrived(session.handed)
+                if self._wants_state:
+                    self._wants_state = False
+                    await self._websocket.send(MSGPACK.encode({"type": "export"}))
         finally:
             await self._websocket.close()
 
@@ -248,6 +269,8 @@ def _take(session: Session, message: Message) -> None:
         if (kept := message.number("kept")) is not None:
             session.kept = max(session.kept or 0, kept)
         session.deliver(message.number("next") or 0, message.number("rewind") or 0, outputs)
+    elif kind == "checkpoint":
+        session.exported(Exported(message.number("at") or 0, message.blob("checkpoint")))
     elif kind == "ended" and "error" not in message.values:
         session.notice("ended", None, message.text("reason") or kind, message.number("progress") or 0)
     elif kind == "ended":

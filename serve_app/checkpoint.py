@@ -11,6 +11,7 @@ from serve_app.wire import pack_all, unpack_all
 
 MAGIC = b"lockstep"
 VERSION = 1
+MAX_AT = 2**62
 _AT_VERSION, _AT_DIGEST, _AT_BODY = 8, 10, 26
 
 
@@ -37,8 +38,11 @@ def encode_checkpoint(checkpoint: Checkpoint) -> bytes:
     return b"".join((head, _digest(head, body), body))
 
 
-def decode_checkpoint(data: bytes, session: str) -> Checkpoint:
-    """The checkpoint; its arrays are read-only views into `data`. Raises StateLost unless it is a whole one."""
+def decode_checkpoint(data: bytes, session: str | None = None) -> Checkpoint:
+    """The checkpoint; its arrays are read-only views into `data`. Raises StateLost unless it is a whole one.
+
+    session: of which it has to be; None: of any, and it comes from a client.
+    """
     if len(data) < _AT_BODY:
         raise _unusable(session, f"is truncated: it has {len(data)} bytes, the shortest has more than {_AT_BODY}")
     if data[:_AT_VERSION] != MAGIC:
@@ -48,10 +52,16 @@ def decode_checkpoint(data: bytes, session: str) -> Checkpoint:
         raise _unusable(session, f"is of format {version}, this version of Lockstep reads {VERSION}")
     if data[_AT_DIGEST:_AT_BODY] != _digest(data[:_AT_DIGEST], data[_AT_BODY:]):
         raise _unusable(session, f"is damaged or truncated: its {len(data)} bytes do not have the digest they name")
-    name, model, fingerprint, epoch, at, state = msgpack.unpackb(data[_AT_BODY:])
-    if name != session:
+    try:
+        name, model, fingerprint, epoch, at, packed = msgpack.unpackb(data[_AT_BODY:])
+        state = unpack_all(packed)
+    except (ValueError, TypeError) as error:
+        raise _unusable(session, f"was not written by Lockstep: {error}") from error
+    if session is not None and name != session:
         raise _unusable(session, f"is one of session {name!r}")
-    return Checkpoint(name, model, fingerprint, epoch, at, unpack_all(state))
+    if not (isinstance(model, str) and isinstance(fingerprint, str) and type(at) is int and 0 <= at < MAX_AT):
+        raise _unusable(session, f"was not written by Lockstep: it is of model {model!r} at timestep {at!r}")
+    return Checkpoint(name, model, fingerprint, epoch, at, state)
 
 
 def _digest(head: bytes, body: bytes) -> bytes:
@@ -60,5 +70,6 @@ def _digest(head: bytes, body: bytes) -> bytes:
     return found.digest()
 
 
-def _unusable(session: str, why: str) -> StateLost:
-    return StateLost(f"what is kept of session {session!r} {why}: open a new session")
+def _unusable(session: str | None, why: str) -> StateLost:
+    what = "the checkpoint" if session is None else f"what is kept of session {session!r}"
+    return StateLost(f"{what} {why}: open a new session")

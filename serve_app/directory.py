@@ -4,6 +4,7 @@ Asked when a session opens or ends, never per segment. Every grant has an epoch 
 Of resumable sessions it knows too of which a checkpoint is kept: those outlive their owner, and whoever sends to it.
 """
 
+import heapq
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -65,14 +66,39 @@ class Record:
     resumable: bool = False
 
 
+class Described(NamedTuple):
+    """A session, for whoever looks after the application. model, owner: None while it waits to be resumed."""
+
+    session: str
+    model: str | None
+    owner: str | None
+    sender: str
+    epoch: int
+    resumable: bool
+
+
+NEW = -1
+
+
 class Claim(NamedTuple):
-    """Someone who goes on with a session: the last epoch that it knows of.
+    """Someone who goes on with a session: the last epoch that it knows of; NEW for a session that begins with a state.
 
     fingerprint: of the model of a checkpoint, for a client that has come back; "" for a sender that had it all along.
     """
 
     epoch: int
     fingerprint: str = ""
+
+
+class Ask(NamedTuple):
+    """What `Directory.open` is asked. `ended`: epochs, by owner, that the sender has seen end before."""
+
+    session: str
+    sender: str
+    model: str | None
+    ended: Mapping[str, Collection[int]]
+    resumable: bool
+    claim: Claim | None
 
 
 class Held(NamedTuple):
@@ -98,8 +124,10 @@ class Directory:
         self._owners: dict[str, Owner] = {}
         self._sessions: dict[str, Record] = {}
         self._held: dict[str | None, dict[int, str]] = {None: {}}  # by owner: epoch -> session
-        self._kept: dict[str, float] = {}  # when the session last had an owner, by key
+        self._kept: set[str] = set()  # keys
+        self._waiting: dict[str, float] = {}  # since when no owner has the session, by key: some of those kept
         self._keep_s = self._expire_at = math.inf
+        self._now = 0.0  # as it was told last
 
     def register(self, owner: Owner) -> None:
         """Take a new owner in."""
@@ -133,13 +161,14 @@ class Directory:
         that the claim's state is of), TooManySessions, Unavailable (no owner yet).
         """
         record = self._sessions.get(session)
-        if claim is not None and record is not None and not self._may_go_on(record, claim.epoch):
+        is_new = claim is None or claim.epoch == NEW
+        if claim is not None and not is_new and record is not None and not self._may_go_on(record, claim.epoch):
             raise NotOwner(f"session {session!r} has gone on elsewhere under epoch {record.epoch}: resume it there")
-        if claim is None and record is not None and record.owner is not None:
+        if is_new and record is not None and record.owner is not None:
             raise SessionExists(
                 f"session {session!r} is open already at {record.owner!r}: close it, or choose another id"
             )
-        if claim is None and (record is not None or key_of(session) in self._kept):
+        if is_new and (record is not None or key_of(session) in self._kept):
             raise SessionExists(f"session {session!r} waits to be resumed: do that, or choose another id")
         serving = self._serving(session, model, claim)
         load = {name: len(self._held[name]) for name in serving}
@@ -186,6 +215,23 @@ class Directory:
             raise UnknownSession(f"session {session!r} is not open: open it first")
         return self._sessions[session]
 
+    def describe(self, session: str) -> Described:
+        """What is known of a session. Raises UnknownSession."""
+        record = self.lookup(session)
+        owner = None if record.owner is None else self._owners.get(record.owner)
+        model = None if owner is None else owner.spec.name
+        return Described(session, model, record.owner, record.sender, record.epoch, record.resumable)
+
+    def sessions(self, after: str, limit: int) -> list[Described]:
+        """So many of them at most, by name, from the first that comes after `after` on."""
+        names = (session for session in self._sessions if session > after)
+        return [self.describe(session) for session in heapq.nsmallest(limit, names)]
+
+    def grant_of(self, session: str) -> Grant | None:
+        """The grant that a session runs under, None while it waits to be resumed. Raises UnknownSession."""
+        record = self.lookup(session)
+        return None if record.owner is None else Grant(session, record.epoch, self._owners[record.owner])
+
     def ended(self, owner: str, epochs: Iterable[int]) -> list[str]:
         """These sessions are over, what is not known (any more) is no error; keys of checkpoints to drop."""
         dropped = []
@@ -201,8 +247,9 @@ class Directory:
 
     def found(self, keys: Iterable[str], keep_s: float, now: float) -> None:
         """A store has been opened, with these checkpoints in it."""
-        self._kept = dict.fromkeys(keys, now)
-        self._keep_s, self._expire_at = keep_s, now
+        self._waiting = dict.fromkeys(keys, now)
+        self._kept = set(self._waiting)
+        self._keep_s, self._expire_at, self._now = keep_s, now, now
 
     def keep(self, sender: str, sessions: Mapping[str, Held]) -> dict[str, LockstepError]:
         """Whose checkpoints are not to be kept, and why: another goes on with the session (NotOwner), or it is over.
@@ -226,12 +273,15 @@ class Directory:
     def has_kept(self, sessions: Mapping[str, Held], now: float) -> list[str]:
         """These checkpoints are in the store now; keys of those that are to be dropped again, since all is over."""
         over = []
+        self._now = now
         for session, (epoch, _) in sessions.items():
-            record = self._sessions.get(session)
-            if record is not None and record.epoch >= epoch:
-                self._kept[key_of(session)] = now
-            else:
-                over.append(key_of(session))
+            record, key = self._sessions.get(session), key_of(session)
+            if record is None or record.epoch < epoch:
+                over.append(key)
+                continue
+            self._kept.add(key)
+            if record.owner is None:
+                self._waiting[key] = now
         return over
 
     def unknown(self, sessions: Iterable[str]) -> list[str]:
@@ -258,15 +308,14 @@ class Directory:
 
     def expire(self, now: float) -> Collection[str]:
         """Keys of checkpoints to drop: nobody has come back for their sessions. Looks at most every tenth of keep_s."""
+        self._now = now
         if now < self._expire_at:
             return ()
         self._expire_at = now + self._keep_s / 10
-        for session, record in self._sessions.items():
-            if record.owner is not None and (key := key_of(session)) in self._kept:
-                self._kept[key] = now
-        old = {key for key, at in self._kept.items() if at < now - self._keep_s}
+        old = {key for key, since in self._waiting.items() if since < now - self._keep_s}
         for key in old:
-            del self._kept[key]
+            del self._waiting[key]
+        self._kept -= old
         for session in list(self._held[None].values()):
             if key_of(session) not in self._kept:
                 self._forget(session)
@@ -294,8 +343,8 @@ class Directory:
         if not same:
             found = sorted({owner.spec.fingerprint for owner in serving.values()})
             raise StateLost(
-                f"what is kept of session {session!r} is of model {model!r} with fingerprint {claim.fingerprint}, the "
-                f"one that is served has {', '.join(found)} (other weights, options or dtype): open a new session"
+                f"the checkpoint of session {session!r} is of model {model!r} with fingerprint {claim.fingerprint}, "
+                f"the one that is served has {', '.join(found)} (other weights, options or dtype): open a new session"
             )
         return same
 
@@ -308,6 +357,11 @@ class Directory:
             del self._held[before.owner][before.epoch]
         self._sessions[session] = record
         self._held[record.owner][record.epoch] = session
+        if record.resumable and (key := key_of(session)) in self._kept:
+            if record.owner is None:
+                self._waiting.setdefault(key, self._now)
+            else:
+                self._waiting.pop(key, None)
 
     def _orphan(self, session: str) -> None:
         """Its owner is gone: it waits where a checkpoint of it is kept, else it is over."""
@@ -320,4 +374,5 @@ class Directory:
     def _forget(self, session: str) -> None:
         record = self._sessions.pop(session)
         del self._held[record.owner][record.epoch]
-        self._kept.pop(key_of(session), None)
+        self._kept.discard(key := key_of(session))
+        self._waiting.pop(key, None)

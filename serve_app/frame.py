@@ -37,7 +37,8 @@ class Open:
 class Notice:
     """Something about one session that is not an output: opened, refused, failed, ended, or moving (elsewhere).
 
-    `progress` of one that was adopted: the timesteps accepted, after `rewind` failed steps.
+    Or that its state, which was asked for, is the model's own (fresh). `progress` of one that was adopted: the
+    timesteps accepted, after `rewind` failed steps.
     """
 
     epoch: int
@@ -77,6 +78,7 @@ class Frame:
     `start`, `length`: the timesteps that entry brings; length 0 brings none and asks for outputs again from `start` on.
     `acked`: the sender holds the outputs below. `rewind`: failed steps of the session that the sender knows of.
     `close`: close when everything below this timestep has been accepted, or NO_CLOSE, or ABORT.
+    `exports`: epochs of sessions whose states the sender wants now, however long the last has been sent ago.
     """
 
     owner: str
@@ -84,6 +86,7 @@ class Frame:
     columns: np.ndarray
     x: np.ndarray
     opens: Sequence[Open] = ()
+    exports: Sequence[int] = ()
 
     @staticmethod
     def of(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from serve_app.checkpoint import Checkpoint, encode_checkpoint
 from serve_app.errors import (
     InvalidInput,
     LockstepError,
@@ -49,6 +50,10 @@ class Carrier(Protocol):
         """The session has acknowledged more: tell the owner with whatever goes there next."""
         ...
 
+    def want_state(self, session: "Session") -> None:
+        """The session's state is wanted: `exported` hears of it."""
+        ...
+
 
 class Entry(NamedTuple):
     """What a session sends at once: a frame's entry, or a message."""
@@ -58,6 +63,13 @@ class Entry(NamedTuple):
     acked: int
     rewind: int
     close: int
+
+
+class Exported(NamedTuple):
+    """A session after its first `at` timesteps, as `serve_app.checkpoint` encodes it."""
+
+    at: int
+    record: bytes
 
 
 class Session:
@@ -131,6 +143,8 @@ class Session:
         self._failure: LockstepError | None = None  # the last that did not; the user has to be told once
         self._num_failures = self._failures_told = 0
         self._waiting: list[asyncio.Future[None]] = []
+        self._num_exporting = 0
+        self._exported: Exported | None = None  # the last, while it may be wanted
 
     # What a user of the session calls.
 
@@ -188,6 +202,27 @@ class Session:
             self._raise_if_ended()
             await self._change()
         return self.progress
+
+    async def export(self) -> Exported:
+        """The session as it is when all that is submitted by now has run, or later. Raises the error that ended it.
+
+        After a step that fails meanwhile it is the session before that: what fails is told to others.
+        """
+        target = self.next
+        self._num_exporting += 1
+        try:
+            is_asked = False
+            while (found := self._exported) is None or found.at < min(target, self.next):
+                self._raise_if_ended()
+                if self.progress >= min(target, self.next) and (found is not None or not is_asked):
+                    self.carrier.want_state(self)
+                    self._exported, is_asked = None, True  # one that is too early is of a session that runs again
+                await self._change()
+            return found
+        finally:
+            self._num_exporting -= 1
+            if not self._num_exporting:
+                self._exported = None
 
     async def available(self, start: int | None = None) -> bool:
         """Wait for outputs from timestep `start` on (None: not read yet); False when the session closes without any.
@@ -351,6 +386,7 @@ class Session:
 
     def checkpoint(self, at: int, state: tuple[np.ndarray, ...]) -> None:
         """The owner's state after the first `at` timesteps, all of whose outputs are here or on their way."""
+        self._export(at, state)
         if self._keep is not None and self._keep_next is None and at > (self.kept or 0):
             self._keep_next = at, state
             self._keep_if_due()
@@ -358,6 +394,12 @@ class Session:
         if self._retains and at > last:
             self._checkpoints.append((at, state))
             self._settle_checkpoints()
+
+    def exported(self, found: Exported) -> None:
+        """What `want_state` has asked for."""
+        if self._num_exporting:
+            self._exported = found
+            self._wake()
 
     @property
     def can_move(self) -> bool:
@@ -387,15 +429,20 @@ class Session:
         while self._checkpoints and self._checkpoints[0][0] < accepted:
             self._checkpoints.popleft()  # inputs from there on are not all here
 
+    def begin_at(self, at: int) -> None:
+        """Its initial state is that after `at` timesteps, which were those of another session."""
+        self.next = self.handed = self.accepted = self.progress = self.acked_told = self._adopted_at = at
+        self.acked = self._read = at
+        self._checkpoints[0] = at, self._checkpoints[0][1]
+
     def restore(self, at: int, acked: int, rewind: int) -> None:
         """Its initial state is that after `at` timesteps; its client has the outputs below `acked`.
 
         rewind: the failed steps that the client knows of.
         """
-        self.next = self.handed = self.accepted = self.progress = self.acked_told = self._adopted_at = at
+        self.begin_at(at)
         self.acked = self._read = acked
         self.rewind, self._must_number = rewind, True
-        self._checkpoints[0] = at, self._checkpoints[0][1]
 
     def keep_with(self, keep: Keep, kept: int) -> None:
         """Have checkpoints kept, each when its client has the outputs below; the last was that of `kept`."""
@@ -416,6 +463,7 @@ class Session:
                 "open a new one",
                 expected=accepted,
             )
+        self._ask_again()
         if rewind != self.rewind:
             failed = StepFailed(f"the model failed at timestep {accepted}: resend from {accepted}", expected=accepted)
             self._rewind(accepted, rewind, failed)
@@ -433,6 +481,7 @@ class Session:
         self._end = None
         while len(self._checkpoints) > 1:
             self._checkpoints.pop()
+        self._ask_again()
         self.offer()
 
     def notice(self, kind: str, error: dict[str, Any] | None, reason: str, progress: int) -> None:
@@ -440,6 +489,8 @@ class Session:
         if kind == "ended":
             self._end = (reason, progress)
             self._finish_if_due()
+        elif kind == "fresh":
+            self._export(0, None)
         elif error is not None:
             self._refused(from_wire(error))
 
@@ -451,6 +502,16 @@ class Session:
             self._wake()
 
     # Inside.
+
+    def _export(self, at: int, state: State) -> None:
+        if self._num_exporting:
+            of = Checkpoint(self.name, self.spec.name, self.spec.fingerprint, self.epoch, at, state)
+            self.exported(Exported(at, encode_checkpoint(of)))
+
+    def _ask_again(self) -> None:
+        """There is another way to the owner, or another owner."""
+        if self._num_exporting:
+            self.carrier.want_state(self)
 
     def _drop_inputs(self) -> None:
         """Forget what is not needed any more."""

@@ -14,14 +14,15 @@ def encode_frame(frame: Frame) -> bytes:
     opens = [
         (ask.epoch, ask.session, pack_all(ask.initial_state), ask.start, ask.adopts, ask.rewind) for ask in frame.opens
     ]
-    return _pack((frame.owner, frame.sender, _pack_array(frame.columns), _pack_array(frame.x), opens))
+    columns, x = _pack_array(frame.columns), _pack_array(frame.x)
+    return _pack((frame.owner, frame.sender, columns, x, opens, list(frame.exports)))
 
 
 def decode_frame(data: bytes) -> Frame:
     """The frame; its arrays are read-only views into `data`."""
-    owner, sender, columns, x, opens = msgpack.unpackb(data)
+    owner, sender, columns, x, opens, exports = msgpack.unpackb(data)
     asks = tuple(Open(epoch, session, unpack_all(state), *numbers) for epoch, session, state, *numbers in opens)
-    return Frame(owner, sender, _unpack_array(columns), _unpack_array(x), asks)
+    return Frame(owner, sender, _unpack_array(columns), _unpack_array(x), asks, tuple(exports))
 
 
 def encode_reply(reply: Answer | LockstepError) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from serve_app.config import AppConfig
 from serve_app.deployments.directory_actor import DirectoryActor
-from serve_app.directory import Claim, Directory, Grant, Owner, Slab
+from serve_app.directory import Ask, Claim, Described, Directory, Grant, Owner, Slab
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.engine import Engine
 from serve_app.errors import LockstepError, StateLost, Unavailable
@@ -83,7 +83,10 @@ class LocalCluster:
         resumable: bool = False,
         claim: Claim | None = None,
     ) -> Grant:
-        return await self.actor.open(session, sender, model, ended, resumable=resumable, claim=claim)
+        (opened,) = await self.actor.open([Ask(session, sender, model, ended, resumable, claim)])
+        if isinstance(opened, LockstepError):
+            raise opened
+        return opened
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
         return await self.actor.attach(session, sender)
@@ -99,6 +102,15 @@ class LocalCluster:
 
     async def lost(self, owner: str) -> None:
         await self.actor.lost(owner)
+
+    async def describe(self, session: str) -> Described:
+        return await self.actor.describe(session)
+
+    async def sessions(self, after: str, limit: int) -> list[Described]:
+        return await self.actor.sessions(after, limit)
+
+    async def drop(self, session: str) -> Grant | None:
+        return await self.actor.drop(session)
 
     async def models(self) -> dict[str, ModelSpec]:
         return await self.actor.models()

@@ -3,14 +3,14 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeVar
 from urllib.parse import quote
 
 from serve_app.checkpoint import decode_checkpoint
 from serve_app.checkpoint_store import CheckpointStore, key_of, open_store
 from serve_app.config import DurabilityConfig
-from serve_app.directory import Claim, Directory, Grant, Owner, Record, Slab
+from serve_app.directory import Ask, Described, Directory, Grant, Owner, Record, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.spec import ModelSpec
 
@@ -43,22 +43,9 @@ class DirectoryActor:
         """See Directory.unregister."""
         self._directory.unregister(owner)
 
-    async def open(
-        self,
-        session: str,
-        sender: str,
-        model: str | None,
-        ended: dict[str, list[int]],
-        *,
-        resumable: bool = False,
-        claim: Claim | None = None,
-    ) -> Grant:
-        """See Directory.open; first, forget what the sender has seen end."""
-        for owner, epochs in ended.items():
-            self._drop(self._directory.ended(owner, epochs))
-        if claim is not None:
-            await self._recall([session])
-        return self._directory.open(session, sender, model, resumable=resumable, claim=claim)
+    async def open(self, asks: Sequence[Ask]) -> list[Grant | LockstepError]:
+        """See Directory.open; what each ask is granted, or why it is not. First, forget what its sender saw end."""
+        return [await self._open(ask) for ask in asks]
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
         """See Directory.attach."""
@@ -72,6 +59,23 @@ class DirectoryActor:
     async def lookup(self, session: str) -> Record:
         """See Directory.lookup."""
         return self._directory.lookup(session)
+
+    async def describe(self, session: str) -> Described:
+        """See Directory.describe."""
+        await self._recall([session])
+        return self._directory.describe(session)
+
+    async def sessions(self, after: str, limit: int) -> list[Described]:
+        """See Directory.sessions."""
+        return self._directory.sessions(after, limit)
+
+    async def drop(self, session: str) -> Grant | None:
+        """End a session that waits to be resumed, or say under which grant its owner is to. Raises UnknownSession."""
+        await self._recall([session])
+        grant = self._directory.grant_of(session)
+        if grant is None:
+            self._drop(self._directory.ended("", [self._directory.lookup(session).epoch]))
+        return grant
 
     async def report(self, owner: str, ended: list[int]) -> bool:
         """An owner is alive, and these sessions of it have ended; False when it has to register (again)."""
@@ -109,6 +113,16 @@ class DirectoryActor:
         await self._recall([session])
         epoch = self._directory.restorable(session)
         return epoch, await self._stored(lambda store: store.get(key_of(session)))
+
+    async def _open(self, ask: Ask) -> Grant | LockstepError:
+        for owner, epochs in ask.ended.items():
+            self._drop(self._directory.ended(owner, epochs))
+        try:
+            if ask.claim is not None:
+                await self._recall([ask.session])
+            return self._directory.open(ask.session, ask.sender, ask.model, resumable=ask.resumable, claim=ask.claim)
+        except LockstepError as error:
+            return error
 
     async def _recall(self, sessions: Iterable[str]) -> None:
         """Learn from the store of sessions that an earlier directory has known."""

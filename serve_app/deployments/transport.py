@@ -1,7 +1,7 @@
 """How senders reach the directory and the owners on Ray."""
 
 import pickle
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -12,9 +12,10 @@ from ray.serve._private.common import RequestMetadata
 from serve_app.config import DurabilityConfig
 from serve_app.deployments.directory_actor import DirectoryActor
 from serve_app.deployments.frame_channel import FrameChannel
-from serve_app.directory import Claim, Grant, Owner, Record, Slab
+from serve_app.directory import Ask, Claim, Described, Grant, Owner, Record, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.ingress.outbox import Channel
+from serve_app.ingress.together import Together
 from serve_app.spec import ModelSpec
 
 NAMESPACE = "lockstep"
@@ -35,6 +36,8 @@ class RayDirectory:
             "max_restarts": -1,
         }
         self.actor: Any = ray.remote(DirectoryActor).options(**options).remote(app)
+        self._opens = Together(self._open_all)
+        self._losses = Together(self._lose_all)
 
     async def open(
         self,
@@ -47,7 +50,10 @@ class RayDirectory:
         claim: Claim | None = None,
     ) -> Grant:
         """See DirectoryClient."""
-        return await _result(self.actor.open.remote(session, sender, model, ended, resumable=resumable, claim=claim))
+        opened = await self._opens.call(Ask(session, sender, model, ended, resumable, claim))
+        if isinstance(opened, LockstepError):
+            raise opened
+        return opened
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
         """See DirectoryClient."""
@@ -67,7 +73,19 @@ class RayDirectory:
 
     async def lost(self, owner: str) -> None:
         """See DirectoryClient."""
-        await _result(self.actor.lost.remote(owner))
+        await self._losses.call(owner)
+
+    async def describe(self, session: str) -> Described:
+        """See DirectoryClient."""
+        return await _result(self.actor.describe.remote(session))
+
+    async def sessions(self, after: str, limit: int) -> list[Described]:
+        """See DirectoryClient."""
+        return await _result(self.actor.sessions.remote(after, limit))
+
+    async def drop(self, session: str) -> Grant | None:
+        """See DirectoryClient."""
+        return await _result(self.actor.drop.remote(session))
 
     async def models(self) -> dict[str, ModelSpec]:
         """See DirectoryClient."""
@@ -92,6 +110,14 @@ class RayDirectory:
     def connect(self, owner: Owner) -> Channel:
         """See DirectoryClient."""
         return FrameChannel(owner.address)
+
+    async def _open_all(self, asks: Sequence[Ask]) -> Sequence[Grant | LockstepError]:
+        return await _result(self.actor.open.remote(asks))
+
+    async def _lose_all(self, owners: Sequence[str]) -> Sequence[None]:
+        for owner in dict.fromkeys(owners):
+            await _result(self.actor.lost.remote(owner))
+        return [None] * len(owners)
 
 
 class ReplicaActor:

@@ -50,16 +50,36 @@ class Checkpointer:
         self._is_due[rows] = False
         self._num_due, self.read_at = 0, math.inf
         rows = rows[slot_of[rows] >= 0]
-        return self._read(rows, slot_of[rows], on_their_way)
+        return len(self._read(rows, slot_of[rows], on_their_way))
 
     def read_leaving(self, rows: np.ndarray, slots: np.ndarray, on_their_way: Iterable[np.ndarray]) -> int:
         """Start reading those of `rows` that are due, in whose `slots` others come next; returns how many."""
         due = self._is_due[rows]
-        return self._read(rows[due], slots[due], on_their_way) if due.any() else 0
+        return len(self._read(rows[due], slots[due], on_their_way)) if due.any() else 0
+
+    def read_wanted(
+        self, rows: np.ndarray, slot_of: np.ndarray, page_of: np.ndarray, on_their_way: Iterable[np.ndarray]
+    ) -> np.ndarray:
+        """Start reading those of `rows` that can be; returns which.
+
+        slot_of, page_of [max_rows]: where states are.
+        """
+        busy = list(on_their_way)
+        in_slots, in_pages = rows[slot_of[rows] >= 0], rows[page_of[rows] >= 0]
+        return np.concatenate(
+            [
+                self._read(in_slots, slot_of[in_slots], busy, is_wanted=True),
+                self._read(in_pages, page_of[in_pages], busy, is_wanted=True, in_pages=True),
+            ]
+        )
+
+    def is_awaited(self, sender: int) -> bool:
+        """Whether some are there that were wanted, and not taken yet."""
+        return any(slab.is_wanted and slab.sender == sender and slab.states.is_here for slab in self._slabs)
 
     def take(self, sender: int) -> Checkpoints | None:
         """The oldest of a sender's that have been read."""
-        for i, (of, epochs, at, which, states) in enumerate(self._slabs):
+        for i, (of, epochs, at, which, states, _) in enumerate(self._slabs):
             if of == sender and states.is_here:
                 del self._slabs[i]
                 leaves = states.arrays()
@@ -77,7 +97,15 @@ class Checkpointer:
         """What has been read, or is being read, and not taken."""
         return len(self._slabs)
 
-    def _read(self, rows: np.ndarray, slots: np.ndarray, on_their_way: Iterable[np.ndarray]) -> int:
+    def _read(
+        self,
+        rows: np.ndarray,
+        slots: np.ndarray,
+        on_their_way: Iterable[np.ndarray],
+        *,
+        is_wanted: bool = False,
+        in_pages: bool = False,
+    ) -> np.ndarray:
         sessions = self._sessions
         busy = list(on_their_way)
         for each in busy:
@@ -91,14 +119,15 @@ class Checkpointer:
             self._busy[each] = False
         rows, slots = rows[here], slots[here]
         if not len(rows):
-            return 0
+            return rows
         sessions.checkpointed[rows] = sessions.progress[rows]
-        states, senders = self._pool.read(slots), sessions.sender[rows]
+        states = self._pool.read_pages(slots) if in_pages else self._pool.read(slots)
+        senders = sessions.sender[rows]
         for sender in np.unique(senders).tolist():
             which = np.flatnonzero(senders == sender)
             of = rows[which]
-            self._slabs.append(_Slab(sender, sessions.epoch[of], sessions.progress[of], which, states))
-        return len(rows)
+            self._slabs.append(_Slab(sender, sessions.epoch[of], sessions.progress[of], which, states, is_wanted))
+        return rows
 
 
 class _Slab(NamedTuple):
@@ -109,3 +138,4 @@ class _Slab(NamedTuple):
     at: np.ndarray
     which: np.ndarray
     states: Reading
+    is_wanted: bool

@@ -74,6 +74,7 @@ class Engine:
         self._mail: dict[int, Mailbox] = {}
         self._last_sender = 0
         self._parted: set[int] = set()
+        self._exports: set[int] = set()  # epochs of sessions whose states are wanted
         self._expire_at = 0.0
         self.answer_within_s = config.frame.answer_within_s
         self.stats = Stats()
@@ -130,6 +131,7 @@ class Engine:
             self._receive_odd(frame, accepted.rows, accepted.verdict, mailbox)
         elif len(frame):
             self._acked = accepted.rows, accepted.acked
+        self._exports.update(frame.exports)
         mailbox.calls.append((ticket, now + self.answer_within_s))
 
     def answers(self, now: float) -> list[tuple[Ticket, Answer]]:
@@ -143,7 +145,7 @@ class Engine:
 
         for name, sender in list(self._mailboxes.items()):
             mailbox = self._mail[sender]
-            while mailbox.due(now):
+            while mailbox.due(now) or (mailbox.calls and self._checkpoints.is_awaited(sender)):
                 ticket, _ = mailbox.calls.popleft()
                 answer = mailbox.write_answer(
                     self._sessions, self._outputs, self.spec.outputs, self._max_answered, self._checkpoint_every,
@@ -154,6 +156,8 @@ class Engine:
                 del self._mailboxes[name], self._mail[sender]
                 self._checkpoints.forget(sender)
         self._read_checkpoints(now)
+        if self._exports and self._export():
+            answers += self.answers(now)
         return answers
 
     def farewell(self, now: float) -> list[tuple[Ticket, Answer]]:
@@ -283,6 +287,20 @@ class Engine:
     def _read_checkpoints(self, now: float) -> None:
         if self._checkpoints.read_at <= now:
             self.stats.checkpoints += self._checkpoints.read(self._slots.slot_of, self._rows_on_their_way())
+
+    def _export(self) -> bool:
+        """Read the states that are wanted, of sessions that are at rest; whether there were any."""
+        rows = np.array([self._sessions.row_of(epoch) for epoch in self._exports])
+        rows = rows[rows >= 0]
+        rows = rows[self._sessions.status[rows] == Status.OPEN]
+        read = self._checkpoints.read_wanted(rows, self._slots.slot_of, self._page_of, self._rows_on_their_way())
+        self.stats.checkpoints += len(read)
+        fresh = rows[(self._slots.slot_of[rows] < 0) & (self._page_of[rows] < 0)]
+        for row in fresh.tolist():
+            self._notify(row, Notice(int(self._sessions.epoch[row]), "fresh"))
+        done = np.concatenate([read, fresh])
+        self._exports = set(self._sessions.epoch[np.setdiff1d(rows, done)].tolist())
+        return len(done) > 0
 
     def _rows_on_their_way(self) -> list[np.ndarray]:
         return [flight.batch.rows for flight in self._flights]

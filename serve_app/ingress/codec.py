@@ -66,6 +66,13 @@ class Message:
             raise InvalidInput(f"{key} is {_describe(value)}, expected a map")
         return Message(value)
 
+    def blob(self, key: str) -> bytes:
+        """Bytes, which JSON has not."""
+        value = self._required(key)
+        if not isinstance(value, bytes):
+            raise InvalidInput(f"{key} is {_describe(value)}, expected bytes: take msgpack, which has them")
+        return value
+
     def array(self, key: str, spec: TensorSpec) -> np.ndarray:
         """An array. Lists, and bytes without a dtype, are taken for timesteps of `spec`; dtype and shape may differ."""
         return read_array(self._required(key), key, spec)

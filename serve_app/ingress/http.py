@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 
+from serve_app.directory import Described
 from serve_app.errors import InvalidInput, LockstepError, Unavailable
 from serve_app.ingress import oip_http
 from serve_app.ingress.codec import (
@@ -37,6 +38,7 @@ from serve_app.segment import Outputs
 logger = logging.getLogger(__name__)
 
 MAX_WAIT_S = 30.0
+MAX_LISTED = 1000
 RAW = "application/octet-stream"
 MSGPACK_TYPES = {"application/msgpack", "application/x-msgpack", "application/vnd.msgpack"}
 
@@ -103,14 +105,33 @@ class OutputsBody(NumbersBody):
     ended: str | None = None
 
 
-class SessionBody(NumbersBody):
+class DescribedBody(BaseModel):
     session: str
-    model: str
+    model: str | None
+    owner: str | None
+    sender: str
+    epoch: int
+    resumable: bool
+
+
+class SessionsBody(BaseModel):
+    sessions: list[DescribedBody]
+
+
+class SessionBody(DescribedBody):
+    next: int | None = None
+    progress: int | None = None
+    acked: int | None = None
+    rewind: int | None = None
     ended: str | None = None
 
 
-class EndedBody(NumbersBody):
+class EndedBody(BaseModel):
     reason: str
+    next: int | None = None
+    progress: int | None = None
+    acked: int | None = None
+    rewind: int | None = None
 
 
 class ErrorValues(BaseModel):
@@ -188,23 +209,36 @@ async def open_session(request: Request) -> Response:
     return _answer(request, describe_session(session), 201)
 
 
-@router.get("/sessions/{session}", response_model=SessionBody)
-async def show_session(request: Request, session: str) -> Response:
-    """How far a session is."""
-    held = _hub(request).get(session)
-    ended = {} if held.end_reason is None else {"ended": held.end_reason}
-    return _answer(request, {"session": held.name, "model": held.spec.name, **describe_numbers(held), **ended})
+@router.get("/sessions", response_model=SessionsBody)
+async def list_sessions(
+    request: Request,
+    after: Annotated[str, Query(description="the last one of the list before")] = "",
+    limit: Annotated[int, Query(ge=1, le=MAX_LISTED, description="sessions of this list, at most")] = 100,
+) -> Response:
+    """The sessions of all clients of the application, by id."""
+    sessions = await _hub(request).sessions(after, limit)
+    return _answer(request, {"sessions": [session._asdict() for session in sessions]})
 
 
-@router.delete("/sessions/{session}", response_model=EndedBody)
+@router.delete("/sessions/{session:path}", response_model=EndedBody)
 async def close_session(
     request: Request,
     session: str,
     start: Annotated[int | None, Query(ge=0, description="timesteps submitted; anything else is refused")] = None,
     abort: Annotated[bool, Query(description="drop what has not run, and outputs not fetched")] = False,
 ) -> Response:
-    """Close a session, and wait until all that was submitted has run. Outputs stay until acknowledged."""
-    held = _hub(request).get(session)
+    """Close a session, and wait until all that was submitted has run. Outputs stay until acknowledged.
+
+    A session of another way in can be aborted only: what its client has submitted is not known here.
+    """
+    hub = _hub(request)
+    held = hub.find(session)
+    if held is None:
+        if not abort:
+            await hub.describe(session)
+            raise InvalidInput(f"session {session!r} has another way in, which could close it: end it with abort=true")
+        await hub.drop(session)
+        return _answer(request, {"reason": "aborted"})
     if abort:
         held.abort()
         held.ack(held.progress)
@@ -266,6 +300,18 @@ async def fetch_outputs(
     outputs = next(encoding.cut(held.peek(start) or none, held.spec), none)
     ended = {"ended": held.end_reason} if held.end_reason is not None and outputs.end == held.progress else {}
     return _answer(request, {**describe_outputs(held, outputs), **ended})
+
+
+@router.get("/sessions/{session:path}", response_model=SessionBody)
+async def show_session(request: Request, session: str) -> Response:
+    """Who has a session; and how far it is, if this is its way in."""
+    hub = _hub(request)
+    held = hub.find(session)
+    if held is None:
+        return _answer(request, (await hub.describe(session))._asdict())
+    described = Described(held.name, held.spec.name, held.owner, hub.sender, held.epoch, held.stays)
+    ended = {} if held.end_reason is None else {"ended": held.end_reason}
+    return _answer(request, {**described._asdict(), **describe_numbers(held), **ended})
 
 
 @router.get("/models", response_model=ModelsBody)

@@ -12,7 +12,7 @@ from uuid import uuid4
 import numpy as np
 
 from serve_app.checkpoint import decode_checkpoint
-from serve_app.directory import Claim, Grant, Owner, Slab
+from serve_app.directory import NEW, Claim, Described, Grant, Owner, Slab
 from serve_app.errors import (
     InvalidInput,
     LockstepError,
@@ -22,8 +22,9 @@ from serve_app.errors import (
     TooManySessions,
     Unavailable,
     UnknownSession,
+    from_wire,
 )
-from serve_app.frame import Open
+from serve_app.frame import ABORT, Frame, Open
 from serve_app.ingress.keeper import Keeper
 from serve_app.ingress.outbox import Channel, Outbox
 from serve_app.session import Session, State
@@ -41,7 +42,7 @@ class Nowhere:
     def notify(self, session: Session) -> None:
         """See Carrier."""
 
-    notify_later = notify_ack = notify
+    notify_later = notify_ack = want_state = notify
 
 
 NOWHERE = Nowhere()
@@ -83,6 +84,18 @@ class DirectoryClient(Protocol):
         """The owner does not answer any more."""
         ...
 
+    async def describe(self, session: str) -> Described:
+        """What is known of a session."""
+        ...
+
+    async def sessions(self, after: str, limit: int) -> list[Described]:
+        """Sessions of all senders, by name."""
+        ...
+
+    async def drop(self, session: str) -> Grant | None:
+        """The grant under which an owner is to end a session; None where that is all."""
+        ...
+
     async def models(self) -> dict[str, ModelSpec]:
         """The models that are served."""
         ...
@@ -114,19 +127,28 @@ class Hub:
         initial_state: Sequence[np.ndarray] | None = None,
         *,
         resumable: bool = False,
+        checkpoint: bytes | None = None,
     ) -> Session:
         """Open a session: `session` is its id (None: a new one), `initial_state` its tensors in the model's order.
 
-        resumable: its client can come back for it, here or elsewhere. Raises SessionExists, UnknownModel,
-        TooManySessions, InvalidInput, Unavailable.
+        resumable: its client can come back for it, here or elsewhere. checkpoint: what `Session.export` gave, of a
+        session that this one goes on from. Raises SessionExists, UnknownModel, TooManySessions, InvalidInput,
+        Unavailable, StateLost (a checkpoint that is damaged, or of a model that is not served).
         """
         name = session or uuid4().hex
+        at, claim = 0, None
+        state = None if initial_state is None else tuple(np.asarray(array) for array in initial_state)
+        if checkpoint is not None:
+            if state is not None:
+                raise InvalidInput("an initial_state and a checkpoint were given: a session begins with one of them")
+            found = decode_checkpoint(checkpoint)
+            at, state, model = found.at, found.state, model or found.model
+            claim = Claim(NEW, found.fingerprint)
         while True:
             ended, self._ended = self._ended, {}
-            grant = await self._directory.open(name, self.sender, model, ended, resumable=resumable)
-            state = None if initial_state is None else tuple(np.asarray(array) for array in initial_state)
+            grant = await self._directory.open(name, self.sender, model, ended, resumable=resumable, claim=claim)
             try:
-                return await self._open_at(grant, state, resumable)
+                return await self._open_at(grant, state, resumable, at)
             except StateLost:
                 self._ended.setdefault(grant.owner.name, []).append(grant.epoch)
                 await self._directory.lost(grant.owner.name)  # and it places the session elsewhere, or says it cannot
@@ -228,6 +250,37 @@ class Hub:
             )
         raise UnknownSession(f"session {name!r} is not open here: open it first")
 
+    def find(self, name: str) -> Session | None:
+        """See `get`; None for a session of another sender, or of none. Raises SessionEnded."""
+        try:
+            return self.get(name)
+        except UnknownSession:
+            return None
+
+    async def describe(self, name: str) -> Described:
+        """A session of whatever sender. Raises UnknownSession."""
+        return await self._directory.describe(name)
+
+    async def sessions(self, after: str, limit: int) -> list[Described]:
+        """Sessions of all senders: `limit` at most, by name, from the first that comes after `after` on."""
+        return await self._directory.sessions(after, limit)
+
+    async def drop(self, name: str) -> None:
+        """Abort a session of whatever sender, which hears of it. Raises UnknownSession, NotOwner while it moves."""
+        grant = await self._directory.drop(name)
+        if grant is None:
+            return
+        channel = self._directory.connect(grant.owner)
+        columns = np.array([[0], [grant.epoch], [0], [0], [ABORT], [0]], np.int64)
+        none = np.empty((0, *grant.owner.spec.input.shape), grant.owner.spec.input.dtype)
+        try:
+            answer = await channel.call(Frame(grant.owner.name, uuid4().hex, columns, none))
+        finally:
+            await channel.close()
+        for notice in answer.notices:
+            if notice.error is not None and notice.error["code"] == NotOwner.code:
+                raise from_wire(dict(notice.error))
+
     async def models(self) -> dict[str, ModelSpec]:
         """The models that can be asked for."""
         return await self._directory.models()
@@ -246,12 +299,13 @@ class Hub:
         for outbox in list(self._outboxes.values()):
             await outbox.stop()
 
-    async def _open_at(self, grant: Grant, state: State, resumable: bool) -> Session:
+    async def _open_at(self, grant: Grant, state: State, resumable: bool, at: int) -> Session:
         session, outbox = await self._session_at(grant, state)
-        await outbox.open(session, Open(grant.epoch, grant.session, state))
-        self._take_in(session, grant.owner, resumable, kept=0)
+        session.begin_at(at)
+        await outbox.open(session, Open(grant.epoch, grant.session, state, at))
+        self._take_in(session, grant.owner, resumable, kept=at)
         if session.kept is not None:
-            self._keeper.keep(session, 0, state)
+            self._keeper.keep(session, at, state)
         return session
 
     async def _session_at(self, grant: Grant, state: State = None) -> tuple[Session, Outbox]:

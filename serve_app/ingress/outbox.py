@@ -69,6 +69,7 @@ class Outbox:
         self._opens: list[Open] = []
         self._pending: dict[int, Session] = {}  # an ordered set
         self._acks: dict[int, Session] = {}
+        self._exports: set[int] = set()
         self._calls: set[asyncio.Task[None]] = set()
         self._last_frame = 0
         self._frame_of: dict[int, int] = {}  # of each session that is in flight
@@ -112,6 +113,11 @@ class Outbox:
     def notify_ack(self, session: Session) -> None:
         """See Carrier."""
         self._acks[session.epoch] = session
+
+    def want_state(self, session: Session) -> None:
+        """See Carrier."""
+        self._exports.add(session.epoch)
+        self._schedule()
 
     async def stop(self) -> None:
         """Abort what is open, let go of outputs. The owner then answers all calls; if not in time, they are given up.
@@ -167,11 +173,12 @@ class Outbox:
 
     def _has_reason(self) -> bool:
         may_send = self._pending and len(self._frames) < MAX_FRAMES
-        return bool(may_send or self._opens or (self._sessions and not self._calls))
+        return bool(may_send or self._opens or self._exports or (self._sessions and not self._calls))
 
     def _next_frame(self, sent: list[tuple[Session, int]]) -> Frame:
         """A share of what is pending, up to the frame's size; `sent` gets the sessions with inputs, and up to where."""
         opens, self._opens = self._opens, []
+        exports, self._exports = self._exports, set()
         entries: list[tuple[int, Entry]] = []
         room = self._max_timesteps
         share = max(MIN_SHARE, -(-(len(self._frame_of) + len(self._pending)) // MAX_FRAMES))
@@ -201,7 +208,7 @@ class Outbox:
         ).reshape(-1, len(COLUMNS)).T  # fmt: skip
         empty = np.empty((0, *self._spec.input.shape), self._spec.input.dtype)
         x = np.concatenate([empty, *(entry.x for _, entry in entries)])
-        return Frame(self._owner, self._sender, np.ascontiguousarray(columns), x, tuple(opens))
+        return Frame(self._owner, self._sender, np.ascontiguousarray(columns), x, tuple(opens), tuple(exports))
 
     async def _run(self, frame: Frame, sent: list[tuple[Session, int]]) -> None:
         try:
@@ -303,3 +310,4 @@ class Outbox:
                 self._forgotten(session)
         self._pending.clear()
         self._acks.clear()
+        self._exports.clear()

@@ -107,7 +107,7 @@ async def converse(websocket: WebSocket, hub: Hub) -> None:
 
 async def _open(talk: Conversation, hub: Hub) -> Session:
     query = Message(dict(talk.websocket.query_params))
-    query.only("session", "model", "initial_state", "resumable", "resume", "rewind")
+    query.only("session", "model", "initial_state", "checkpoint", "resumable", "resume", "rewind")
     acked = query.values.get("resume")
     if acked is not None:
         name = query.text("session")
@@ -116,16 +116,19 @@ async def _open(talk: Conversation, hub: Hub) -> Session:
                 f"resume is {acked!r} of session {name!r}: expected its id, and the timestep below which all is here"
             )
         return await hub.resume(name, int(acked), _whole(query, "rewind"))
-    state = None
-    if query.values.get("initial_state", "false") != "false":
+    state = checkpoint = None
+    brings = [key for key in ("initial_state", "checkpoint") if query.values.get(key, "false") != "false"]
+    if brings:
         models = await hub.models()
         message = await talk.receive(max_body(max((spec.state_bytes for spec in models.values()), default=0)))
-        message.only("type", "initial_state")
+        message.only("type", *brings)
         if message.text("type") != "open":
-            raise InvalidInput("the first message has to be of type 'open' and bring the initial_state")
+            raise InvalidInput(f"the first message has to be of type 'open' and bring the {' and the '.join(brings)}")
         state = message.arrays("initial_state")
+        checkpoint = message.blob("checkpoint") if "checkpoint" in brings else None
     resumable = query.values.get("resumable", "false") != "false"
-    return await hub.open(query.text("session"), query.text("model"), state, resumable=resumable)
+    name, model = query.text("session"), query.text("model")
+    return await hub.open(name, model, state, resumable=resumable, checkpoint=checkpoint)
 
 
 def _whole(query: Message, key: str) -> int:
@@ -152,20 +155,57 @@ async def _listen(talk: Conversation, session: Session) -> int:
     """Do what the client says, until nothing that it says can be decoded; returns the code to close with."""
     max_bytes = max_body(session.limits.max_segment * session.spec.input.nbytes)
     unreadable = 0
-    while unreadable < MAX_UNREADABLE:
-        try:
-            message = await talk.receive(max_bytes)
-        except InvalidInput as error:
-            unreadable += 1
-            await talk.send("error", error=error.to_wire())
-            continue
-        unreadable = 0
-        try:
-            _obey(message, session)
-        except LockstepError as error:
-            if session.end_reason is None:  # else `_speak` says it all
+    async with _Exports(talk, session) as exports:
+        while unreadable < MAX_UNREADABLE:
+            try:
+                message = await talk.receive(max_bytes)
+            except InvalidInput as error:
+                unreadable += 1
                 await talk.send("error", error=error.to_wire())
+                continue
+            unreadable = 0
+            try:
+                if message.text("type") == "export":
+                    exports.start(message)
+                else:
+                    _obey(message, session)
+            except LockstepError as error:
+                if session.end_reason is None:  # else `_speak` says it all
+                    await talk.send("error", error=error.to_wire())
     return 4000 + InvalidInput.http
+
+
+class _Exports:
+    """Sends a session's checkpoints as they are asked for, one after another, beside everything else."""
+
+    def __init__(self, talk: Conversation, session: Session) -> None:
+        self._talk, self._session = talk, session
+        self._task: asyncio.Task[None] | None = None
+        self._is_due = False
+
+    def start(self, message: Message) -> None:
+        """The client wants one; those that are asked for while it is on its way are one."""
+        message.only("type")
+        if self._talk.encoding is not MSGPACK:
+            raise InvalidInput(f"a checkpoint is bytes, which JSON has not: take the subprotocol {SUBPROTOCOL!r}")
+        self._is_due = True
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._send())
+
+    async def _send(self) -> None:
+        with suppress(LockstepError, WebSocketDisconnect):  # the session has ended, as `_speak` says; nobody listens
+            while self._is_due:
+                self._is_due = False
+                found = await self._session.export()
+                await self._talk.send("checkpoint", at=found.at, checkpoint=found.record)
+
+    async def __aenter__(self) -> "_Exports":
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
 
 def _obey(message: Message, session: Session) -> None:
@@ -187,7 +227,7 @@ def _obey(message: Message, session: Session) -> None:
             _check_rewind(message, session)
             session.close(message.number("start"))
     else:
-        raise InvalidInput(f"a message of type {kind!r} arrived, expected segment, ack or close")
+        raise InvalidInput(f"a message of type {kind!r} arrived, expected segment, ack, export or close")
 
 
 def _check_rewind(message: Message, session: Session) -> None:

@@ -4,12 +4,14 @@ import torch
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(DTYPE).max
+MAX_SCALE = 2.0**64
+"""Of rows so small that it makes no difference."""
 
 
 def scales(rows: torch.Tensor) -> torch.Tensor:
     """Of rows [..., n] the factors [..., 1] that bring the largest of each near the largest of e4m3."""
     largest = rows.float().abs().amax(-1, keepdim=True)
-    return torch.where(largest > 0, (LARGEST / largest).log2().floor().exp2(), 1.0)
+    return (LARGEST / largest).log2().floor().exp2().clamp(max=MAX_SCALE)
 
 
 def round_to_fp8(rows: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ import asyncio
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -313,6 +315,53 @@ async def test_http_and_metrics(run_app: Callable[..., DeploymentHandle[Any]], h
         )
         assert 'model="rnn"' in seen["lockstep_steps"]
         assert 'reason="closed"' in seen["lockstep_session_ends"]
+
+
+async def test_the_command_line_ends_a_session_of_another_client(
+    run_app: Callable[..., DeploymentHandle[Any]], http_port: int
+) -> None:
+    app = run_app("watched", route_prefix="/watched", model=MODEL, engine=SMALL)
+    address = f"ws://127.0.0.1:{http_port}/watched"
+
+    async def call(*arguments: str) -> str:
+        command = [sys.executable, "-m", "clients", "sessions", *arguments, "--address", address]
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
+        return str(done.stdout)
+
+    async with connect(app) as by_handle, connect(address) as by_socket:
+        dropped, stays = await by_handle.open("dropped"), await by_socket.open("stays")
+        lines = (await call("list")).splitlines()
+        assert [(line.split()[0], line.endswith("resumable")) for line in lines] == [
+            ("dropped", False),
+            ("stays", True),
+        ]
+        assert await call("drop", "dropped") == "dropped: aborted\n"
+        with pytest.raises(SessionEnded, match="aborted"):
+            await dropped.wait(dropped.submit(noise(1, 5)))
+        await stays.wait(stays.submit(noise(1, 5)))
+        while "dropped" in await call("list"):  # its owner tells the directory soon
+            pass
+
+
+async def test_a_session_is_taken_along_from_one_application_to_another(
+    run_app: Callable[..., DeploymentHandle[Any]], http_port: int
+) -> None:
+    run_app("here", route_prefix="/here", model=MODEL, engine=SMALL)
+    there = run_app("there", model=MODEL, engine=SMALL)
+    other = run_app("other", model={**MODEL, "seed": 4}, engine=SMALL)
+    x = noise(2, 60)
+    here = connect(f"ws://127.0.0.1:{http_port}/here")
+    async with here, connect(there) as by_handle, connect(other) as wrong:
+        session = await here.open()
+        session.submit(x[:30])
+        record = await session.export()
+        for client in (by_handle, here):
+            again = await client.open(checkpoint=record)
+            again.submit(x[30:])
+            await again.close()
+            np.testing.assert_allclose(await collect(again), alone(x)[30:], rtol=1e-5, atol=1e-5)
+        with pytest.raises(StateLost, match="other weights, options or dtype"):
+            await wrong.open(checkpoint=record)
 
 
 async def _metrics(http: httpx.AsyncClient, names: set[str]) -> dict[str, str]:

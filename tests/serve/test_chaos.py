@@ -12,13 +12,15 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(240)]
 
 def test_nothing_is_lost_doubled_wrong_or_hung(repository: Path, tmp_path: Path) -> None:
     file = tmp_path / "chaos.json"
-    command = [sys.executable, "-m", "bench.chaos", "--seconds", "90", "--sessions", "100", "--json", str(file)]
+    command = [sys.executable, "-m", "bench.chaos", "--seconds", "90", "--sessions", "100", "--sockets", "20"]
+    command += ["--json", str(file)]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     figures = json.loads(file.read_text())["figures"]
     assert {name: figures[name] for name in ("lost", "doubled", "wrong", "hung")} == {
         "lost": 0, "doubled": 0, "wrong": 0, "hung": 0,
     }  # fmt: skip
-    assert figures["kills_replica"] >= 1 and figures["kills_node"] >= 1 and figures["kills_directory"] >= 1
-    assert figures["hit_replica"] >= 1
+    kinds = ("replica", "ingress", "ingress_and_replica", "node", "directory")
+    assert all(figures[f"kills_{kind}"] >= 1 for kind in kinds)
+    assert figures["hit_replica"] >= 1 and figures["hit_ingress"] >= 20
     assert figures["timesteps"] > 10_000

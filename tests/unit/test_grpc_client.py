@@ -112,6 +112,9 @@ async def test_bad_input_is_refused_with_its_error() -> None:
             await bad.close()
         good.submit(np.ones((2, 1), np.float32))
         assert await good.wait() == 2
+        with pytest.raises(InvalidInput, match="cannot be exported"):
+            await good.export()
+        assert await good.close() == "closed"
     with pytest.raises(InvalidInput, match="grpc://host:8001"):
         connect("grpc://")
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import msgpack
@@ -15,7 +16,8 @@ import pytest
 
 from serve_app import errors
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
-from serve_app.errors import LockstepError
+from serve_app.directory import Claim
+from serve_app.errors import LockstepError, SessionEnded
 from serve_app.ingress.codec import MSGPACK, read_array
 from serve_app.ingress.http import build_http
 from serve_app.ingress.hub import Hub
@@ -125,7 +127,8 @@ async def test_a_session_from_open_to_close() -> None:
         assert await sut.fetch("a", 0, 5) == [[i, i] for i in range(1, 6)]
         shown = await sut.call("GET", "/v1/sessions/a")
         numbers = {"next": 5, "progress": 5, "acked": shown["acked"], "rewind": 0}
-        assert shown == {"session": "a", "model": "silero_vad", **numbers}
+        known = {"model": "silero_vad", "owner": "owner-0", "sender": sut.hub.sender, "resumable": False}
+        assert shown == {"session": "a", "epoch": sut.hub.get("a").epoch, **known, **numbers}
         assert await sut.call("DELETE", "/v1/sessions/a?start=5") == {"reason": "closed", **numbers}
         assert await sut.fetch("a", 4, 5) == [[5, 5]]  # until acknowledged
         last = await sut.call("GET", "/v1/sessions/a/outputs?start=5&wait_s=10")
@@ -134,6 +137,47 @@ async def test_a_session_from_open_to_close() -> None:
         while sut.hub.num_sessions or sut.cluster.engines["owner-0"].gauges()["retained_bytes"]:
             await asyncio.sleep(0.005)
         assert await sut.refused(410, "session_ended", "closed", "GET", "/v1/sessions/a") == {"reason": "closed"}
+
+
+async def test_sessions_of_all_ways_in_are_listed_and_dropped() -> None:
+    async with system() as sut:
+        other = Hub(sut.cluster, ack_on_receipt=True)
+        theirs = await other.open("b/?")
+        for name in ("c", "a", "d"):
+            await sut.open(session=name)
+        listed = (await sut.call("GET", "/v1/sessions"))["sessions"]
+        assert [each["session"] for each in listed] == ["a", "b/?", "c", "d"]
+        assert {each["sender"] for each in listed} == {sut.hub.sender, other.sender}
+        page = (await sut.call("GET", "/v1/sessions?after=a&limit=2"))["sessions"]
+        assert page == listed[1:3]
+        await sut.refused(400, "invalid_input", "limit", "GET", "/v1/sessions?limit=0")
+        await sut.refused(404, "unknown_session", "'nobody' is not open", "GET", "/v1/sessions/nobody")
+        await sut.refused(404, "unknown_session", "'nobody' is not open", "DELETE", "/v1/sessions/nobody?abort=true")
+        assert [(await sut.call("GET", "/v1/sessions/c"))[key] for key in ("next", "owner")] == [0, "owner-0"]
+        await sut.call("DELETE", "/v1/sessions/c?abort=true")
+
+        path = f"/v1/sessions/{quote(theirs.name, safe='')}"
+        theirs.submit(np.array(ones(5)))
+        assert await theirs.wait() == 5
+        async with bystander(sut):
+            assert await sut.call("GET", path) == listed[1]
+            await sut.refused(400, "invalid_input", "abort=true", "DELETE", path)
+            assert await sut.call("DELETE", path, params={"abort": True}) == {"reason": "aborted"}
+            assert await theirs.closed() == "aborted"
+            with pytest.raises(SessionEnded):
+                theirs.submit(np.array(ones(1)))
+        await other.stop()
+
+
+async def test_a_session_that_is_just_moving_is_not_dropped() -> None:
+    async with system() as sut:
+        other = Hub(sut.cluster, ack_on_receipt=True)
+        theirs = await other.open("b")
+        sut.cluster.directory.open("b", "third", claim=Claim(theirs.epoch))  # and its owner has not heard of it yet
+        await sut.refused(421, "not_owner", "ask the directory", "DELETE", "/v1/sessions/b?abort=true")
+        theirs.submit(np.array(ones(5)))
+        assert await theirs.wait() == 5
+        await other.stop()
 
 
 async def test_three_ways_to_write_a_segment_and_two_to_read_outputs() -> None:
@@ -238,7 +282,7 @@ async def test_nan_is_passed_if_so_configured_and_stays_in_its_session() -> None
 async def test_unknown_sessions_and_models() -> None:
     async with system() as sut, bystander(sut):
         for method, path in (("POST", "/segments"), ("GET", "/outputs"), ("GET", ""), ("DELETE", "")):
-            await sut.refused(404, "unknown_session", "'nobody' is not open here", method, f"/v1/sessions/nobody{path}")
+            await sut.refused(404, "unknown_session", "'nobody' is not open", method, f"/v1/sessions/nobody{path}")
         body = {"model": "whisper"}
         await sut.refused(
             404, "unknown_model", "'whisper' is not served here: silero_vad", "POST", "/v1/sessions", json=body

@@ -194,7 +194,7 @@ BAD_MESSAGES: dict[str, tuple[str, str, str | bytes]] = {
     "binary": ("invalid_input", "a binary message arrived in a conversation in JSON", b"\x80"),
     "not a map": ("invalid_input", "a list, expected a map", "[]"),
     "too large": ("invalid_input", "a message of 90000 bytes arrived, the limit is 81920", " " * 90_000),
-    "no type": ("invalid_input", "a message of type None arrived, expected segment, ack or close", "{}"),
+    "no type": ("invalid_input", "a message of type None arrived, expected segment, ack, export or close", "{}"),
     "unknown type": ("invalid_input", "type 'open' arrived, expected segment", '{"type": "open"}'),
     "unknown key": ("invalid_input", "'ack' is not known here: type, acked", '{"type": "ack", "ack": 3}'),
     "no x": ("invalid_input", "key 'x' is missing", '{"type": "segment"}'),
@@ -644,3 +644,19 @@ async def test_outputs_tell_where_their_time_went() -> None:
         last = sessions[0].read()
         assert last is not None
         assert last.timing.batch_size == 1, "of the new ones only"
+
+
+async def test_tries_to_resume_become_rarer(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[str] = []
+
+    async def refused(address: str, **query: str) -> None:
+        attempts.append(address)
+        raise Unavailable("nobody is there")
+
+    async with system() as sut:
+        session = await open_websocket(sut.address, resume_within_s=0.6)
+        monkeypatch.setattr(websocket_client, "_connect", refused)
+        break_connection(session)
+        with pytest.raises(Unavailable, match="nobody is there"):
+            await session.closed()
+    assert 2 <= len(attempts) <= 6, "0.025 s lie between the first two at least, then twice as much each time"

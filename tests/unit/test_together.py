@@ -1,0 +1,66 @@
+"""Many calls in one: each has its own answer, and none waits for ever."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from serve_app.errors import Unavailable
+from serve_app.ingress import together
+from serve_app.ingress.together import Together
+
+pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(10)]
+
+
+class Work:
+    """Doubles what it is given, or fails, once `free` is set."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[int]] = []
+        self.free = asyncio.Event()
+
+    async def __call__(self, asks: Sequence[int]) -> Sequence[int]:
+        self.calls.append(list(asks))
+        await self.free.wait()
+        if 13 in asks:
+            raise Unavailable("not today")
+        return [2 * ask for ask in asks]
+
+
+async def test_what_comes_while_a_call_is_on_its_way_goes_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "MAX_TOGETHER", 3)
+    work = Work()
+    many = Together(work)
+    tasks = [asyncio.create_task(many.call(0))]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    tasks += [asyncio.create_task(many.call(ask)) for ask in range(1, 5)]
+    await asyncio.sleep(0)
+    work.free.set()
+    assert await asyncio.gather(*tasks) == [0, 2, 4, 6, 8]
+    assert work.calls == [[0], [1, 2, 3], [4]]
+    assert await many.call(5) == 10, "and it begins again"
+
+
+async def test_a_failure_is_of_those_who_were_in_that_call() -> None:
+    work = Work()
+    many = Together(work)
+    tasks = [asyncio.create_task(many.call(ask)) for ask in (13, 1)]
+    await asyncio.sleep(0)
+    late = asyncio.create_task(many.call(2))
+    await asyncio.sleep(0)
+    work.free.set()
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(each) for each in found] == [Unavailable, Unavailable]
+    assert await late == 4
+
+
+async def test_one_who_has_gone_does_not_matter_to_the_others() -> None:
+    work = Work()
+    many = Together(work)
+    gone, stays = (asyncio.create_task(many.call(ask)) for ask in (1, 2))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.sleep(0)
+    work.free.set()
+    assert await stays == 4
