@@ -36,7 +36,7 @@ class Client:
     async def open(
         self, session: str | None = None, model: str | None = None, initial_state: Sequence[np.ndarray] | None = None
     ) -> Session:
-        """Open a session: its id (None: a new one), the model (None: any), and a state to start from.
+        """Open a session: its id (None: a new one), the model (None: the only one), and a state to start from.
 
         initial_state: the tensors of the model's state, in its order and shaped as for a batch of 1. Raises
         SessionExists, UnknownModel, TooManySessions, InvalidInput, Unavailable.

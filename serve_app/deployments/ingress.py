@@ -14,10 +14,10 @@ from serve_app.ingress.oip_grpc import InferenceService
 
 @serve.ingress()
 class Ingress(InferenceService):
-    """Protocol adapters over a hub. `recurrent` is there for Serve to deploy the owners, whom the directory names."""
+    """Protocol adapters over a hub. `owners` are there for Serve to deploy them; the directory says where they are."""
 
-    async def __init__(self, recurrent: Any) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._recurrent = recurrent
+    async def __init__(self, owners: list[Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._owners = owners
         self._hub = Hub(RayDirectory(serve.get_replica_context().app_name), ack_on_receipt=False)
         self.inference = InferenceServer(self._hub)
 

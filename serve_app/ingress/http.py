@@ -171,7 +171,7 @@ def _body_of(model: type[BaseModel], *, required: bool, raw: bool = False) -> di
 
 @router.post("/sessions", status_code=201, response_model=OpenedBody, openapi_extra=_body_of(OpenBody, required=False))
 async def open_session(request: Request) -> Response:
-    """Open a session. Without `session` it gets an id of its own; without `model` any model's replica takes it."""
+    """Open a session. Without `session` it gets an id of its own; `model` may be left out where there is one."""
     hub = _hub(request)
     limit = OVERHEAD_BYTES
     if int(request.headers.get("content-length", limit + 1)) > limit:

@@ -118,7 +118,7 @@ class Hub:
         """Open a session: `session` is its id (None: a new one), `initial_state` its tensors in the model's order.
 
         resumable: its client can come back for it, here or elsewhere. Raises SessionExists, UnknownModel,
-        TooManySessions, InvalidInput, Unavailable.
+        TooManySessions, InvalidInput (also where several models are served, and none is named), Unavailable.
         """
         name = session or uuid4().hex
         while True:

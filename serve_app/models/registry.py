@@ -5,7 +5,7 @@ import importlib
 import inspect
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, field, make_dataclass
+from dataclasses import asdict, field, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from serve_app.coerce import build_dataclass
@@ -30,7 +30,7 @@ def check(config: ModelConfig) -> ModelConfig:
     if ":" in config.name:
         _split(config.name)
         return config
-    return ModelConfig(config.name, asdict(_options(config)))
+    return replace(config, options=asdict(_options(config)))
 
 
 def load(config: ModelConfig) -> "RecurrentModel":
