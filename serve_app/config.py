@@ -131,14 +131,70 @@ class DurabilityConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PriorityConfig:
+    """Of requests of one priority. `max_queue_size`: rows that wait (0: any number); one more is refused.
+
+    `timeout_s`: how long a request may wait (0: any time). `on_timeout`: then it is refused, or stands behind all
+    others of its priority.
+    """
+
+    max_queue_size: int = 4096
+    timeout_s: float = 0.0
+    on_timeout: Literal["reject", "delay"] = "reject"
+
+    def __post_init__(self) -> None:
+        _at_least("batching.priorities[]", self, 0, "max_queue_size", "timeout_s")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchingConfig:
+    """How requests to a stateless model become batches. A model with this section is one.
+
+    `max_batch_size`: rows of a batch. A full one, or one of `preferred_batch_sizes`, runs as soon as an instance of the
+    model is free; any other when its longest waiting row has waited `max_queue_delay_s`. `max_padding`: share of a
+    batch that may be padding, where rows differ in length. `priorities`: 1 is the first of them, and the highest.
+    `instances`: batches that a replica runs at the same time, on the same weights. `dtype`: of weights and products.
+    """
+
+    max_batch_size: int = 64
+    preferred_batch_sizes: tuple[int, ...] = ()
+    max_queue_delay_s: float = 0.0
+    max_padding: float = 0.25
+    priorities: tuple[PriorityConfig, ...] = field(default_factory=lambda: (PriorityConfig(),))
+    default_priority: int = 1
+    instances: int = 1
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        _at_least("batching", self, 1, "max_batch_size", "default_priority", "instances")
+        _at_least("batching", self, 0, "max_queue_delay_s", "max_padding")
+        for size in self.preferred_batch_sizes:
+            if not 1 <= size <= self.max_batch_size:
+                raise ConfigError(
+                    f"batching.preferred_batch_sizes has {size}, it must be from 1 to "
+                    f"batching.max_batch_size={self.max_batch_size}"
+                )
+        if self.max_padding >= 1:
+            raise ConfigError(f"batching.max_padding is {self.max_padding}, it must be less than 1")
+        if self.default_priority > len(self.priorities):
+            raise ConfigError(
+                f"batching.default_priority is {self.default_priority}, batching.priorities has {len(self.priorities)}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class AppConfig:
-    """The tree of one model. `replicas`: replicas of the model; `num_gpus`: GPUs that each gets from Ray."""
+    """The tree of one model. `replicas`: replicas of the model; `num_gpus`: GPUs that each gets from Ray.
+
+    `batching`: of a stateless model only; it has no use for session, frame and durability.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
     frame: FrameConfig = field(default_factory=FrameConfig)
     durability: DurabilityConfig = field(default_factory=DurabilityConfig)
+    batching: BatchingConfig | None = None
     replicas: int = 1
     num_gpus: float = 0.0
 
@@ -169,6 +225,8 @@ def load_models(args: Mapping[str, Any]) -> dict[str, AppConfig]:
         raise ConfigError(f"models is {models!r}, expected a section for each model: models.vad.model=silero_vad")
     if "model" in tree:
         raise ConfigError("model is given beside models: move it there, as models.NAME.model", key="model")
+    if "batching" in tree:
+        raise ConfigError("batching is given beside models: move it to the stateless ones, as models.NAME.batching")
     return {str(name): _of_models(str(name), section, tree) for name, section in models.items()}
 
 
@@ -207,7 +265,12 @@ def _tree(tree: Mapping[str, Any], model: Mapping[str, str]) -> AppConfig:
     options = dict(tree.get("model") or {})
     given = {**model, **({"name": options.pop("name")} if "name" in options else {})}
     config = build_dataclass(AppConfig, {**tree, "model": {**given, "options": options}})
-    return replace(config, model=registry.check(config.model))
+    config = replace(config, model=registry.check(config.model))
+    if registry.is_stateless(config.model.name) and config.batching is None:
+        return replace(config, batching=BatchingConfig())
+    if config.batching is not None and registry.is_recurrent(config.model.name):
+        raise ConfigError(f"batching is given, and model={config.model.name} has a state: see engine.max_batch_size")
+    return config
 
 
 def _unflatten(args: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
 from serve_app.config import AppConfig, load_models
+from serve_app.deployments.batched import Batched
 from serve_app.deployments.ingress import Ingress
 from serve_app.deployments.recurrent import Recurrent
 from serve_app.engine.host_env import REPLICA_ENV
@@ -28,7 +29,8 @@ OWNER_ENV = {**REPLICA_ENV, **ONE_THREAD}
 def build(args: Mapping[str, Any]) -> Application:
     """The application that `args` configure (see serve_app.config). Raises ConfigError.
 
-    The owners of a model are the deployment Recurrent, or Recurrent-NAME where `models` are configured.
+    The owners of a model are the deployment Recurrent, or Recurrent-NAME where `models` are configured; the replicas of
+    a stateless one Batched, or Batched-NAME.
     """
     configs = load_models(args)
     ingress = serve.deployment(
@@ -40,14 +42,18 @@ def build(args: Mapping[str, Any]) -> Application:
         logging_config=QUIET,
         ray_actor_options={"num_cpus": 0.5, "runtime_env": {"env_vars": ONE_THREAD}},
     )(Ingress)
-    application: Application = ingress.bind([_recurrent(config, tuple(configs)) for config in configs.values()])
+    recurrent = {name: config for name, config in configs.items() if config.batching is None}
+    application: Application = ingress.bind(
+        [_model(Recurrent, config).bind(config, tuple(recurrent)) for config in recurrent.values()],
+        {name: _model(Batched, config).bind(config) for name, config in configs.items() if name not in recurrent},
+    )
     return application
 
 
-def _recurrent(config: AppConfig, models: tuple[str, ...]) -> Application:
-    """The owners of one of the application's models."""
-    recurrent = serve.deployment(
-        name="-".join(filter(None, ("Recurrent", config.model.served_as))),
+def _model(replica: type[Any], config: AppConfig) -> Any:
+    """The deployment of one of the application's models."""
+    return serve.deployment(
+        name="-".join(filter(None, (replica.__name__, config.model.served_as))),
         num_replicas=config.replicas,
         max_ongoing_requests=MAX_CALLS,
         graceful_shutdown_wait_loop_s=0.1,
@@ -55,6 +61,4 @@ def _recurrent(config: AppConfig, models: tuple[str, ...]) -> Application:
         health_check_period_s=2,  # where a replica has died the next should come soon
         logging_config=QUIET,
         ray_actor_options={"num_gpus": config.num_gpus, "runtime_env": {"env_vars": OWNER_ENV}},
-    )(Recurrent)
-    bound: Application = recurrent.bind(config, models)
-    return bound
+    )(replica)

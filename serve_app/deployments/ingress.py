@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
-from serve_app.deployments.transport import RayDirectory
+from serve_app.deployments.transport import BatchedHandles, RayDirectory
 from serve_app.ingress.http import build_http
 from serve_app.ingress.hub import Hub
 from serve_app.ingress.oip import InferenceServer
@@ -16,13 +16,16 @@ from serve_app.ingress.oip_grpc import InferenceService
 class Ingress(InferenceService):
     """Protocol adapters over a hub. `owners` are there for Serve to deploy them; the directory says where they are."""
 
-    async def __init__(self, owners: list[Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, owners: list[Any], batched: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        """batched: handles of the stateless models, by name."""
         self._owners = owners
         self._hub = Hub(RayDirectory(serve.get_replica_context().app_name), ack_on_receipt=False)
-        self.inference = InferenceServer(self._hub)
+        self._batched = BatchedHandles(batched)
+        self.inference = InferenceServer(self._hub, self._batched)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http(self._hub, self.inference)
 
     async def __del__(self) -> None:
+        await self._batched.stop()
         await self._hub.stop()

@@ -280,11 +280,12 @@ async def live(request: Request) -> Response:
 
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
-    """Whether sessions can be opened."""
-    models = await _hub(request).models()
+    """Whether a model can be asked."""
+    inference: InferenceServer = request.app.state.inference
+    models = [model["name"] for model in await inference.index(only_ready=False)]
     if not models:
         raise Unavailable("no replica is ready: try again in a moment")
-    return _answer(request, {"status": "ready", "models": sorted(models)})
+    return _answer(request, {"status": "ready", "models": models})
 
 
 @router.websocket("/session")

@@ -97,8 +97,10 @@ class RequestQueue(Generic[T]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, items: Sequence[T], length: int, now: float, priority: int = 1, timeout_s: float = 0.0) -> None:
-        """Take requests of the same length in, all or none. Raises Overloaded when so many wait already.
+    def add(
+        self, items: Sequence[T], lengths: Sequence[int], now: float, priority: int = 1, timeout_s: float = 0.0
+    ) -> None:
+        """Take requests in, each of its length, all or none. Raises Overloaded when too many would wait.
 
         timeout_s: how long these may wait, if that is less than others of their priority (0: as long as those).
         """
@@ -106,11 +108,11 @@ class RequestQueue(Generic[T]):
         waiting = sum(len(line.in_order) for line in self._lines[2 * priority - 2 : 2 * priority])
         if level.max_size and waiting + len(items) > level.max_size:
             raise Overloaded(
-                f"{waiting} requests of priority {priority} wait, the limit is {level.max_size}: try again later, or "
+                f"{waiting} rows of priority {priority} wait, the limit is {level.max_size}: try again later, or "
                 "raise batching.priorities[].max_queue_size"
             )
         deadline = now + min(level.timeout_s or math.inf, timeout_s or math.inf)
-        for item in items:
+        for item, length in zip(items, lengths, strict=True):
             number, self._next_number = self._next_number, self._next_number + 1
             entry = _Entry(item, length, now, deadline, priority - 1)
             self._entries[number] = entry
@@ -155,10 +157,13 @@ class RequestQueue(Generic[T]):
 
     def due(self) -> float:
         """When `take` or `expire` will have something, if nothing comes before."""
+        return min(self.expires_at(), self._overdue_at() if self._entries else math.inf)
+
+    def expires_at(self) -> float:
+        """When `expire` will have something."""
         while self._deadlines and self._deadlines[0][1] not in self._entries:
             heapq.heappop(self._deadlines)
-        overdue = self._overdue_at() if self._entries else math.inf
-        return min(overdue, self._deadlines[0][0] if self._deadlines else math.inf)
+        return self._deadlines[0][0] if self._deadlines else math.inf
 
     def _overdue_at(self) -> float:
         return next(iter(self._entries.values())).arrived + self._max_delay_s

@@ -28,7 +28,12 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def app(run_app: Callable[..., DeploymentHandle[Any]]) -> DeploymentHandle[Any]:
-    models = {name: {"model": model} for name, model in MODELS.items()}
+    models: dict[str, Any] = {name: {"model": model} for name, model in MODELS.items()}
+    models["masked"] = {
+        "model": "tests.stateless:MaskedSum",
+        "batching": {"max_batch_size": 16, "priorities": [{"max_queue_size": 100}, {}]},
+        "replicas": 2,
+    }
     return run_app("both", "/both", engine={"slots": 8, "max_batch_size": 4}, models=models)
 
 
@@ -73,7 +78,7 @@ async def test_sessions_on_both_at_once(app: DeploymentHandle[Any], http_port: i
 async def test_the_open_inference_protocol_knows_both(app: DeploymentHandle[Any], http_port: int) -> None:
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{http_port}/both/v2", timeout=30) as http:
         index = (await http.post("/repository/index", json={})).json()
-        assert [model["name"] for model in index] == ["gru", "vad"]
+        assert [model["name"] for model in index] == ["gru", "masked", "vad"]
         for model in MODELS:
             x = inputs(model, 1, 3)
             tensor = {"name": "x", "datatype": "FP32", "shape": list(x.shape), "data": x.ravel().tolist()}
@@ -92,3 +97,45 @@ async def test_plain_handle_calls_go_to_the_model_of_their_deployment(app: Deplo
         outputs = await handle.segment.remote(Segment(f"plain {model}", x, 0))
         np.testing.assert_allclose(next(iter(outputs.values.values())), alone(model, x), rtol=1e-4, atol=1e-5)
         assert await handle.close.remote(f"plain {model}") == 4
+
+
+def rows(*ids: list[int]) -> dict[str, Any]:
+    x = np.array(ids)
+    return {"inputs": [{"name": "ids", "datatype": "INT64", "shape": list(x.shape), "data": x.ravel().tolist()}]}
+
+
+async def test_a_stateless_model_beside_them(app: DeploymentHandle[Any], http_port: int) -> None:
+    """By HTTP and by handle, bad requests among good ones, while sessions of the others run."""
+
+    async def session(client: Client, seed: int) -> None:
+        x = inputs("gru", seed, 30)
+        async with await client.open(model="gru") as session:
+            reading = asyncio.create_task(collect(session))
+            for part in np.array_split(x, 10):
+                await session.wait(session.submit(part))
+        np.testing.assert_allclose(await reading, alone("gru", x), rtol=1e-4, atol=1e-5)
+
+    handle = serve.get_deployment_handle("Batched-masked", "both")
+    base = f"http://127.0.0.1:{http_port}/both/v2/models/masked"
+    async with connect(app) as client, httpx.AsyncClient(timeout=30) as http:
+
+        async def ask(i: int) -> None:
+            if i % 10 == 3:
+                response = await http.post(f"{base}/infer", json=rows([666, i]))
+                assert (response.status_code, "a bad row" in response.json()["error"]) == (500, True)
+            elif i % 10 == 4:
+                with pytest.raises(InvalidInput, match="id 1000 is out of range"):
+                    await handle.infer.remote({"ids": np.array([[1000]])})
+            elif i % 2:
+                response = await http.post(f"{base}/infer", json=rows([i] * 3, [i + 1] * 3))
+                assert response.json()["outputs"][0]["data"] == [3 * i, 3 * i + 3]
+            else:
+                values = await handle.infer.remote({"ids": np.full((1, i % 7 + 1), i)}, priority=2)
+                assert values["total"].tolist() == [i * (i % 7 + 1)]
+
+        assert (await http.get(base)).json()["inputs"][0]["shape"] == [-1, -1]
+        await asyncio.gather(*(session(client, seed) for seed in range(6)), *(ask(i) for i in range(100)))
+        counted = (await http.get(f"{base}/stats")).json()["model_stats"][0]
+        assert counted["inference_count"] == 80 and counted["inference_stats"]["fail"]["count"] == 10
+        with pytest.raises(UnknownModel, match="'masked' is not served here: gru, vad"):
+            await client.open(model="masked")

@@ -13,6 +13,7 @@ from serve_app.config import (
     EngineConfig,
     FrameConfig,
     ModelConfig,
+    PriorityConfig,
     SessionConfig,
     load_config,
     load_models,
@@ -256,3 +257,40 @@ def test_an_error_names_the_model(args: dict[str, Any], words: list[str]) -> Non
 def test_the_files_that_come_along_are_right(path: Path) -> None:
     (application,) = yaml.safe_load(path.read_text())["applications"]
     assert load_models(application["args"])
+
+
+def test_a_model_with_batching_is_stateless() -> None:
+    text = """
+    models:
+      own:
+        model: my.models:Classifier
+        batching: {max_batch_size: 8, preferred_batch_sizes: [2, 4], priorities: [{timeout_s: 1}, {on_timeout: delay}]}
+      other: {model: my.models:Classifier, batching: {}}
+      rnn:
+    """
+    models = load_models(yaml_of(text))
+    own = models["own"].batching
+    assert own is not None
+    assert (own.preferred_batch_sizes, own.priorities[0]) == ((2, 4), PriorityConfig(timeout_s=1.0))
+    assert own.priorities[1].on_timeout == "delay"
+    assert models["other"].batching == load_config({"batching.dtype": "fp32", "model": "a:B"}).batching
+    assert models["rnn"].batching is None
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"model": "rnn", "batching.max_batch_size": "4"}, ["batching is given", "model=rnn has a state"]),
+        ({"batching.preferred_batch_sizes": "4,65"}, ["has 65", "batching.max_batch_size=64"]),
+        ({"batching.max_padding": "1"}, ["batching.max_padding is 1.0", "less than 1"]),
+        ({"batching.default_priority": "2"}, ["batching.default_priority is 2", "batching.priorities has 1"]),
+        ({"batching": {"priorities": [{"timeout": 1}]}}, ["batching.priorities[0].timeout is not", "timeout_s"]),
+        ({"batching.max_queue_delay": "1"}, ["batching.max_queue_delay is not", "max_queue_delay_s"]),
+        ({"models.a.model": "rnn", "batching.instances": "1"}, ["batching is given beside models"]),
+    ],
+    ids=str,
+)
+def test_an_error_in_batching_is_named(args: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_models(args if "model" in args or "models.a.model" in args else {"model": "a:B", **args})
+    assert [word for word in words if word not in caught.value.message] == [], caught.value.message

@@ -20,25 +20,25 @@ def taken(queue: RequestQueue[str], now: float) -> str:
 
 def test_without_a_delay_whatever_is_there_goes_at_once() -> None:
     queue = RequestQueue[str](3)
-    queue.add("abcde", 1, now=0)
+    queue.add("abcde", [1] * 5, now=0)
     assert [taken(queue, 0) for _ in range(3)] == ["abc", "de", ""]
     assert queue.due() == math.inf
 
 
 def test_with_a_delay_it_waits_for_a_full_batch_or_its_time() -> None:
     queue = RequestQueue[str](3, max_delay_s=2)
-    queue.add("a", 1, now=0)
-    queue.add("b", 1, now=1)
+    queue.add("a", [1], now=0)
+    queue.add("b", [1], now=1)
     assert (taken(queue, 1), queue.due()) == ("", 2)
-    queue.add("c", 1, now=1.5)
+    queue.add("c", [1], now=1.5)
     assert taken(queue, 1.5) == "abc"
-    queue.add("d", 1, now=5)
+    queue.add("d", [1], now=5)
     assert (taken(queue, 6.9), taken(queue, 7)) == ("", "d")
 
 
 def test_a_preferred_size_goes_at_once() -> None:
     queue = RequestQueue[str](8, preferred_sizes=[2, 4], max_delay_s=10)
-    queue.add("abcdefg", 1, now=0)
+    queue.add("abcdefg", [1] * 7, now=0)
     assert [taken(queue, 0) for _ in range(3)] == ["abcd", "ef", ""]
     assert taken(queue, 10) == "g"
 
@@ -46,47 +46,47 @@ def test_a_preferred_size_goes_at_once() -> None:
 def test_others_of_like_length_join_the_first_in_line() -> None:
     queue = RequestQueue[str](3, max_padding=0.25)
     for item, length in (("a", 10), ("b", 100), ("c", 11), ("d", 90), ("e", 12), ("f", 10)):
-        queue.add(item, length, now=0)
+        queue.add(item, [length], now=0)
     assert [sorted(taken(queue, 0)) for _ in range(3)] == [["a", "c", "f"], ["b", "d"], ["e"]]
 
 
 def test_a_short_one_may_join_many_long_ones() -> None:
     """The bound is on the batch: 9 of 50 are padding."""
     queue = RequestQueue[str](5, max_padding=0.2)
-    queue.add("a", 1, now=0)
-    queue.add("bcde", 10, now=0)
+    queue.add("a", [1], now=0)
+    queue.add("bcde", [10] * 4, now=0)
     assert taken(queue, 0) == "abcde"
 
 
 def test_high_priority_first_then_what_fits() -> None:
     queue = RequestQueue[str](3, levels=[Level(), Level()], max_padding=0.3)
-    queue.add("ab", 8, now=0, priority=2)
-    queue.add("c", 10, now=1, priority=1)
-    queue.add("d", 100, now=2, priority=1)
+    queue.add("ab", [8] * 2, now=0, priority=2)
+    queue.add("c", [10], now=1, priority=1)
+    queue.add("d", [100], now=2, priority=1)
     assert [taken(queue, 2) for _ in range(3)] == ["cab", "d", ""]
 
 
 def test_a_full_queue_refuses_all_of_a_request() -> None:
     queue = RequestQueue[str](8, levels=[Level(max_size=3), Level()])
-    queue.add("ab", 1, now=0)
-    with pytest.raises(Overloaded, match="2 requests of priority 1 wait, the limit is 3: try again later"):
-        queue.add("cd", 1, now=0)
-    queue.add("cd", 1, now=0, priority=2)
+    queue.add("ab", [1] * 2, now=0)
+    with pytest.raises(Overloaded, match="2 rows of priority 1 wait, the limit is 3: try again later"):
+        queue.add("cd", [1] * 2, now=0)
+    queue.add("cd", [1] * 2, now=0, priority=2)
     queue.cancel("a")
-    queue.add("ef", 1, now=0)
+    queue.add("ef", [1] * 2, now=0)
     assert taken(queue, 0) == "befcd"
 
 
 def test_what_waits_too_long_is_refused_or_goes_behind() -> None:
     queue = RequestQueue[str](1, levels=[Level(timeout_s=5), Level(timeout_s=1, delays=True)])
-    queue.add("a", 1, now=0)
-    queue.add("b", 1, now=0, timeout_s=2)
-    queue.add("c", 1, now=0, timeout_s=20)  # not longer than others
-    queue.add("x", 1, now=0, priority=2)
-    queue.add("y", 1, now=2, priority=2)
+    queue.add("a", [1], now=0)
+    queue.add("b", [1], now=0, timeout_s=2)
+    queue.add("c", [1], now=0, timeout_s=20)  # not longer than others
+    queue.add("x", [1], now=0, priority=2)
+    queue.add("y", [1], now=2, priority=2)
     assert [w.item for w in queue.expire(2)] == ["b"]
     assert [w.item for w in queue.expire(5)] == ["a", "c"]
-    queue.add("z", 1, now=5, priority=2)
+    queue.add("z", [1], now=5, priority=2)
     assert [taken(queue, 5) for _ in range(3)] == ["z", "x", "y"]
 
 
@@ -120,7 +120,7 @@ class Book:
         level, numbers = self.levels[priority - 1], range(len(self.all), len(self.all) + count)
         fits = not level.max_size or len(self.waiting(priority)) + count <= level.max_size
         try:
-            self.queue.add(numbers, length, self.now, priority, timeout_s)
+            self.queue.add(numbers, [length] * count, self.now, priority, timeout_s)
         except Overloaded:
             assert not fits
             return
@@ -158,7 +158,9 @@ class Book:
         assert len(batch) in self.sizes or (overdue and len(batch) < max(self.sizes))
         longest = max(request.length for request in batch)
         assert sum(request.length for request in batch) >= (1 - self.max_padding) * longest * len(batch) - 1e-6
-        assert min(waiting, key=lambda r: (r.priority, r.late, r.number)) in batch, "the first in line has to wait"
+        assert min(waiting, key=lambda r: (r.priority, r.late, r.deadline if r.late else 0, r.number)) in batch, (
+            "the first in line has to wait"
+        )
         for request in batch:
             request.end = "taken"
         for left in self.waiting():
@@ -223,7 +225,7 @@ def test_the_least_padding_of_the_largest_batches() -> None:
     queue = RequestQueue[int](32, max_padding=0.5)
     lengths = [rng.randint(1, 128) for _ in range(4096)]
     for number, length in enumerate(lengths):
-        queue.add([number], length, now=0)
+        queue.add([number], [length], now=0)
     padded = 0
     while batch := queue.take(0):
         padded += len(batch) * max(lengths[waiting.item] for waiting in batch)
