@@ -25,6 +25,7 @@ address_option = click.option(
     show_default=True,
     help="ws://host:port, or the name of a Serve application (Ray has to be reachable).",
 )
+model_option = click.option("--model", help="Which model, where the application has several.")
 
 
 @click.group()
@@ -34,20 +35,22 @@ def main() -> None:
 
 @main.command()
 @address_option
+@model_option
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-def vad(address: str, files: tuple[Path, ...]) -> None:
+def vad(address: str, model: str | None, files: tuple[Path, ...]) -> None:
     """Where is speech? One session a file, all at the same time; needs `serve run configs/vad.yaml`."""
-    _run(_vad(address, files))
+    _run(_vad(address, model, files))
 
 
 @main.command()
 @address_option
+@model_option
 @click.option("--sessions", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--timesteps", default=1, show_default=True, type=click.IntRange(1), help="Of a segment.")
 @click.option("--seconds", default=5.0, show_default=True, type=click.FloatRange(min=0, min_open=True))
-def bench(address: str, sessions: int, timesteps: int, seconds: float) -> None:
+def bench(address: str, model: str | None, sessions: int, timesteps: int, seconds: float) -> None:
     """Random segments, one at a time from each session: segments per second, and their delay."""
-    _run(_bench(address, sessions, timesteps, seconds))
+    _run(_bench(address, model, sessions, timesteps, seconds))
 
 
 @main.group()
@@ -108,9 +111,9 @@ def _path(session: str) -> str:
     return f"/v1/sessions/{quote(session, safe='')}"
 
 
-async def _vad(address: str, files: tuple[Path, ...]) -> None:
+async def _vad(address: str, model: str | None, files: tuple[Path, ...]) -> None:
     async with connect(address) as client:
-        results = await asyncio.gather(*(_listen(client, path) for path in files))
+        results = await asyncio.gather(*(_listen(client, model, path) for path in files))
     for path, probabilities, timestep_s in results:
         intervals = speech_intervals(probabilities, timestep_s)
         click.echo(f"{path}  {timeline(intervals, len(probabilities) * timestep_s)}")
@@ -118,10 +121,10 @@ async def _vad(address: str, files: tuple[Path, ...]) -> None:
             click.echo(f"  {interval.start_s:8.2f} … {interval.end_s:.2f} s")
 
 
-async def _listen(client: Client, path: Path) -> tuple[Path, list[float], float]:
+async def _listen(client: Client, model: str | None, path: Path) -> tuple[Path, list[float], float]:
     """The speech probability of each timestep of a file, and the length of one in seconds."""
     samples, rate = read_wav(path)
-    async with await client.open() as session:
+    async with await client.open(model=model) as session:
         due = session.spec.sample_rate
         if due != rate:
             raise InvalidInput(f"{path} has {rate} samples a second, model {session.spec.name!r} takes {due}")
@@ -136,9 +139,9 @@ async def _listen(client: Client, path: Path) -> tuple[Path, list[float], float]
         return path, probabilities, session.spec.input.shape[0] / rate
 
 
-async def _bench(address: str, num_sessions: int, timesteps: int, seconds: float) -> None:
+async def _bench(address: str, model: str | None, num_sessions: int, timesteps: int, seconds: float) -> None:
     async with connect(address) as client:
-        sessions = await asyncio.gather(*(client.open() for _ in range(num_sessions)))
+        sessions = await asyncio.gather(*(client.open(model=model) for _ in range(num_sessions)))
         x = _noise(sessions[0].spec, timesteps)
         delays_s: list[float] = []
         began = time.monotonic()

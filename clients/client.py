@@ -47,7 +47,7 @@ class Client:
         *,
         checkpoint: bytes | None = None,
     ) -> Session:
-        """Open a session: its id (None: a new one), the model (None: any), and a state to start from.
+        """Open a session: its id (None: a new one), the model (None: the only one), and a state to start from.
 
         initial_state: the tensors of the model's state, in its order and shaped as for a batch of 1. checkpoint: what
         `Session.export` gave; the session goes on from it, its first timestep is the one after those it has. Raises

@@ -1,9 +1,11 @@
 """The configuration: one tree of frozen dataclasses, built once and checked where it is built.
 
 `serve run configs/vad.yaml` hands over nested values, `serve run serve_app.app:build model=silero_vad engine.slots=64`
-flat keys and strings; both become the same tree. Precedence: what is given, then the defaults below.
+flat keys and strings; both become the same tree. Precedence: what is given, then the defaults below. Where `models` are
+several, each has a tree of its own: what it is given, then what is at the top, then the defaults.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -15,10 +17,19 @@ from serve_app.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """`name`: a model of serve_app.models.registry, or `package.module:Class` of your own. The rest are its options."""
+    """`name`: a model of serve_app.models.registry, or `package.module:Class` of your own. The rest are its options.
+
+    `served_as`: what clients call it, where that is not its name: the key of its section in `models`.
+    """
 
     name: str = "silero_vad"
     options: Mapping[str, Any] = field(default_factory=dict)
+    served_as: str = ""
+
+    @property
+    def served_name(self) -> str:
+        """What clients call it."""
+        return self.served_as or self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +131,70 @@ class DurabilityConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PriorityConfig:
+    """Of requests of one priority. `max_queue_size`: rows that wait (0: any number); one more is refused.
+
+    `timeout_s`: how long a request may wait (0: any time). `on_timeout`: then it is refused, or stands behind all
+    others of its priority.
+    """
+
+    max_queue_size: int = 4096
+    timeout_s: float = 0.0
+    on_timeout: Literal["reject", "delay"] = "reject"
+
+    def __post_init__(self) -> None:
+        _at_least("batching.priorities[]", self, 0, "max_queue_size", "timeout_s")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchingConfig:
+    """How requests to a stateless model become batches. A model with this section is one.
+
+    `max_batch_size`: rows of a batch. A full one, or one of `preferred_batch_sizes`, runs as soon as an instance of the
+    model is free; any other when its longest waiting row has waited `max_queue_delay_s`. `max_padding`: share of a
+    batch that may be padding, where rows differ in length. `priorities`: 1 is the first of them, and the highest.
+    `instances`: batches that a replica runs at the same time, on the same weights. `dtype`: of weights and products.
+    """
+
+    max_batch_size: int = 64
+    preferred_batch_sizes: tuple[int, ...] = ()
+    max_queue_delay_s: float = 0.0
+    max_padding: float = 0.25
+    priorities: tuple[PriorityConfig, ...] = field(default_factory=lambda: (PriorityConfig(),))
+    default_priority: int = 1
+    instances: int = 1
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        _at_least("batching", self, 1, "max_batch_size", "default_priority", "instances")
+        _at_least("batching", self, 0, "max_queue_delay_s", "max_padding")
+        for size in self.preferred_batch_sizes:
+            if not 1 <= size <= self.max_batch_size:
+                raise ConfigError(
+                    f"batching.preferred_batch_sizes has {size}, it must be from 1 to "
+                    f"batching.max_batch_size={self.max_batch_size}"
+                )
+        if self.max_padding >= 1:
+            raise ConfigError(f"batching.max_padding is {self.max_padding}, it must be less than 1")
+        if self.default_priority > len(self.priorities):
+            raise ConfigError(
+                f"batching.default_priority is {self.default_priority}, batching.priorities has {len(self.priorities)}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class AppConfig:
-    """The whole tree. `replicas`: replicas of the model; `num_gpus`: GPUs that each gets from Ray."""
+    """The tree of one model. `replicas`: replicas of the model; `num_gpus`: GPUs that each gets from Ray.
+
+    `batching`: of a stateless model only; it has no use for session, frame and durability.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
     frame: FrameConfig = field(default_factory=FrameConfig)
     durability: DurabilityConfig = field(default_factory=DurabilityConfig)
+    batching: BatchingConfig | None = None
     replicas: int = 1
     num_gpus: float = 0.0
 
@@ -136,22 +203,93 @@ class AppConfig:
 
 
 def load_config(args: Mapping[str, Any]) -> AppConfig:
-    """The tree out of nested values, flat dotted keys with strings, or both; raises ConfigError.
+    """The tree of one model out of nested values, flat dotted keys with strings, or both; raises ConfigError.
 
     `model` is a name, or a section of `name` and the model's own options; `model.hidden` is an option in either case.
     """
+    return _tree(_unflatten(args), {})
+
+
+def load_models(args: Mapping[str, Any]) -> dict[str, AppConfig]:
+    """The tree of each model of an application, by the name that clients call it; raises ConfigError.
+
+    `models` has a section for each, by that name: `model` (by default what the section is called), `engine`, `session`
+    and so on. Without `models` there is the one that `model` says.
+    """
+    tree = _unflatten(args)
+    if "models" not in tree:
+        config = _tree(tree, {})
+        return {config.model.served_name: config}
+    models = tree.pop("models")
+    if not isinstance(models, Mapping) or not models:
+        raise ConfigError(f"models is {models!r}, expected a section for each model: models.vad.model=silero_vad")
+    if "model" in tree:
+        raise ConfigError("model is given beside models: move it there, as models.NAME.model", key="model")
+    if "batching" in tree:
+        raise ConfigError("batching is given beside models: move it to the stateless ones, as models.NAME.batching")
+    return {str(name): _of_models(str(name), section, tree) for name, section in models.items()}
+
+
+_MODEL_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_OF_ALL = ("durability",)
+
+
+def _of_models(name: str, section: Any, top: Mapping[str, Any]) -> AppConfig:
+    """The tree of one section of `models`."""
+    if not _MODEL_NAME.fullmatch(name):
+        raise ConfigError(f"models has a model called {name!r}: a name is of letters, digits, - and _")
+    section = {} if section is None else section
+    try:
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"it is {section!r}, expected a section: model, engine, session and so on")
+        for key in _OF_ALL:
+            if key in section:
+                raise ConfigError(f"{key} is the same for all models: move it to the top")
+        both = {key: _over(top.get(key), section.get(key)) for key in {**top, **section}}
+        return _tree(both, {"name": name, "served_as": name})
+    except ConfigError as error:
+        raise ConfigError(f"models.{name}: {error.message}", **error.details) from None
+
+
+def _over(below: Any, above: Any) -> Any:
+    """`above`, and where both are sections what it leaves out from `below`."""
+    if isinstance(below, Mapping) and isinstance(above, Mapping):
+        return {**below, **above}
+    return below if above is None else above
+
+
+def _tree(tree: Mapping[str, Any], model: Mapping[str, str]) -> AppConfig:
+    """The checked tree. `model`: fields of its ModelConfig, where its section does not say them."""
     from serve_app.models import registry  # which needs ModelConfig
 
+    options = dict(tree.get("model") or {})
+    given = {**model, **({"name": options.pop("name")} if "name" in options else {})}
+    config = build_dataclass(AppConfig, {**tree, "model": {**given, "options": options}})
+    config = replace(config, model=registry.check(config.model))
+    if registry.is_stateless(config.model.name) and config.batching is None:
+        return replace(config, batching=BatchingConfig())
+    if config.batching is not None and registry.is_recurrent(config.model.name):
+        raise ConfigError(f"batching is given, and model={config.model.name} has a state: see engine.max_batch_size")
+    return config
+
+
+def _unflatten(args: Any) -> dict[str, Any]:
     if not isinstance(args, Mapping):
         raise ConfigError(f"the configuration is {args!r}, expected a section with sections and values")
-    model = args.get("model")
-    if model is not None and not isinstance(model, Mapping):
-        args = {**args, "model": {"name": model}}
-    tree = unflatten(args)
-    options = tree.pop("model", None) or {}
-    given = {"name": options.pop("name")} if "name" in options else {}
-    config = build_dataclass(AppConfig, {**tree, "model": {**given, "options": options}})
-    return replace(config, model=registry.check(config.model))
+    return unflatten(_with_names(args, ""))
+
+
+def _with_names(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`model: rnn` as `model: {name: rnn}`, at the top and in the sections of `models`."""
+    found = {}
+    for key, value in values.items():
+        match f"{where}{key}".split("."):
+            case ["model"] | ["models", _, "model"] if value is not None and not isinstance(value, Mapping):
+                value = {"name": value}
+            case ["models"] | ["models", _] if isinstance(value, Mapping):
+                value = _with_names(value, f"{where}{key}.")
+        found[key] = value
+    return found
 
 
 def _at_least(section: str, config: Any, least: int, *names: str) -> None:

@@ -30,7 +30,8 @@ from serve_app.spec import ModelSpec, SessionLimits
 class Owner:
     """A replica that takes sessions. `address` is how senders reach it, `max_bytes` what a frame to it may hold.
 
-    checkpoints: it sends states with its outputs, from which a session can go on elsewhere.
+    checkpoints: it sends states with its outputs, from which a session can go on elsewhere. models: all that its
+    application serves, whether their replicas run or not.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Owner:
     max_sessions: int
     max_bytes: int
     checkpoints: bool = False
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +159,9 @@ class Directory:
     ) -> Grant:
         """Place a new session, or one that goes on elsewhere: whose `claim` is of the last epoch there is.
 
-        Raises SessionExists, NotOwner (another has gone on with it), UnknownModel, StateLost (no replica has the model
-        that the claim's state is of), TooManySessions, Unavailable (no owner yet).
+        Raises SessionExists, NotOwner (another has gone on with it), UnknownModel, InvalidInput (there are several
+        models, and none is named), StateLost (no replica has the model that the claim's state is of), TooManySessions,
+        Unavailable (no owner yet).
         """
         record = self._sessions.get(session)
         is_new = claim is None or claim.epoch == NEW
@@ -333,10 +336,14 @@ class Directory:
         """The owners that a session can be placed at."""
         if not self._owners:
             raise Unavailable("no replica is ready: try again in a moment")
+        models = sorted({name for owner in self._owners.values() for name in (owner.spec.name, *owner.models)})
+        if model is None and len(models) > 1:
+            raise InvalidInput(f"{len(models)} models are served here, say which one: {', '.join(models)}")
+        if model not in (None, *models):
+            raise UnknownModel(f"model {model!r} is not served here: {', '.join(models)}")
         serving = {name: owner for name, owner in self._owners.items() if model in (None, owner.spec.name)}
         if not serving:
-            models = sorted({owner.spec.name for owner in self._owners.values()})
-            raise UnknownModel(f"model {model!r} is not served here: {', '.join(models)}")
+            raise Unavailable(f"no replica of model {model!r} is ready: try again in a moment")
         if claim is None or not claim.fingerprint:
             return serving
         same = {name: owner for name, owner in serving.items() if owner.spec.fingerprint == claim.fingerprint}

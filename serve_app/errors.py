@@ -10,6 +10,8 @@ LockstepError
 ├── StartMismatch           a segment starts past the timestep expected; details: expected
 ├── Rewound                 sent before the client knew of a failed step; details: expected, rewind
 ├── StepFailed              the model failed on a batch with this session in it; details: expected, rewind
+├── InferenceFailed         a stateless model failed on this request
+├── TimedOut                a request to a stateless model has waited too long; nothing was run
 ├── NotOwner                this replica does not hold the session (any more)
 ├── StateLost               the replica with the session's state is gone
 ├── Overloaded              a bound is reached; try again later
@@ -84,6 +86,14 @@ class Rewound(LockstepError):
 
 class StepFailed(LockstepError):
     code, http, grpc, retry = "step_failed", 500, "INTERNAL", True
+
+
+class InferenceFailed(LockstepError):
+    code = "inference_failed"
+
+
+class TimedOut(LockstepError):
+    code, http, grpc, retry = "timed_out", 504, "DEADLINE_EXCEEDED", True
 
 
 class NotOwner(LockstepError):

@@ -45,9 +45,9 @@ class LocalCluster:
         for model in models:
             self.add(model)
 
-    def add(self, model: RecurrentModel) -> None:
-        """One more owner."""
-        config, name = self._config, f"owner-{len(self.engines)}"
+    def add(self, model: RecurrentModel, config: AppConfig | None = None) -> None:
+        """One more owner; of another model where it has a configuration of its own."""
+        config, name = config or self._config, f"owner-{len(self.engines)}"
         engine = self.engines[name] = Engine(model, config, name)
         self._running[name] = AsyncEngine(engine)
         session = config.session

@@ -1,4 +1,4 @@
-"""The Serve application: owners and an ingress, from one configuration."""
+"""The Serve application: the owners of each model and an ingress, from one configuration."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,8 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
-from serve_app.config import load_config
+from serve_app.config import AppConfig, load_models
+from serve_app.deployments.batched import Batched
 from serve_app.deployments.ingress import Ingress
 from serve_app.deployments.recurrent import Recurrent
 from serve_app.engine.host_env import REPLICA_ENV
@@ -26,18 +27,12 @@ OWNER_ENV = {**REPLICA_ENV, **ONE_THREAD}
 
 
 def build(args: Mapping[str, Any]) -> Application:
-    """The application that `args` configure (see serve_app.config). Raises ConfigError."""
-    config = load_config(args)
-    recurrent = serve.deployment(
-        name="Recurrent",
-        num_replicas=config.replicas,
-        max_ongoing_requests=MAX_CALLS,
-        graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=10,
-        health_check_period_s=2,  # where a replica has died the next should come soon
-        logging_config=QUIET,
-        ray_actor_options={"num_gpus": config.num_gpus, "runtime_env": {"env_vars": OWNER_ENV}},
-    )(Recurrent)
+    """The application that `args` configure (see serve_app.config). Raises ConfigError.
+
+    The owners of a model are the deployment Recurrent, or Recurrent-NAME where `models` are configured; the replicas of
+    a stateless one Batched, or Batched-NAME.
+    """
+    configs = load_models(args)
     ingress = serve.deployment(
         name="Ingress",
         max_ongoing_requests=MAX_CALLS,
@@ -47,5 +42,23 @@ def build(args: Mapping[str, Any]) -> Application:
         logging_config=QUIET,
         ray_actor_options={"num_cpus": 0.5, "runtime_env": {"env_vars": ONE_THREAD}},
     )(Ingress)
-    application: Application = ingress.bind(recurrent.bind(config))
+    recurrent = {name: config for name, config in configs.items() if config.batching is None}
+    application: Application = ingress.bind(
+        [_model(Recurrent, config).bind(config, tuple(recurrent)) for config in recurrent.values()],
+        {name: _model(Batched, config).bind(config) for name, config in configs.items() if name not in recurrent},
+    )
     return application
+
+
+def _model(replica: type[Any], config: AppConfig) -> Any:
+    """The deployment of one of the application's models."""
+    return serve.deployment(
+        name="-".join(filter(None, (replica.__name__, config.model.served_as))),
+        num_replicas=config.replicas,
+        max_ongoing_requests=MAX_CALLS,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=10,
+        health_check_period_s=2,  # where a replica has died the next should come soon
+        logging_config=QUIET,
+        ray_actor_options={"num_gpus": config.num_gpus, "runtime_env": {"env_vars": OWNER_ENV}},
+    )(replica)

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
-from serve_app.deployments.transport import RayDirectory
+from serve_app.deployments.transport import BatchedHandles, RayDirectory
 from serve_app.ingress.http import build_http
 from serve_app.ingress.hub import Hub
 from serve_app.ingress.oip import InferenceServer
@@ -14,15 +14,18 @@ from serve_app.ingress.oip_grpc import InferenceService
 
 @serve.ingress()
 class Ingress(InferenceService):
-    """Protocol adapters over a hub. `recurrent` is there for Serve to deploy the owners, whom the directory names."""
+    """Protocol adapters over a hub. `owners` are there for Serve to deploy them; the directory says where they are."""
 
-    async def __init__(self, recurrent: Any) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._recurrent = recurrent
+    async def __init__(self, owners: list[Any], batched: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        """batched: handles of the stateless models, by name."""
+        self._owners = owners
         self._hub = Hub(RayDirectory(serve.get_replica_context().app_name), ack_on_receipt=False)
-        self.inference = InferenceServer(self._hub)
+        self._batched = BatchedHandles(batched)
+        self.inference = InferenceServer(self._hub, self._batched)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http(self._hub, self.inference)
 
     async def __del__(self) -> None:
+        await self._batched.stop()
         await self._hub.stop()

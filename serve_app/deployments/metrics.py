@@ -4,6 +4,7 @@ from collections import Counter as Tally
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
+from serve_app.engine.batcher import Batcher
 from serve_app.engine.engine import Engine
 
 SECONDS = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5]
@@ -73,3 +74,41 @@ class EngineMetrics:
         if total > self._published[name]:
             counter.inc(total - self._published[name], tags)
             self._published[name] = total
+
+
+class BatcherMetrics:
+    """The same for a stateless model."""
+
+    def __init__(self, model: str) -> None:
+        self._waiting = Gauge("lockstep_rows_waiting", "Rows that wait for their batch.", ("model",))
+        self._counters = {
+            name: Counter(f"lockstep_{name}", description, ("model",))
+            for name, description in {
+                "requests": "Requests taken in.",
+                "rows": "Rows run.",
+                "batches": "Batches run.",
+                "failed_rows": "Rows on which the model failed.",
+                "timed_out_rows": "Rows that have waited too long.",
+            }.items()
+        }
+        self._rows = Histogram("lockstep_batch_rows", "Rows of a batch.", SIZES, ("model",))
+        self._delay = Histogram("lockstep_rows_delay_s", "Longest wait of a batch's rows.", SECONDS, ("model",))
+        self._time = Histogram("lockstep_batch_time_s", "Time of a batch.", SECONDS, ("model",))
+        for metric in (self._waiting, *self._counters.values()):
+            metric.set_default_tags({"model": model})  # a dict for each: Serve writes into it
+        for histogram in (self._rows, self._delay, self._time):
+            histogram.set_default_tags({"model": model})
+        self._published: Tally[str] = Tally()
+
+    def publish(self, batcher: Batcher) -> None:
+        """Bring everything up to date."""
+        self._waiting.set(batcher.num_waiting)
+        for name, counter in self._counters.items():
+            total = getattr(batcher.stats, name)
+            if total > self._published[name]:
+                counter.inc(total - self._published[name])
+                self._published[name] = total
+        for batch in batcher.stats.take_recent():
+            self._rows.observe(batch.size)
+            self._delay.observe(batch.waited_s)
+            self._time.observe(batch.took_s)

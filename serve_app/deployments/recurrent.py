@@ -36,7 +36,8 @@ class Recurrent:
     lands anywhere; it is brought to the replica where the session was opened, which sends to the owner.
     """
 
-    async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, config: AppConfig, models: tuple[str, ...]) -> None:  # type: ignore[misc]  # Serve awaits it
+        """models: all that the application serves to sessions."""
         self._parts = AsyncExitStack()  # what is to be ended with this replica, however far its start got
         context = serve.get_replica_context()
         self._actor_name = context.replica_id.to_full_id_str()
@@ -59,6 +60,7 @@ class Recurrent:
             max_sessions=session.max_sessions,
             max_bytes=config.frame.max_bytes,
             checkpoints=session.checkpoint_timesteps > 0,
+            models=models,
         )
         self._durability = config.durability
         await self._directory.register(self._owner, self._durability)
@@ -67,8 +69,8 @@ class Recurrent:
         self._parts.callback(self._reporter.cancel)
 
     async def open(self, session: str | None = None, model: str | None = None) -> str:
-        """Open a session for plain handle calls; returns its id."""
-        return (await self._hub.open(session, model)).name
+        """Open a session for plain handle calls, of this deployment's model unless another is named; returns its id."""
+        return (await self._hub.open(session, model or self._engine.spec.name)).name
 
     async def segment(self, segment: Segment) -> Outputs:
         """Run one segment of a session opened with `open`; returns its outputs.

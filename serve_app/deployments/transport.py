@@ -1,7 +1,9 @@
 """How senders reach the directory and the owners on Ray."""
 
+import asyncio
+import logging
 import pickle
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -16,11 +18,14 @@ from serve_app.directory import Ask, Claim, Described, Grant, Owner, Record, Sla
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.ingress.outbox import Channel
 from serve_app.ingress.together import Together
+from serve_app.rows import BatchedSpec, RowsRequest, RowsResult
 from serve_app.spec import ModelSpec
 
 NAMESPACE = "lockstep"
 SERVE_NAMESPACE = "serve"
+RETRY_S = 1.0
 T = TypeVar("T")
+logger = logging.getLogger("ray.serve")
 
 
 class RayDirectory:
@@ -140,6 +145,38 @@ class ReplicaActor:
             return await _result(self._actor.handle_request.remote(pickle.dumps(metadata), *args))
         except (ValueError, Unavailable) as error:
             raise StateLost(f"replica {self._address!r} is gone, and its sessions with it ({error})") from error
+
+
+class BatchedHandles:
+    """The stateless models of an application, by their handles (see ingress.batched.BatchedModels)."""
+
+    def __init__(self, handles: Mapping[str, Any]) -> None:
+        self._handles = handles
+        self._specs: dict[str, BatchedSpec | None] = {name: None for name in handles}
+        self._asking = [asyncio.create_task(self._ask(name)) for name in handles]
+
+    def specs(self) -> Mapping[str, BatchedSpec | None]:
+        """See BatchedModels."""
+        return self._specs
+
+    async def infer(self, model: str, request: RowsRequest) -> RowsResult:
+        """See BatchedModels: at whichever replica has the least to do."""
+        return await _result(self._handles[model].run.remote(request))
+
+    async def stop(self) -> None:
+        """Ask no more."""
+        for task in self._asking:
+            task.cancel()
+        await asyncio.gather(*self._asking, return_exceptions=True)
+
+    async def _ask(self, name: str) -> None:
+        """Learn what a model takes, as soon as one of its replicas is there."""
+        while self._specs[name] is None:
+            try:
+                self._specs[name] = await _result(self._handles[name].describe.remote())
+            except Exception as error:
+                logger.warning("model %r does not say what it takes, trying again: %s", name, error)
+                await asyncio.sleep(RETRY_S)
 
 
 async def _result(reference: Awaitable[T]) -> T:

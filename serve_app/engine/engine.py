@@ -79,7 +79,7 @@ class Engine:
         self.answer_within_s = config.frame.answer_within_s
         self.stats = Stats()
         self.spec = ModelSpec(
-            config.model.name,
+            config.model.served_name,
             model.input,
             dict(model.outputs),
             self._pool.state_bytes,

@@ -195,7 +195,7 @@ def _body_of(model: type[BaseModel], *, required: bool, raw: bool = False) -> di
 
 @router.post("/sessions", status_code=201, response_model=OpenedBody, openapi_extra=_body_of(OpenBody, required=False))
 async def open_session(request: Request) -> Response:
-    """Open a session. Without `session` it gets an id of its own; without `model` any model's replica takes it."""
+    """Open a session. Without `session` it gets an id of its own; `model` may be left out where there is one."""
     hub = _hub(request)
     limit = OVERHEAD_BYTES
     if int(request.headers.get("content-length", limit + 1)) > limit:
@@ -329,11 +329,12 @@ async def live(request: Request) -> Response:
 
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
-    """Whether sessions can be opened."""
-    models = await _hub(request).models()
+    """Whether a model can be asked."""
+    inference: InferenceServer = request.app.state.inference
+    models = [model["name"] for model in await inference.index(only_ready=False)]
     if not models:
         raise Unavailable("no replica is ready: try again in a moment")
-    return _answer(request, {"status": "ready", "models": sorted(models)})
+    return _answer(request, {"status": "ready", "models": models})
 
 
 @router.websocket("/session")

@@ -132,8 +132,9 @@ class Hub:
         """Open a session: `session` is its id (None: a new one), `initial_state` its tensors in the model's order.
 
         resumable: its client can come back for it, here or elsewhere. checkpoint: what `Session.export` gave, of a
-        session that this one goes on from. Raises SessionExists, UnknownModel, TooManySessions, InvalidInput,
-        Unavailable, StateLost (a checkpoint that is damaged, or of a model that is not served).
+        session that this one goes on from. Raises SessionExists, UnknownModel, TooManySessions, InvalidInput (also
+        where several models are served, and none is named), Unavailable, StateLost (a checkpoint that is damaged, or of
+        a model that is not served).
         """
         name = session or uuid4().hex
         at, claim = 0, None

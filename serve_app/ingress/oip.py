@@ -1,7 +1,7 @@
 """The Open Inference Protocol over a hub, in plain values. oip_grpc and oip_http put these into their messages.
 
-A model's input is [T, *features]: any number of timesteps. A leading dimension of 1, as clients of batched models send
-it, is taken as well, and given back.
+The input of a model with sequences is [T, *features]: any number of timesteps. A leading dimension of 1, as clients of
+batched models send it, is taken as well, and given back. The inputs of a stateless model are [rows, *shape].
 """
 
 import asyncio
@@ -16,12 +16,14 @@ from uuid import uuid4
 import numpy as np
 
 from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownModel
+from serve_app.ingress.batched import BatchedModels, NoModels
 from serve_app.ingress.hub import Hub
 from serve_app.ingress.sequences import Request, Result, SequenceId, Space
 from serve_app.ingress.shared_memory import SharedMemory
+from serve_app.rows import BatchedSpec, RowsRequest, RowsResult, check_rows
 from serve_app.spec import ModelSpec, TensorSpec
 
-NAME, SERVER_VERSION, MODEL_VERSION, PLATFORM = "lockstep", "2", "1", "lockstep_recurrent"
+NAME, SERVER_VERSION, MODEL_VERSION = "lockstep", "2", "1"
 EXTENSIONS = (
     "binary_tensor_data",
     "logging",
@@ -37,8 +39,11 @@ EXTENSIONS = (
 DATATYPES = {
     "bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "int8": "INT8",
     "int16": "INT16", "int32": "INT32", "int64": "INT64", "float16": "FP16", "float32": "FP32", "float64": "FP64",
+    "object": "BYTES",
 }  # fmt: skip
 DTYPES = {datatype: np.dtype(name).newbyteorder("<") for name, datatype in DATATYPES.items()}
+LENGTH_BYTES = 4
+"""Before each element of BYTES, where they come as one after the other: its length, little-endian."""
 MAX_DIMS = 32
 Parameter = bool | int | str | float
 Parameters = Mapping[str, Parameter]
@@ -58,8 +63,8 @@ class Input:
 class Call:
     """An inference request that has been read, and what its answer needs."""
 
-    request: Request
-    spec: ModelSpec
+    request: Request | RowsRequest
+    spec: ModelSpec | BatchedSpec
     id: str
     outputs: Sequence[str]
     #: Its input came with a leading dimension of 1.
@@ -81,13 +86,14 @@ class Answer:
 class InferenceServer:
     """The models behind a hub, as the protocol sees them."""
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: Hub, batched: BatchedModels | None = None) -> None:
         self.memory = SharedMemory()
         #: Settings that clients may read and write, with the values they have here. Nothing is traced.
         self.trace: dict[str, list[str]] = {"trace_level": ["OFF"], "trace_rate": ["1000"], "trace_count": ["-1"]}
         self.log: dict[str, bool | int | str] = {"log_info": True, "log_warning": True, "log_error": True}
         self._hub = hub
-        self._specs: dict[str, ModelSpec] = {}
+        self._batched = batched or NoModels()
+        self._specs: dict[str, ModelSpec | BatchedSpec] = {}
         self._unloaded: set[str] = set()
         self._shared = Space(hub, None)
         self._named: dict[str, Space] = {}
@@ -113,23 +119,27 @@ class InferenceServer:
         return {
             "name": name,
             "versions": [MODEL_VERSION],
-            "platform": PLATFORM,
-            "inputs": [_describe(spec.input_name, spec.input)],
+            "platform": _platform(spec),
+            "inputs": [_describe(each, tensor) for each, tensor in _inputs(spec).items()],
             "outputs": [_describe(output, tensor) for output, tensor in spec.outputs.items()],
         }
 
     async def config(self, name: str, version: str) -> dict[str, Any]:
         """ModelConfig. Raises UnknownModel."""
         spec = await self._spec(name, version)
-        rate = spec.sample_rate
+        optional = spec.optional if isinstance(spec, BatchedSpec) else ()
+        timesteps = () if isinstance(spec, BatchedSpec) else (-1,)
+        rate = None if isinstance(spec, BatchedSpec) else spec.sample_rate
         return {
             "name": name,
-            "platform": PLATFORM,
+            "platform": _platform(spec),
             "backend": NAME,
-            "max_batch_size": 0,
-            "input": [{**_configured(spec.input_name, spec.input), "optional": False, "is_shape_tensor": False}],
-            "output": [_configured(output, tensor) for output, tensor in spec.outputs.items()],
-            "sequence_batching": {"oldest": {}},
+            "input": [
+                {**_configured(each, tensor, timesteps), "optional": each in optional, "is_shape_tensor": False}
+                for each, tensor in _inputs(spec).items()
+            ],
+            "output": [_configured(output, tensor, timesteps) for output, tensor in spec.outputs.items()],
+            **_batching(spec),
             "parameters": {} if rate is None else {"sample_rate": {"string_value": str(rate)}},
             "model_transaction_policy": {"decoupled": False},
         }
@@ -189,6 +199,16 @@ class InferenceServer:
         spec = self._specs.get(model)
         if spec is None or version not in ("", MODEL_VERSION):
             raise _unknown(model, version)
+        for name in outputs:
+            if name not in spec.outputs:
+                raise InvalidInput(
+                    f"unexpected inference output '{name}' for model '{model}', it has {', '.join(spec.outputs)}"
+                )
+        final, wanted = _flag(parameters, "triton_enable_empty_final_response"), outputs or [*spec.outputs]
+        if isinstance(spec, BatchedSpec):
+            if model in self._unloaded:
+                raise Unavailable(f"model '{model}' is unloaded: load it first")
+            return Call(_rows(parameters, inputs, spec), spec, identity, wanted, False, final)
         sequence, start = _sequence_id(parameters, model), _flag(parameters, "sequence_start")
         if start and model in self._unloaded:
             raise Unavailable(f"model '{model}' is unloaded: load it before a sequence starts")
@@ -198,29 +218,25 @@ class InferenceServer:
             raise InvalidInput(
                 f"unexpected inference input '{inputs[0].name}' for model '{model}', it takes '{spec.input_name}'"
             )
-        for name in outputs:
-            if name not in spec.outputs:
-                raise InvalidInput(
-                    f"unexpected inference output '{name}' for model '{model}', it has {', '.join(spec.outputs)}"
-                )
         x, batched = _timesteps(inputs[0], spec)
         end = _flag(parameters, "sequence_end")
-        final = _flag(parameters, "triton_enable_empty_final_response")
-        return Call(Request(model, sequence, start, end, x), spec, identity, outputs or [*spec.outputs], batched, final)
+        return Call(Request(model, sequence, start, end, x), spec, identity, wanted, batched, final)
 
     async def know(self, model: str) -> None:
-        """Look the model up, if it is not known here yet."""
-        if model not in self._specs:
-            await self._models()
+        """Look the model up, if it is not known here yet. Raises Unavailable for one that is just starting."""
+        if model not in self._specs and model not in await self._models() and model in self._batched.specs():
+            raise Unavailable(f"no replica of model '{model}' is ready: try again in a moment")
 
-    def answer(self, call: Call, result: Result | LockstepError) -> Answer | LockstepError:
+    def answer(self, call: Call, result: Result | RowsResult | LockstepError) -> Answer | LockstepError:
         """What is to be sent; the statistics have it."""
-        statistics, took_ns = self._of(call.request.model), time.monotonic_ns() - call.began_ns
+        statistics, took_ns = self._of(call.spec.name), time.monotonic_ns() - call.began_ns
         if isinstance(result, LockstepError):
             statistics.fail.add(took_ns)
             return result
         timing = result.timing
-        statistics.add(len(call.request.x), took_ns, timing.queue_us * 1000, timing.compute_us * 1000)
+        rows = len(next(iter(result.values.values()))) if isinstance(result, RowsResult) else 1
+        executions = rows / timing.batch_size if isinstance(result, RowsResult) else 1
+        statistics.add(rows, executions, took_ns, timing.queue_us * 1000, timing.compute_us * 1000)
         values = {name: value[None] if call.batched else value for name, value in result.values.items()}
         parameters: dict[str, Parameter] = {
             "queue_us": timing.queue_us,
@@ -234,6 +250,11 @@ class InferenceServer:
 
     async def infer(self, call: Call, space: Space) -> Answer:
         """Run one call. Raises what it fails with."""
+        if isinstance(call.request, RowsRequest):
+            answer = self.answer(call, await self.run(call))
+            if isinstance(answer, LockstepError):
+                raise answer
+            return answer
         done: asyncio.Future[Result | LockstepError] = asyncio.get_running_loop().create_future()
 
         def reply(result: Result | LockstepError) -> None:
@@ -249,11 +270,20 @@ class InferenceServer:
             raise answer
         return answer
 
-    async def _models(self) -> dict[str, ModelSpec]:
-        self._specs = await self._hub.models()
+    async def run(self, call: Call) -> RowsResult | LockstepError:
+        """What comes of a call to a stateless model."""
+        assert isinstance(call.request, RowsRequest)
+        try:
+            return await self._batched.infer(call.spec.name, call.request)
+        except LockstepError as error:
+            return error
+
+    async def _models(self) -> dict[str, ModelSpec | BatchedSpec]:
+        batched = {name: spec for name, spec in self._batched.specs().items() if spec is not None}
+        self._specs = {**await self._hub.models(), **batched}
         return self._specs
 
-    async def _spec(self, name: str, version: str) -> ModelSpec:
+    async def _spec(self, name: str, version: str) -> ModelSpec | BatchedSpec:
         await self.know(name)
         if name not in self._specs or version not in ("", MODEL_VERSION):
             raise _unknown(name, version)
@@ -284,7 +314,8 @@ class Duration:
 class Statistics:
     """Of one model, since this process has started."""
 
-    timesteps: int = 0
+    rows: int = 0
+    executions: float = 0.0
     last_ms: int = 0
     success: Duration = field(default_factory=Duration)
     fail: Duration = field(default_factory=Duration)
@@ -292,9 +323,10 @@ class Statistics:
     compute: Duration = field(default_factory=Duration)
     output: Duration = field(default_factory=Duration)
 
-    def add(self, timesteps: int, took_ns: int, queue_ns: int, compute_ns: int) -> None:
-        """A request has been answered."""
-        self.timesteps += timesteps
+    def add(self, rows: int, executions: float, took_ns: int, queue_ns: int, compute_ns: int) -> None:
+        """A request has been answered. executions: its share of the batches that it was in."""
+        self.rows += rows
+        self.executions += executions
         self.last_ms = time.time_ns() // 10**6
         self.success.add(took_ns)
         self.queue.add(queue_ns)
@@ -308,8 +340,8 @@ class Statistics:
             "name": name,
             "version": MODEL_VERSION,
             "last_inference": self.last_ms,
-            "inference_count": self.success.count,
-            "execution_count": self.success.count,
+            "inference_count": self.rows,
+            "execution_count": round(self.executions),
             "inference_stats": {
                 "success": self.success.described(),
                 "fail": self.fail.described(),
@@ -343,8 +375,49 @@ def _describe(name: str, spec: TensorSpec) -> dict[str, Any]:
     return {"name": name, "datatype": DATATYPES[spec.dtype], "shape": [-1, *spec.shape]}
 
 
-def _configured(name: str, spec: TensorSpec) -> dict[str, Any]:
-    return {"name": name, "data_type": f"TYPE_{DATATYPES[spec.dtype]}", "dims": [-1, *spec.shape]}
+def _configured(name: str, spec: TensorSpec, timesteps: tuple[int, ...]) -> dict[str, Any]:
+    datatype = DATATYPES[spec.dtype].replace("BYTES", "STRING")
+    return {"name": name, "data_type": f"TYPE_{datatype}", "dims": [*timesteps, *spec.shape] or [1]}
+
+
+def _platform(spec: ModelSpec | BatchedSpec) -> str:
+    return "lockstep_batched" if isinstance(spec, BatchedSpec) else "lockstep_recurrent"
+
+
+def _inputs(spec: ModelSpec | BatchedSpec) -> Mapping[str, TensorSpec]:
+    return spec.inputs if isinstance(spec, BatchedSpec) else {spec.input_name: spec.input}
+
+
+def _batching(spec: ModelSpec | BatchedSpec) -> dict[str, Any]:
+    """How requests become batches, as ModelConfig has it."""
+    if not isinstance(spec, BatchedSpec):
+        return {"max_batch_size": 0, "sequence_batching": {"oldest": {}}}
+    return {
+        "max_batch_size": spec.max_batch_size,
+        "dynamic_batching": {
+            "preferred_batch_size": list(spec.preferred_batch_sizes),
+            "max_queue_delay_microseconds": round(spec.max_queue_delay_s * 1e6),
+        },
+    }
+
+
+def _rows(parameters: Parameters, tensors: Sequence[Input], spec: BatchedSpec) -> RowsRequest:
+    """What is asked of a stateless model, checked but for its values."""
+    inputs: dict[str, np.ndarray] = {}
+    for tensor in tensors:
+        if tensor.name in inputs:
+            raise InvalidInput(f"input '{tensor.name}' is given twice for model '{spec.name}': keep one")
+        if tensor.name in spec.inputs:
+            _check_datatype(tensor, spec.inputs[tensor.name], spec.name)
+        inputs[tensor.name] = read_tensor(tensor, f"input '{tensor.name}'")
+    priority, timeout = parameters.get("priority", 0), parameters.get("timeout", 0)
+    if type(priority) is not int or type(timeout) is not int:
+        raise InvalidInput(
+            f"priority is {priority!r} and timeout {timeout!r}, expected whole numbers, timeout in microseconds"
+        )
+    request = RowsRequest(inputs, priority or None, timeout / 1e6)
+    check_rows(request, spec)
+    return request
 
 
 def _sequence_id(parameters: Parameters, model: str) -> SequenceId:
@@ -372,6 +445,8 @@ def read_tensor(tensor: Input, where: str) -> np.ndarray:
     if len(shape) > MAX_DIMS or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
         raise InvalidInput(f"{where} has the shape {shape[:MAX_DIMS]}, expected whole numbers from 0 on")
     count = math.prod(shape)
+    if tensor.datatype == "BYTES":
+        return _read_bytes(tensor, where, count).reshape(shape)
     if isinstance(tensor.data, bytes | memoryview):
         if len(tensor.data) != count * dtype.itemsize:
             raise InvalidInput(
@@ -390,13 +465,47 @@ def read_tensor(tensor: Input, where: str) -> np.ndarray:
     return array.reshape(shape)
 
 
+def _read_bytes(tensor: Input, where: str, count: int) -> np.ndarray:
+    """Elements of any length, [count] of dtype object. Raises InvalidInput."""
+    data, values = tensor.data, list[bytes]()
+    if isinstance(data, bytes | memoryview):
+        data, at = bytes(data), 0
+        while at < len(data):
+            begin = at + LENGTH_BYTES
+            at = begin + int.from_bytes(data[at:begin], "little")
+            if begin > len(data) or at > len(data):
+                raise InvalidInput(f"{where} is cut off: its elements are longer than its {len(data)} bytes")
+            values.append(data[begin:at])
+    else:
+        for value in data:
+            if not isinstance(value, str | bytes):
+                raise InvalidInput(f"{where} holds what is no BYTES: {value!r:.80}, expected a text")
+            values.append(value.encode() if isinstance(value, str) else value)
+    if len(values) != count:
+        raise InvalidInput(f"{where} has {len(values)} elements, its shape {list(tensor.shape)} takes {count}")
+    array = np.empty(count, object)
+    array[:] = values
+    return array
+
+
+def write_tensor(value: np.ndarray) -> bytes:
+    """The values of an output one after the other, as `read_tensor` takes them."""
+    if value.dtype == object:
+        return b"".join(len(each).to_bytes(LENGTH_BYTES, "little") + each for each in value.reshape(-1))
+    return np.ascontiguousarray(value, value.dtype.newbyteorder("<")).tobytes()
+
+
+def _check_datatype(tensor: Input, spec: TensorSpec, model: str) -> None:
+    if tensor.datatype != DATATYPES[spec.dtype]:
+        raise InvalidInput(
+            f"inference input '{tensor.name}' data-type is '{tensor.datatype}', but model '{model}' expects "
+            f"'{DATATYPES[spec.dtype]}'"
+        )
+
+
 def _timesteps(tensor: Input, spec: ModelSpec) -> tuple[np.ndarray, bool]:
     where = f"input '{tensor.name}'"
-    if tensor.datatype != DATATYPES[spec.input.dtype]:
-        raise InvalidInput(
-            f"inference input '{tensor.name}' data-type is '{tensor.datatype}', but model '{spec.name}' expects "
-            f"'{DATATYPES[spec.input.dtype]}'"
-        )
+    _check_datatype(tensor, spec.input, spec.name)
     x = read_tensor(tensor, where)
     batched = x.ndim == len(spec.input.shape) + 2 and x.shape[0] == 1
     if batched:

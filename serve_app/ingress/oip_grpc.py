@@ -2,21 +2,32 @@
 
 import asyncio
 import contextvars
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import grpc
-import numpy as np
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from serve_app.errors import InvalidInput, LockstepError, UnknownModel, WindowFull
-from serve_app.ingress.oip import DATATYPES, Answer, Call, InferenceServer, Input, Parameter, client_name
+from serve_app.ingress.oip import (
+    DATATYPES,
+    Answer,
+    Call,
+    InferenceServer,
+    Input,
+    Parameter,
+    client_name,
+    write_tensor,
+)
 from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.sequences import Result, Space
 from serve_app.ingress.shared_memory import write
+from serve_app.rows import RowsRequest, RowsResult
 
 M = TypeVar("M", bound=Message)
+logger = logging.getLogger(__name__)
 
 MAX_OUTSTANDING = 1024
 """Requests of a stream that are not answered yet; no more are read meanwhile."""
@@ -209,6 +220,7 @@ class InferenceService:
             await reader
         finally:
             reader.cancel()
+            talk.leave()
             space.leave(talk)
             if client is None:
                 space.abort()
@@ -222,6 +234,7 @@ class _Stream:
         self._inference = inference
         self._space = space
         self._outstanding = 0
+        self._running: set[asyncio.Task[None]] = set()  # calls to stateless models
         self._changed = asyncio.Event()
 
     async def read(self, stream: AsyncIterator[pb.ModelInferRequest]) -> None:
@@ -240,6 +253,11 @@ class _Stream:
         self._outstanding -= 1
         self._changed.set()
 
+    def leave(self) -> None:
+        """Nobody waits for replies any more."""
+        for task in self._running:
+            task.cancel()
+
     async def _until(self, outstanding: int) -> None:
         while self._outstanding > outstanding:
             self._changed.clear()
@@ -251,6 +269,11 @@ class _Stream:
         except LockstepError as error:
             self._reply_error(request, error)
             return
+        if isinstance(call.request, RowsRequest):
+            running = asyncio.create_task(self._run(request, call))
+            self._running.add(running)
+            running.add_done_callback(self._running.discard)
+            return
         while True:
             try:
                 self._space.ask(call.request, lambda result: self._reply(request, call, result), self)
@@ -259,7 +282,16 @@ class _Stream:
             else:
                 return
 
-    def _reply(self, request: pb.ModelInferRequest, call: Call, result: Result | LockstepError) -> None:
+    async def _run(self, request: pb.ModelInferRequest, call: Call) -> None:
+        """Of a stateless model: in whatever order they are done."""
+        try:
+            result = await self._inference.run(call)
+        except Exception:
+            logger.exception("a request to model %s failed", call.spec.name)
+            result = LockstepError("an unexpected error: the server's log has it")
+        self._reply(request, call, result)
+
+    def _reply(self, request: pb.ModelInferRequest, call: Call, result: Result | RowsResult | LockstepError) -> None:
         answer = self._inference.answer(call, result)
         try:
             if not isinstance(answer, LockstepError):
@@ -319,7 +351,7 @@ def write_response(inference: InferenceServer, request: pb.ModelInferRequest, an
     regions = {output.name: output.parameters for output in request.outputs if output.parameters}
     for name, value in answer.outputs.items():
         tensor = response.outputs.add(name=name, datatype=DATATYPES[value.dtype.name], shape=value.shape)
-        data = np.ascontiguousarray(value, value.dtype.newbyteorder("<")).tobytes()
+        data = write_tensor(value)
         part = _part(inference, regions[name]) if name in regions else None
         if part is None:
             response.raw_output_contents.append(data)

@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from serve_app.errors import InvalidInput, LockstepError, UnknownModel
-from serve_app.ingress.oip import DATATYPES, Answer, Call, InferenceServer, Input, client_name
+from serve_app.ingress.oip import DATATYPES, Answer, Call, InferenceServer, Input, client_name, write_tensor
 from serve_app.ingress.shared_memory import write
 
 logger = logging.getLogger(__name__)
@@ -301,7 +301,7 @@ def _write_response(
         }  # fmt: skip
         of_output = wanted.get(name, {})
         part = inference.memory.part(of_output)
-        data = np.ascontiguousarray(value, value.dtype.newbyteorder("<")).tobytes()
+        data = write_tensor(value)
         if part is not None:
             write(part, name, data)
             tensor["parameters"] = {**of_output, "shared_memory_byte_size": len(data)}
@@ -313,7 +313,7 @@ def _write_response(
         described.append(tensor)
     head = json.dumps(
         {
-            "model_name": answer.call.request.model,
+            "model_name": answer.call.spec.name,
             "model_version": "1",
             "id": answer.call.id,
             "parameters": dict(answer.parameters),
@@ -357,6 +357,8 @@ def _flat(data: Any) -> list[Any]:
 def _json_values(value: np.ndarray) -> list[Any]:
     """One after the other; JSON has no number for NaN and infinity."""
     flat: np.ndarray = value.reshape(-1)
+    if flat.dtype == object:
+        return [each.decode(errors="replace") for each in flat]
     if flat.dtype.kind == "f" and not np.isfinite(flat).all():
         return [number if np.isfinite(number) else None for number in flat.tolist()]
     numbers: list[Any] = flat.tolist()

@@ -5,7 +5,7 @@ import importlib
 import inspect
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, field, make_dataclass
+from dataclasses import asdict, field, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from serve_app.coerce import build_dataclass
@@ -15,11 +15,24 @@ from serve_app.models.options import RnnOptions, SileroOptions
 
 if TYPE_CHECKING:
     from serve_app.models.interface import RecurrentModel
+    from serve_app.models.stateless import StatelessModel
 
-BUILT_IN: Mapping[str, tuple[type[Any], str]] = {
+RECURRENT: Mapping[str, tuple[type[Any], str]] = {
     "rnn": (RnnOptions, "serve_app.models.rnn:Rnn"),
     "silero_vad": (SileroOptions, "serve_app.models.silero_vad:SileroVad"),
 }
+STATELESS: Mapping[str, tuple[type[Any], str]] = {}
+BUILT_IN = {**RECURRENT, **STATELESS}
+
+
+def is_recurrent(name: str) -> bool:
+    """Whether it is a model with a state that comes along. One of your own is what it is configured as."""
+    return name in RECURRENT
+
+
+def is_stateless(name: str) -> bool:
+    """Whether it is a model without a state that comes along."""
+    return name in STATELESS
 
 
 def check(config: ModelConfig) -> ModelConfig:
@@ -30,18 +43,29 @@ def check(config: ModelConfig) -> ModelConfig:
     if ":" in config.name:
         _split(config.name)
         return config
-    return ModelConfig(config.name, asdict(_options(config)))
+    return replace(config, options=asdict(_options(config)))
 
 
 def load(config: ModelConfig) -> "RecurrentModel":
     """The model, on the CPU; raises ConfigError. A class of your own gets the options as keyword arguments."""
+    from serve_app.models.interface import RecurrentModel
+
+    return _checked(_made(config), config.name, RecurrentModel)  # type: ignore[no-any-return]
+
+
+def load_stateless(config: ModelConfig) -> "StatelessModel":
+    """See `load`: of a model without a state."""
+    from serve_app.models.stateless import StatelessModel
+
+    return _checked(_made(config), config.name, StatelessModel)  # type: ignore[no-any-return]
+
+
+def _made(config: ModelConfig) -> Any:
     if ":" in config.name:
         make = _import(config.name)
-        model = make(**_arguments(make, config.options))
-    else:
-        options = _options(config)
-        model = _import(BUILT_IN[config.name][1])(options)
-    return _checked(model, config.name)
+        return make(**_arguments(make, config.options))
+    options = _options(config)
+    return _import(BUILT_IN[config.name][1])(options)
 
 
 def _options(config: ModelConfig) -> Any:
@@ -95,19 +119,20 @@ def _import(path: str) -> Any:
     return found
 
 
-def _checked(model: Any, name: str) -> "RecurrentModel":
+def _checked(model: Any, name: str, interface: type[Any]) -> Any:
     import torch
 
-    from serve_app.models.interface import RecurrentModel
-
-    for member in (member for member in vars(RecurrentModel) if not member.startswith("_")):
+    members = [member for member in vars(interface) if not member.startswith("_")]
+    for member in members:
         inherited = member == "forward" and getattr(type(model), member, None) is torch.nn.Module.forward
         if inherited or not hasattr(model, member):
+            file = interface.__module__.replace(".", "/")
+            other = "" if "initial_state" in members else "; without a section batching it is a recurrent one"
             raise ConfigError(
-                f"model={name} has no {member}: a model needs input, outputs, initial_state and forward, "
-                "see serve_app/models/interface.py"
+                f"model={name} has no {member}: a model needs {', '.join(members[:-1])} and {members[-1]}, "
+                f"see {file}.py{other}"
             )
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

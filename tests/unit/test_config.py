@@ -1,12 +1,23 @@
 """The configuration, out of YAML files and command lines."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig, load_config
+from serve_app.config import (
+    AppConfig,
+    DurabilityConfig,
+    EngineConfig,
+    FrameConfig,
+    ModelConfig,
+    PriorityConfig,
+    SessionConfig,
+    load_config,
+    load_models,
+)
 from serve_app.errors import ConfigError, InvalidInput
 
 
@@ -175,3 +186,114 @@ def test_the_tree_never_changes(section: str) -> None:
     name = dataclasses.fields(getattr(config, section))[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(getattr(config, section), name, None)
+
+
+# Several models.
+
+SEVERAL = """
+engine: {threads: 2, slots: 64}
+durability: {store: /shared}
+replicas: 3
+models:
+  vad:
+    model: silero_vad
+    engine: {slots: 32}
+  rnn:
+    model: {cell: gru}
+    replicas: 1
+  silero_vad:
+"""
+SEVERAL_FLAT = {
+    "engine.threads": "2",
+    "engine": {"slots": 64},
+    "durability.store": "/shared",
+    "replicas": "3",
+    "models.vad.model": "silero_vad",
+    "models.vad.engine.slots": "32",
+    "models.rnn.model.cell": "gru",
+    "models.rnn.replicas": "1",
+    "models.silero_vad": None,
+}
+
+
+def test_several_models_each_with_a_tree_of_its_own() -> None:
+    models = load_models(yaml_of(SEVERAL))
+    assert models == load_models(SEVERAL_FLAT)
+    assert list(models) == ["vad", "rnn", "silero_vad"]
+    assert [config.model.name for config in models.values()] == ["silero_vad", "rnn", "silero_vad"]
+    assert [config.model.served_name for config in models.values()] == list(models)
+    assert [config.engine.slots for config in models.values()] == [32, 64, 64]
+    assert [config.replicas for config in models.values()] == [3, 1, 3]
+    assert {config.engine.threads for config in models.values()} == {2}
+    assert {config.durability for config in models.values()} == {DurabilityConfig(store="/shared")}
+    assert models["rnn"].model.options["cell"] == "gru"
+
+
+def test_one_model_is_called_by_its_name() -> None:
+    assert load_models({"model": "rnn"}) == {"rnn": load_config({"model": "rnn"})}
+    assert list(load_models({"models.a.model": "my.models:Decoder"})) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"models": {}}, ["models is {}", "models.vad.model=silero_vad"]),
+        ({"models": ["rnn"]}, ["models is ['rnn']", "a section for each"]),
+        ({"models.rnn.engine.slots": "4", "model": "rnn"}, ["model is given beside models", "models.NAME.model"]),
+        ({"models.rnn.engine.slot": "4"}, ["models.rnn: engine.slot is not", "did you mean engine.slots?"]),
+        ({"models.rnn.engine.slots": "0"}, ["models.rnn: engine.slots is 0", "the least is 1"]),
+        ({"models.vda": None}, ["models.vda: model=vda is not known", "rnn, silero_vad"]),
+        ({"models": {"rnn": 3}}, ["models.rnn: it is 3", "expected a section"]),
+        ({"models": {"a/b": {"model": "rnn"}}}, ["a model called 'a/b'", "letters, digits, - and _"]),
+        ({"models.rnn.durability.store": "/a"}, ["models.rnn: durability is the same", "move it to the top"]),
+        ({"models.rnn.model": "rnn", "models.rnn.model.name": "rnn"}, ["models.rnn.model.name is given twice"]),
+    ],
+    ids=str,
+)
+def test_an_error_names_the_model(args: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_models(args)
+    assert [word for word in words if word not in caught.value.message] == [], caught.value.message
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_the_files_that_come_along_are_right(path: Path) -> None:
+    (application,) = yaml.safe_load(path.read_text())["applications"]
+    assert load_models(application["args"])
+
+
+def test_a_model_with_batching_is_stateless() -> None:
+    text = """
+    models:
+      own:
+        model: my.models:Classifier
+        batching: {max_batch_size: 8, preferred_batch_sizes: [2, 4], priorities: [{timeout_s: 1}, {on_timeout: delay}]}
+      other: {model: my.models:Classifier, batching: {}}
+      rnn:
+    """
+    models = load_models(yaml_of(text))
+    own = models["own"].batching
+    assert own is not None
+    assert (own.preferred_batch_sizes, own.priorities[0]) == ((2, 4), PriorityConfig(timeout_s=1.0))
+    assert own.priorities[1].on_timeout == "delay"
+    assert models["other"].batching == load_config({"batching.dtype": "fp32", "model": "a:B"}).batching
+    assert models["rnn"].batching is None
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"model": "rnn", "batching.max_batch_size": "4"}, ["batching is given", "model=rnn has a state"]),
+        ({"batching.preferred_batch_sizes": "4,65"}, ["has 65", "batching.max_batch_size=64"]),
+        ({"batching.max_padding": "1"}, ["batching.max_padding is 1.0", "less than 1"]),
+        ({"batching.default_priority": "2"}, ["batching.default_priority is 2", "batching.priorities has 1"]),
+        ({"batching": {"priorities": [{"timeout": 1}]}}, ["batching.priorities[0].timeout is not", "timeout_s"]),
+        ({"batching.max_queue_delay": "1"}, ["batching.max_queue_delay is not", "max_queue_delay_s"]),
+        ({"models.a.model": "rnn", "batching.instances": "1"}, ["batching is given beside models"]),
+    ],
+    ids=str,
+)
+def test_an_error_in_batching_is_named(args: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_models(args if "model" in args or "models.a.model" in args else {"model": "a:B", **args})
+    assert [word for word in words if word not in caught.value.message] == [], caught.value.message

@@ -17,9 +17,9 @@ from serve_app.errors import (
 from serve_app.spec import ModelSpec, SessionLimits, TensorSpec
 
 
-def owner(name: str, fingerprint: str = "f") -> Owner:
-    spec = ModelSpec("sum", TensorSpec((1,)), {}, fingerprint=fingerprint)
-    return Owner(name, name, spec, SessionLimits(), max_sessions=10, max_bytes=100, checkpoints=True)
+def owner(name: str, fingerprint: str = "f", model: str = "sum", models: tuple[str, ...] = ()) -> Owner:
+    spec = ModelSpec(model, TensorSpec((1,)), {}, fingerprint=fingerprint)
+    return Owner(name, name, spec, SessionLimits(), max_sessions=10, max_bytes=100, checkpoints=True, models=models)
 
 
 @pytest.fixture
@@ -125,6 +125,24 @@ def test_only_what_was_opened_for_it_can_be_attached_from_elsewhere(directory: D
     directory.open("a", "s")
     with pytest.raises(InvalidInput, match="'a' was not opened to be resumed: open it with resumable=true"):
         directory.attach("a", "t")
+
+
+def test_of_several_models_one_has_to_be_named() -> None:
+    directory, both = Directory(1), ("sum", "vad")
+    directory.register(owner("x", models=both))
+    directory.register(owner("y", model="vad", models=both))
+    assert directory.models().keys() == {"sum", "vad"}
+    assert {directory.open(name, "s", name).owner.name for name in both} == {"x", "y"}
+    with pytest.raises(InvalidInput, match="2 models are served here, say which one: sum, vad"):
+        directory.open("a", "s")
+    with pytest.raises(UnknownModel, match="'bert' is not served here: sum, vad"):
+        directory.open("a", "s", "bert")
+    directory.unregister("y")
+    with pytest.raises(Unavailable, match="no replica of model 'vad' is ready"):
+        directory.open("a", "s", "vad")
+    with pytest.raises(InvalidInput, match="say which one: sum, vad"):
+        directory.open("a", "s")
+    assert directory.open("a", "s", "sum").owner.name == "x"
 
 
 def test_a_state_is_given_to_its_own_model_only(directory: Directory) -> None:

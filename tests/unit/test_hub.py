@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
+from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig
 from serve_app.errors import (
     InvalidInput,
     SessionEnded,
@@ -236,6 +236,22 @@ async def test_limits_and_unknown_models() -> None:
         first.close()
         await first.closed()
         await hub.open()
+
+
+async def test_sessions_of_two_models_at_once() -> None:
+    config = dataclasses.replace(CONFIG, model=ModelConfig("silero_vad", served_as="other"))
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        cluster.add(SumModel(poison=0), config)
+        assert (await hub.models()).keys() == {"silero_vad", "other"}
+        with pytest.raises(InvalidInput, match="say which one: other, silero_vad"):
+            await hub.open()
+        sessions = {name: await hub.open(f"a {name}", name) for name in ("silero_vad", "other")}
+        for session in sessions.values():
+            session.submit(-ones(2))
+            session.close()
+        assert await collect(sessions["silero_vad"]) == [-1, -2]
+        with pytest.raises(StepFailed):
+            await collect(sessions["other"])
 
 
 async def test_a_wrong_initial_state_frees_its_place() -> None:

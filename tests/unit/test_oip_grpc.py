@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig
+from serve_app.ingress.batched import BatchedModels
 from serve_app.ingress.oip import InferenceServer
 from serve_app.ingress.oip_grpc import MAX_OUTSTANDING, InferenceService
 from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.protos import oip_pb2_grpc
 from tests.fakes import FloatSumModel
 from tests.local import LocalCluster, local
+from tests.stateless import LocalModels
 
 pytestmark = pytest.mark.asyncio
 
@@ -33,11 +35,11 @@ CONFIG = AppConfig(
 
 @asynccontextmanager
 async def served(
-    config: AppConfig = CONFIG, model: FloatSumModel | None = None
+    config: AppConfig = CONFIG, model: FloatSumModel | None = None, batched: BatchedModels | None = None
 ) -> AsyncIterator[tuple[LocalCluster, Any]]:
     """The service; a cluster, and a stub that calls it."""
     async with (
-        at_port(config, model) as (cluster, port, _),
+        at_port(config, model, batched) as (cluster, port, _),
         grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
     ):
         yield cluster, oip_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -45,12 +47,12 @@ async def served(
 
 @asynccontextmanager
 async def at_port(
-    config: AppConfig = CONFIG, model: FloatSumModel | None = None
+    config: AppConfig = CONFIG, model: FloatSumModel | None = None, batched: BatchedModels | None = None
 ) -> AsyncIterator[tuple[LocalCluster, int, grpc.aio.Server]]:
     """The service at a port of its own; a cluster, the port, the server."""
     async with local(model or FloatSumModel(), config=config, ack_on_receipt=False) as (cluster, hub):
         service = InferenceService()
-        service.inference = InferenceServer(hub)
+        service.inference = InferenceServer(hub, batched)
         server = grpc.aio.server()
         oip_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
         port = server.add_insecure_port("127.0.0.1:0")
@@ -447,3 +449,117 @@ async def test_nan_is_refused() -> None:
     async with served() as (_, stub):
         code, text = await refused(stub.ModelInfer(infer(1, [float("nan")], start=True)))
         assert (code, "NaN or infinity" in text) == ("INVALID_ARGUMENT", True)
+
+
+# Stateless models.
+
+
+def rows(ids: Any, model: str = "masked", identity: str = "", **parameters: Any) -> pb.ModelInferRequest:
+    x = np.array(ids, np.int64)
+    tensor = {"name": "ids", "datatype": "INT64", "shape": x.shape}
+    request = pb.ModelInferRequest(model_name=model, id=identity, inputs=[tensor], raw_input_contents=[x.tobytes()])
+    for name, value in parameters.items():
+        request.parameters[name].int64_param = value
+    return request
+
+
+def outputs_of(response: pb.ModelInferResponse) -> dict[str, Any]:
+    kinds = {"FP32": np.float32, "INT64": np.int64}
+    return {
+        tensor.name: np.frombuffer(raw, kinds[tensor.datatype]).reshape(tensor.shape).tolist()
+        for tensor, raw in zip(response.outputs, response.raw_output_contents, strict=True)
+    }
+
+
+async def test_a_stateless_model_beside_one_with_sequences() -> None:
+    async with (
+        LocalModels.of(max_batch_size=8, preferred_batch_sizes=(4,)) as models,
+        served(batched=models) as (_, stub),
+    ):
+        assert (await stub.ModelReady(pb.ModelReadyRequest(name="masked"))).ready
+        assert not (await stub.ModelReady(pb.ModelReadyRequest(name="starting"))).ready
+        metadata = await stub.ModelMetadata(pb.ModelMetadataRequest(name="masked"))
+        assert [(t.name, t.datatype, list(t.shape)) for t in metadata.inputs] == [
+            ("ids", "INT64", [-1, -1]),
+            ("mask", "INT64", [-1, -1]),
+        ]
+        config = (await stub.ModelConfig(pb.ModelConfigRequest(name="masked"))).config
+        assert (config.max_batch_size, list(config.dynamic_batching.preferred_batch_size)) == (8, [4])
+        assert [(each.name, list(each.dims), each.optional) for each in config.input] == [
+            ("ids", [-1], False),
+            ("mask", [-1], True),
+        ]
+        response = await stub.ModelInfer(rows([[1, 2, 3], [4, 5, 6]], identity="a"))
+        assert response.id == "a"
+        assert outputs_of(response) == {"total": [6, 15], "sums": [[1, 3, 6], [4, 9, 15]]}
+        assert response.parameters["batch_size"].int64_param == 2
+        assert totals(await stub.ModelInfer(infer(7, [1, 2], start=True, end=True))) == [1, 3]
+        (counted,) = (await stub.ModelStatistics(pb.ModelStatisticsRequest(name="masked"))).model_stats
+        assert (counted.inference_count, counted.execution_count, counted.inference_stats.success.count) == (2, 1, 1)
+        code, text = await refused(stub.ModelInfer(rows([[1]], model="starting")))
+        assert (code, "no replica of model 'starting' is ready" in text) == ("UNAVAILABLE", True)
+
+
+async def test_requests_to_a_stateless_model_on_a_stream() -> None:
+    async with LocalModels.of(max_batch_size=8) as models, served(batched=models) as (_, stub):
+        requests = [rows([[i] * (i % 5 + 1)], identity=str(i)) for i in range(100)]
+        requests[7] = rows([[666]], identity="7")
+        requests[8] = rows([[1000]], identity="8")
+        found = {r.infer_response.id: r for r in await stream(stub, requests)}
+        assert len(found) == 100
+        assert "a bad row" in found.pop("7").error_message
+        assert "id 1000 is out of range" in found.pop("8").error_message
+        for name, response in found.items():
+            assert outputs_of(response.infer_response)["total"] == [int(name) * (int(name) % 5 + 1)]
+
+
+BAD_ROWS = {
+    "range": (rows([[1, 1000]]), "id 1000 is out of range: expected 0 to 999"),
+    "too long": (rows([[1] * 33]), "rows of length 33 arrived, model 'masked' takes 1 to 32"),
+    "too many": (rows([[1]] * 9), "a request of 9 rows arrived, model 'masked' takes 1 to 8"),
+    "priority": (rows([[1]], priority=3), "priority is 3, model 'masked' has 1 to 1"),
+    "shape": (rows([1]), "Expected [-1,-1], got [1]"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_ROWS)
+async def test_bad_rows_are_named_and_others_go_on(what: str) -> None:
+    request, expected = BAD_ROWS[what]
+    async with LocalModels.of(max_batch_size=8) as models, served(batched=models) as (_, stub):
+        code, text = await refused(stub.ModelInfer(request))
+        assert (code, expected in text) == ("INVALID_ARGUMENT", True), text
+        request = rows([[1]])
+        request.inputs[0].datatype = "FP32"
+        assert "data-type is 'FP32', but model 'masked' expects 'INT64'" in (await refused(stub.ModelInfer(request)))[1]
+        assert outputs_of(await stub.ModelInfer(rows([[3]])))["total"] == [3]
+
+
+async def test_timeouts_and_unloading_of_a_stateless_model() -> None:
+    async with LocalModels.of(max_batch_size=8, max_queue_delay_s=60) as models, served(batched=models) as (_, stub):
+        code, text = await refused(stub.ModelInfer(rows([[1]], timeout=1000)))
+        assert (code, "has waited for 0.0" in text) == ("DEADLINE_EXCEEDED", True)
+        await stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="masked"))
+        code, text = await refused(stub.ModelInfer(rows([[1]])))
+        assert (code, "is unloaded: load it" in text) == ("UNAVAILABLE", True)
+        await stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="masked"))
+        assert outputs_of(await stub.ModelInfer(rows([[1]] * 8)))["total"] == [1] * 8
+
+
+async def test_texts_as_bytes() -> None:
+    async with LocalModels.of("Words") as models, served(batched=models) as (_, stub):
+        texts = [b"one", "fünf".encode()]
+        tensor = {"name": "text", "datatype": "BYTES", "shape": [2]}
+        raw = b"".join(len(text).to_bytes(4, "little") + text for text in texts)
+        request = pb.ModelInferRequest(model_name="words", inputs=[tensor], raw_input_contents=[raw])
+        assert outputs_of(await stub.ModelInfer(request)) == {"count": [3, 5]}
+        contents = {**tensor, "contents": {"bytes_contents": texts}}
+        assert outputs_of(await stub.ModelInfer(pb.ModelInferRequest(model_name="words", inputs=[contents])))
+        for bad, message in (
+            (raw[:-1], "is cut off"),
+            (raw[:2], "is cut off"),
+            (raw[:7], "has 1 elements, its shape [2] takes 2"),
+            (b"\0" * 8, "the text is empty"),
+        ):
+            request = pb.ModelInferRequest(model_name="words", inputs=[tensor], raw_input_contents=[bad])
+            code, text = await refused(stub.ModelInfer(request))
+            assert (code, message in text) == ("INVALID_ARGUMENT", True), text

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig
+from serve_app.ingress.batched import BatchedModels
 from serve_app.ingress.http import build_http
+from serve_app.ingress.oip import InferenceServer
 from tests.fakes import FloatSumModel
 from tests.local import local
+from tests.stateless import LocalModels
 
 pytestmark = pytest.mark.asyncio
 
@@ -30,9 +33,9 @@ LENGTH = "inference-header-content-length"
 
 
 @asynccontextmanager
-async def served() -> AsyncIterator[httpx.AsyncClient]:
+async def served(batched: BatchedModels | None = None) -> AsyncIterator[httpx.AsyncClient]:
     async with local(FloatSumModel(), config=CONFIG, ack_on_receipt=False) as (_, hub):
-        transport = httpx.ASGITransport(build_http(hub))
+        transport = httpx.ASGITransport(build_http(hub, InferenceServer(hub, batched)))
         async with httpx.AsyncClient(transport=transport, base_url="http://lockstep") as client:
             yield client
 
@@ -216,3 +219,40 @@ async def test_shared_memory() -> None:
     finally:
         memory.close()
         memory.unlink()
+
+
+async def test_a_stateless_model() -> None:
+    def rows(data: Any, shape: list[int], **tensor: Any) -> Any:
+        return {"inputs": [{"name": "ids", "datatype": "INT64", "shape": shape, "data": data, **tensor}]}
+
+    path = "/v2/models/masked/infer"
+    async with LocalModels.of(max_batch_size=8) as models, served(models) as client:
+        assert (await client.get("/v1/health/ready")).json()["models"] == ["masked", "sum"]
+        assert "dynamic_batching" in (await client.get("/v2/models/masked/config")).json()
+        response = (await client.post(path, json=rows([[1, 2], [3, 4]], [2, 2]))).json()
+        assert {output["name"]: output["data"] for output in response["outputs"]} == {
+            "total": [3, 7],
+            "sums": [1, 3, 3, 7],
+        }
+        for request, message in (
+            (rows([["a"]], [1, 1]), "holds what is no INT64"),
+            (rows([[1, -1]], [1, 2]), "id -1 is out of range"),
+            (rows([], [1, 0]), "rows of length 0"),
+            (rows([1, 2], [1, 1]), "has 2 elements"),
+        ):
+            status, error = await refused(client, path, json=request)
+            assert (status, message in error) == (400, True), error
+        status, _ = await refused(client, "/v2/models/starting/infer", json=rows([[1]], [1, 1]))
+        assert status == 503
+        status, error = await refused(client, path, json=rows([[666]], [1, 1]))
+        assert (status, "a bad row" in error) == (500, True)
+
+
+async def test_texts_in_json() -> None:
+    async with LocalModels.of("Words") as models, served(models) as client:
+        tensor = {"name": "text", "datatype": "BYTES", "shape": [2], "data": ["one", "fünf"]}
+        response = (await client.post("/v2/models/words/infer", json={"inputs": [tensor]})).json()
+        assert response["outputs"][0]["data"] == [3, 5]
+        for data, message in ((["one", 5], "what is no BYTES: 5"), (["one"], "has 1 elements")):
+            status, error = await refused(client, "/v2/models/words/infer", json={"inputs": [{**tensor, "data": data}]})
+            assert (status, message in error) == (400, True), error
