@@ -60,16 +60,17 @@ class Client:
         await self.stop()
 
 
-def connect(target: Any) -> Client:
+def connect(target: Any, *, resume_within_s: float | None = None) -> Client:
     """A client for `target`.
 
     A Serve handle of the application, or its name: frames go straight to the owners; Ray has to be connected.
-    `ws://host:port` (or wss): one WebSocket a session; nothing of Ray is needed.
+    `ws://host:port` (or wss): one WebSocket a session; nothing of Ray is needed. A session whose connection is gone is
+    tried to be resumed for `resume_within_s` (None: 30): more, where it has to outlive a cluster that starts again.
     """
     if isinstance(target, str) and target.startswith(("ws://", "wss://")):
         from clients.websocket import WebSocketTransport
 
-        return Client(WebSocketTransport(target))
+        return Client(WebSocketTransport(target, resume_within_s))
     from clients.handle import HandleTransport
 
     return Client(HandleTransport(target if isinstance(target, str) else target.app_name))

@@ -13,7 +13,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.typing import Subprotocol
 
-from serve_app.errors import InvalidInput, NotOwner, Unavailable, UnknownSession, from_wire
+from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownSession, from_wire
 from serve_app.frame import ABORT, NO_CLOSE
 from serve_app.ingress.codec import JSON, MSGPACK, Message, read_model, read_session
 from serve_app.segment import Run
@@ -31,13 +31,17 @@ FINAL = (1000, 1011, *range(4000, 5000))
 class WebSocketTransport:
     """See client.Transport. `address` is one like ws://host:8000."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, resume_within_s: float | None = None) -> None:
         self._address = address.rstrip("/")
+        self._resume_within_s = resume_within_s
         self._carriers: weakref.WeakSet[WebSocketCarrier] = weakref.WeakSet()
 
     async def open(self, session: str | None, model: str | None, initial_state: Sequence[np.ndarray] | None) -> Session:
         """See Transport."""
-        opened = await open_websocket(self._address, session=session, model=model, initial_state=initial_state)
+        opened = await open_websocket(
+            self._address, session=session, model=model, initial_state=initial_state,
+            resume_within_s=self._resume_within_s,
+        )  # fmt: skip
         if isinstance(opened.carrier, WebSocketCarrier):
             self._carriers.add(opened.carrier)
         return opened
@@ -66,20 +70,23 @@ async def open_websocket(
     session: str | None = None,
     model: str | None = None,
     initial_state: Sequence[np.ndarray] | None = None,
+    resume_within_s: float | None = None,
 ) -> Session:
     """Open a session at an address like ws://host:8000, with a path where the ingress has one.
 
     The connection is the session's: it ends when the session does. One that breaks is made again, maybe to another
-    ingress, and the session goes on: inputs are kept until their outputs are here. Raises Unavailable when there is no
-    connection, else what the ingress refuses with.
+    ingress, and the session goes on: inputs are kept until their outputs are here and the ingress says that they are
+    safe. It is tried for `resume_within_s` (None: RESUME_WITHIN_S). Raises Unavailable when there is no connection,
+    else what the ingress refuses with.
     """
     state = None if initial_state is None else [np.asarray(array) for array in initial_state]
     websocket, opened = await _connect(
         address, state, session=session, model=model, resumable="true", initial_state=None if state is None else "true"
     )
     name, spec, limits = read_session(opened)
-    carrier = WebSocketCarrier(websocket, address)
+    carrier = WebSocketCarrier(websocket, address, resume_within_s)
     opened_session = Session(name, spec, limits, carrier, keeps_unanswered=True)
+    opened_session.kept = opened.number("kept")
     carrier.start(opened_session)
     return opened_session
 
@@ -117,8 +124,9 @@ async def _connect(
 class WebSocketCarrier:
     """Carries one session. TCP keeps the order, so a message need not wait for what became of the last."""
 
-    def __init__(self, websocket: ClientConnection, address: str) -> None:
+    def __init__(self, websocket: ClientConnection, address: str, resume_within_s: float | None = None) -> None:
         self._websocket = websocket
+        self._resume_within_s = RESUME_WITHIN_S if resume_within_s is None else resume_within_s
         self._address = address
         self._due = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -182,14 +190,15 @@ class WebSocketCarrier:
 
     async def _resume(self, session: Session) -> None:
         """Connect again, and go on. Raises what the session cannot be had again for, Unavailable after a while."""
-        deadline = time.monotonic() + RESUME_WITHIN_S
+        deadline = time.monotonic() + self._resume_within_s
         while not self._stopped:
             try:
                 self._websocket, opened = await _connect(
-                    self._address, session=session.name, resume=str(session.progress)
+                    self._address, session=session.name, resume=str(session.progress), rewind=str(session.rewind)
                 )
-            except (Unavailable, NotOwner, UnknownSession):  # it may be moving
-                if time.monotonic() > deadline:
+            except LockstepError as error:
+                passes = error.retry or isinstance(error, UnknownSession)  # it may be moving
+                if not passes or time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(RETRY_DELAY_S)
             else:
@@ -234,6 +243,8 @@ def _take(session: Session, message: Message) -> None:
         values = {name: arrays.array(name, spec) for name, spec in session.spec.outputs.items()}
         start = message.number("start") or 0
         outputs = Run(start, start + len(next(iter(values.values()))), values)
+        if (kept := message.number("kept")) is not None:
+            session.kept = max(session.kept or 0, kept)
         session.deliver(message.number("next") or 0, message.number("rewind") or 0, outputs)
     elif kind == "ended" and "error" not in message.values:
         session.notice("ended", None, message.text("reason") or kind, message.number("progress") or 0)

@@ -101,6 +101,25 @@ class FrameConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DurabilityConfig:
+    """Where checkpoints of resumable sessions are kept, beside the ingress that has the last.
+
+    `store`: a folder or a URL of any file system that fsspec knows; it outlives the cluster (empty: the memory of the
+    session directory, which does not). An application has a folder of its own in it. `max_bytes`: of all checkpoints
+    there. `keep_s`: a checkpoint that no running session has is kept for so long.
+    """
+
+    store: str = ""
+    max_bytes: int = 512 * 2**20
+    keep_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        _at_least("durability", self, 0, "max_bytes")
+        if self.keep_s <= 0:
+            raise ConfigError(f"durability.keep_s is {self.keep_s}, it must be more than 0")
+
+
+@dataclass(frozen=True, slots=True)
 class AppConfig:
     """The whole tree. `replicas`: replicas of the model; `num_gpus`: GPUs that each gets from Ray."""
 
@@ -108,6 +127,7 @@ class AppConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
     frame: FrameConfig = field(default_factory=FrameConfig)
+    durability: DurabilityConfig = field(default_factory=DurabilityConfig)
     replicas: int = 1
     num_gpus: float = 0.0
 

@@ -1,12 +1,26 @@
 """Which owner holds which session: the one place that knows. Pure; an actor wraps it.
 
 Asked when a session opens or ends, never per segment. Every grant has an epoch of its own, higher than all before.
+Of resumable sessions it knows too of which a checkpoint is kept: those outlive their owner, and whoever sends to it.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from serve_app.errors import SessionExists, TooManySessions, Unavailable, UnknownModel, UnknownSession
+from serve_app.checkpoint_store import key_of
+from serve_app.errors import (
+    InvalidInput,
+    LockstepError,
+    NotOwner,
+    SessionExists,
+    StateLost,
+    TooManySessions,
+    Unavailable,
+    UnknownModel,
+    UnknownSession,
+)
 from serve_app.policy.placement import choose_owner
 from serve_app.spec import ModelSpec, SessionLimits
 
@@ -38,21 +52,54 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What the directory knows of a session: who holds it, who sends to it."""
+    """What the directory knows of a session: who holds it, who sends to it, whether another sender may go on with it.
+
+    owner: None when that is gone, and the session waits for whoever comes back for it. since: of which
+    epoch it was certain that it was the session's last; one of an earlier directory may not have been.
+    """
+
+    epoch: int
+    owner: str | None
+    sender: str
+    since: int
+    resumable: bool = False
+
+
+class Claim(NamedTuple):
+    """Someone who goes on with a session: the last epoch that it knows of.
+
+    fingerprint: of the model of a checkpoint, for a client that has come back; "" for a sender that had it all along.
+    """
+
+    epoch: int
+    fingerprint: str = ""
+
+
+class Held(NamedTuple):
+    """A session that a sender wants a checkpoint kept of: at which owner, under which epoch."""
 
     epoch: int
     owner: str
-    sender: str
+
+
+Slab = Mapping[str, tuple[Held, bytes]]
+"""Checkpoints of many sessions, as `serve_app.checkpoint` encodes them."""
 
 
 class Directory:
-    """Owners by name, sessions by id. Epochs start at `incarnation` << 24: a later directory grants higher ones."""
+    """Owners by name, sessions by id. Epochs start at `incarnation` << 24: a later directory grants higher ones.
+
+    `kept`: under which keys checkpoints are there from before. One that no owner's session has is given up after
+    `keep_s`.
+    """
 
     def __init__(self, incarnation: int) -> None:
-        self._last_epoch = incarnation << 24
+        self._first_epoch = self._last_epoch = incarnation << 24
         self._owners: dict[str, Owner] = {}
         self._sessions: dict[str, Record] = {}
-        self._held: dict[str, dict[int, str]] = {}  # by owner: epoch -> session
+        self._held: dict[str | None, dict[int, str]] = {None: {}}  # by owner: epoch -> session
+        self._kept: dict[str, float] = {}  # when the session last had an owner, by key
+        self._keep_s = self._expire_at = math.inf
 
     def register(self, owner: Owner) -> None:
         """Take a new owner in."""
@@ -64,25 +111,37 @@ class Directory:
         return owner in self._owners
 
     def unregister(self, owner: str) -> int:
-        """The owner is gone, and its sessions with it; returns their number."""
+        """The owner is gone, and with it its sessions of which no checkpoint is kept; returns how many it had."""
         self._owners.pop(owner, None)
         lost = self._held.pop(owner, {})
         for session in lost.values():
-            del self._sessions[session]
+            self._orphan(session)
         return len(lost)
 
-    def open(self, session: str, sender: str, model: str | None = None) -> Grant:
-        """Place a new session. Raises SessionExists, UnknownModel, TooManySessions, Unavailable (no owner yet)."""
-        if record := self._sessions.get(session):
+    def open(
+        self,
+        session: str,
+        sender: str,
+        model: str | None = None,
+        *,
+        resumable: bool = False,
+        claim: Claim | None = None,
+    ) -> Grant:
+        """Place a new session, or one that goes on elsewhere: whose `claim` is of the last epoch there is.
+
+        Raises SessionExists, NotOwner (another has gone on with it), UnknownModel, StateLost (no replica has the model
+        that the claim's state is of), TooManySessions, Unavailable (no owner yet).
+        """
+        record = self._sessions.get(session)
+        if claim is not None and record is not None and not self._may_go_on(record, claim.epoch):
+            raise NotOwner(f"session {session!r} has gone on elsewhere under epoch {record.epoch}: resume it there")
+        if claim is None and record is not None and record.owner is not None:
             raise SessionExists(
                 f"session {session!r} is open already at {record.owner!r}: close it, or choose another id"
             )
-        if not self._owners:
-            raise Unavailable("no replica is ready: try again in a moment")
-        serving = {name: owner for name, owner in self._owners.items() if model in (None, owner.spec.name)}
-        if not serving:
-            models = sorted({owner.spec.name for owner in self._owners.values()})
-            raise UnknownModel(f"model {model!r} is not served here: {', '.join(models)}")
+        if claim is None and (record is not None or key_of(session) in self._kept):
+            raise SessionExists(f"session {session!r} waits to be resumed: do that, or choose another id")
+        serving = self._serving(session, model, claim)
         load = {name: len(self._held[name]) for name in serving}
         chosen = choose_owner(load, {name: owner.max_sessions for name, owner in serving.items()})
         if chosen is None:
@@ -91,36 +150,127 @@ class Directory:
                 "session.max_sessions or replicas"
             )
         self._last_epoch += 1
-        self._sessions[session] = Record(self._last_epoch, chosen, sender)
-        self._held[chosen][self._last_epoch] = session
+        since = self._last_epoch
+        if claim is not None and not claim.fingerprint:
+            since = record.since if record is not None and record.epoch == claim.epoch else claim.epoch
+        self._put(session, Record(self._last_epoch, chosen, sender, since, resumable))
         return Grant(session, self._last_epoch, serving[chosen])
 
     def attach(self, session: str, sender: str) -> tuple[Grant, int]:
-        """Let a sender go on with a session, under a new epoch; and the old one. Raises UnknownSession.
+        """Let a sender go on with a session at its owner, under a new epoch; and the old one.
 
-        The sender that has it already keeps its epoch.
+        The sender that has it already keeps its epoch. Raises UnknownSession, with the epoch of one that waits for an
+        owner; InvalidInput for one that was not opened to be resumed.
         """
-        record = self.lookup(session)
-        if record.sender == sender:
-            return Grant(session, record.epoch, self._owners[record.owner]), record.epoch
-        self._last_epoch += 1
-        self._sessions[session] = Record(self._last_epoch, record.owner, sender)
-        del self._held[record.owner][record.epoch]
-        self._held[record.owner][self._last_epoch] = session
-        return Grant(session, self._last_epoch, self._owners[record.owner]), record.epoch
+        record = self._sessions.get(session)
+        if record is None or record.owner is None:
+            epoch = 0 if record is None else record.epoch
+            raise UnknownSession(f"session {session!r} has no owner: open it first", epoch=epoch)
+        if not record.resumable:
+            raise InvalidInput(f"session {session!r} was not opened to be resumed: open it with resumable=true")
+        owner, epoch = self._owners[record.owner], record.epoch
+        if record.sender != sender:
+            epoch = self._last_epoch = self._last_epoch + 1
+            self._put(session, replace(record, epoch=epoch, sender=sender))
+        return Grant(session, epoch, owner), record.epoch
+
+    def release(self, session: str, epoch: int) -> None:
+        """A grant has come to nothing: the session waits for whoever goes on with it. No error for an earlier one."""
+        record = self._sessions.get(session)
+        if record is not None and record.epoch == epoch:
+            self._orphan(session)
 
     def lookup(self, session: str) -> Record:
-        """Who holds a session. Raises UnknownSession."""
+        """What is known of a session. Raises UnknownSession."""
         if session not in self._sessions:
             raise UnknownSession(f"session {session!r} is not open: open it first")
         return self._sessions[session]
 
-    def ended(self, owner: str, epochs: Iterable[int]) -> None:
-        """These sessions are over; what is not known (any more) is no error."""
-        held = self._held.get(owner, {})
+    def ended(self, owner: str, epochs: Iterable[int]) -> list[str]:
+        """These sessions are over, what is not known (any more) is no error; keys of checkpoints to drop."""
+        dropped = []
         for epoch in epochs:
-            if (session := held.pop(epoch, None)) is not None:
-                del self._sessions[session]
+            for held in (self._held.get(owner, {}), self._held[None]):
+                if (session := held.get(epoch)) is not None:
+                    if self._sessions[session].resumable:
+                        dropped.append(key_of(session))
+                    self._forget(session)
+        return dropped
+
+    # Checkpoints that are kept.
+
+    def found(self, keys: Iterable[str], keep_s: float, now: float) -> None:
+        """A store has been opened, with these checkpoints in it."""
+        self._kept = dict.fromkeys(keys, now)
+        self._keep_s, self._expire_at = keep_s, now
+
+    def keep(self, sender: str, sessions: Mapping[str, Held]) -> dict[str, LockstepError]:
+        """Whose checkpoints are not to be kept, and why: another goes on with the session (NotOwner), or it is over.
+
+        What an earlier directory has granted, and this one does not know or only an earlier grant of, it knows from now
+        on.
+        """
+        refused: dict[str, LockstepError] = {}
+        for session, (epoch, owner) in sessions.items():
+            record = self._sessions.get(session)
+            if record is None and epoch >= self._first_epoch:
+                refused[session] = UnknownSession(f"session {session!r} is over")
+            elif record is not None and not self._may_go_on(record, epoch):
+                refused[session] = NotOwner(f"session {session!r} has gone on elsewhere under epoch {record.epoch}")
+            elif record is None or record.owner is None or record.epoch != epoch:
+                since = record.since if record is not None and record.epoch == epoch else epoch
+                known = owner if owner in self._owners else None
+                self._put(session, Record(epoch, known, sender, since, resumable=True))
+        return refused
+
+    def has_kept(self, sessions: Mapping[str, Held], now: float) -> list[str]:
+        """These checkpoints are in the store now; keys of those that are to be dropped again, since all is over."""
+        over = []
+        for session, (epoch, _) in sessions.items():
+            record = self._sessions.get(session)
+            if record is not None and record.epoch >= epoch:
+                self._kept[key_of(session)] = now
+            else:
+                over.append(key_of(session))
+        return over
+
+    def unknown(self, sessions: Iterable[str]) -> list[str]:
+        """Of which of these sessions a checkpoint is kept, and nothing else is known: `recall` them."""
+        return [session for session in sessions if session not in self._sessions and key_of(session) in self._kept]
+
+    def recall(self, session: str, epoch: int) -> None:
+        """The checkpoint that is kept of a session was written under that epoch."""
+        if self.unknown([session]):
+            self._put(session, Record(epoch, None, "", epoch, resumable=True))
+
+    def restorable(self, session: str) -> int:
+        """The epoch to go on from with a session that has no owner. Raises UnknownSession, Unavailable, NotOwner."""
+        if not self._owners:
+            raise Unavailable("no replica is ready: try again in a moment")
+        record = self._sessions.get(session)
+        if record is not None and record.owner is not None:
+            raise NotOwner(
+                f"session {session!r} is held by {record.owner!r} under epoch {record.epoch}: resume it there"
+            )
+        if key_of(session) not in self._kept:
+            raise UnknownSession(f"session {session!r} is not open, and no checkpoint of it is kept: open it first")
+        return 0 if record is None else record.epoch
+
+    def expire(self, now: float) -> Collection[str]:
+        """Keys of checkpoints to drop: nobody has come back for their sessions. Looks at most every tenth of keep_s."""
+        if now < self._expire_at:
+            return ()
+        self._expire_at = now + self._keep_s / 10
+        for session, record in self._sessions.items():
+            if record.owner is not None and (key := key_of(session)) in self._kept:
+                self._kept[key] = now
+        old = {key for key, at in self._kept.items() if at < now - self._keep_s}
+        for key in old:
+            del self._kept[key]
+        for session in list(self._held[None].values()):
+            if key_of(session) not in self._kept:
+                self._forget(session)
+        return old
 
     def models(self) -> dict[str, ModelSpec]:
         """The models that are served, by name."""
@@ -128,4 +278,46 @@ class Directory:
 
     def num_sessions(self) -> dict[str, int]:
         """Sessions of each owner."""
-        return {owner: len(held) for owner, held in self._held.items()}
+        return {owner: len(held) for owner, held in self._held.items() if owner is not None}
+
+    def _serving(self, session: str, model: str | None, claim: Claim | None) -> dict[str, Owner]:
+        """The owners that a session can be placed at."""
+        if not self._owners:
+            raise Unavailable("no replica is ready: try again in a moment")
+        serving = {name: owner for name, owner in self._owners.items() if model in (None, owner.spec.name)}
+        if not serving:
+            models = sorted({owner.spec.name for owner in self._owners.values()})
+            raise UnknownModel(f"model {model!r} is not served here: {', '.join(models)}")
+        if claim is None or not claim.fingerprint:
+            return serving
+        same = {name: owner for name, owner in serving.items() if owner.spec.fingerprint == claim.fingerprint}
+        if not same:
+            found = sorted({owner.spec.fingerprint for owner in serving.values()})
+            raise StateLost(
+                f"what is kept of session {session!r} is of model {model!r} with fingerprint {claim.fingerprint}, the "
+                f"one that is served has {', '.join(found)} (other weights, options or dtype): open a new session"
+            )
+        return same
+
+    def _may_go_on(self, record: Record, epoch: int) -> bool:
+        """Whether who has the session under `epoch` has the last there is: this directory may have started after it."""
+        return epoch == record.epoch or record.since < epoch < self._first_epoch
+
+    def _put(self, session: str, record: Record) -> None:
+        if before := self._sessions.get(session):
+            del self._held[before.owner][before.epoch]
+        self._sessions[session] = record
+        self._held[record.owner][record.epoch] = session
+
+    def _orphan(self, session: str) -> None:
+        """Its owner is gone: it waits where a checkpoint of it is kept, else it is over."""
+        record = self._sessions[session]
+        self._held.get(record.owner, {}).pop(record.epoch, None)
+        del self._sessions[session]
+        if record.resumable and key_of(session) in self._kept:
+            self._put(session, replace(record, owner=None))
+
+    def _forget(self, session: str) -> None:
+        record = self._sessions.pop(session)
+        del self._held[record.owner][record.epoch]
+        self._kept.pop(key_of(session), None)

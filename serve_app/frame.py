@@ -22,6 +22,7 @@ class Open:
 
     start: the first timestep that it brings; what was before ran elsewhere, and left that state. adopts: the epoch of a
     session that is here, or -1; it goes on under the new epoch with another sender, who has the outputs below `start`.
+    rewind: its failed steps before that.
     """
 
     epoch: int
@@ -29,6 +30,7 @@ class Open:
     initial_state: tuple[np.ndarray, ...] | None = None
     start: int = 0
     adopts: int = -1
+    rewind: int = 0
 
 
 @dataclass(frozen=True, slots=True)

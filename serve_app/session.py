@@ -19,6 +19,7 @@ from serve_app.errors import (
     Rewound,
     SessionEnded,
     StartMismatch,
+    StateLost,
     StepFailed,
     WindowFull,
     from_wire,
@@ -30,6 +31,8 @@ from serve_app.spec import ModelSpec, SessionLimits, check_segment
 State = tuple[np.ndarray, ...] | None
 MAX_RETAINED = 16384
 """Timesteps since the last checkpoint. Where none comes for so long the session cannot be gone on with elsewhere."""
+Keep = Callable[["Session", int, State], None]
+"""Keeps the state of a session after so many timesteps where it can be had from when this side is gone."""
 
 
 class Carrier(Protocol):
@@ -78,7 +81,8 @@ class Session:
 
     `next`: timesteps submitted; `handed`: given to the carrier; `accepted`: the owner has them; `progress`: outputs are
     here; `acked`: the owner may free the outputs below. With `ack_on_receipt` that is `progress`, since this side holds
-    them; without, whoever uses the session acknowledges for the client behind it.
+    them; without, whoever uses the session acknowledges for the client behind it. What runs again of a session that was
+    restored is the exception: its client has had the outputs, so `acked` is beyond `progress` for a while.
     """
 
     def __init__(
@@ -96,12 +100,15 @@ class Session:
     ) -> None:
         """retains: inputs are kept until a checkpoint has made them unnecessary, for the owner may be lost.
 
-        keeps_unanswered: they are kept until their outputs are here, for what is between here and the owner may go.
+        keeps_unanswered: they are kept until their outputs are here, and those from `kept` on, for what is between here
+        and the owner may go.
         """
         self.name = name
         self.spec = spec
         self.limits = limits
         self.epoch = epoch
+        #: Who has it; only where it is known.
+        self.owner = ""
         self.next = self.handed = self.accepted = self.progress = self.acked = 0
         self.rewind = 0
         #: The owner was told so.
@@ -124,6 +131,11 @@ class Session:
         self.leave: Callable[[], None] | None = None
         #: It is left as it is at its owner when this side stops: its client can take it over elsewhere.
         self.stays = False
+        #: The inputs below are not needed any more, whatever is lost; None where the session is lost with its way in.
+        self.kept: int | None = None
+        self._keep: Keep | None = None
+        self._keep_next: tuple[int, State] | None = None  # when the client has the outputs below
+        self._must_number = False  # its client has to say where the next segment starts
         #: States by timestep, rising: the first can be gone on from, others when the outputs below have come.
         self._checkpoints: deque[tuple[int, State]] = deque([(0, initial_state)])
         self._adopted_at = 0  # inputs below were sent to the owner from elsewhere
@@ -145,9 +157,9 @@ class Session:
         InvalidInput, StartMismatch, WindowFull, SessionEnded, and once what made the session rewind.
         """
         self._raise_if_ended()
-        if start is None or start == self.next:
-            if start is None:
-                self._raise_failure()
+        if start is None:
+            self._raise_failure()
+            self._raise_unnumbered()
             start = self.next
         if start > self.next:
             raise StartMismatch(
@@ -157,6 +169,7 @@ class Session:
                 rewind=self.rewind,
             )
         check_segment(x, self.spec.input, self.limits)
+        self._must_number = False
         end = start + len(x)
         if end > self.next:
             if self._close >= 0:
@@ -243,7 +256,7 @@ class Session:
 
         Raises InvalidInput when there are no such outputs yet.
         """
-        if timestep > self.progress:
+        if timestep > max(self.progress, self.acked):
             raise InvalidInput(
                 f"session {self.name!r} has outputs up to timestep {self.progress}, {timestep} was acknowledged: "
                 "acknowledge what has arrived, not what was sent"
@@ -253,13 +266,16 @@ class Session:
         while self._outputs and self._outputs[0].end <= self.acked:
             self._outputs.popleft()
         self.carrier.notify_ack(self)
+        self._keep_if_due()
 
     def close(self, start: int | None = None) -> None:
         """End the session when everything submitted has run. Further calls do nothing.
 
         start: what whoever asks has submitted. Raises StartMismatch if that is not all, or more.
         """
-        if start not in (None, self.next):
+        if start is None:
+            self._raise_unnumbered()
+        elif start != self.next:
             raise StartMismatch(
                 f"session {self.name!r} was to close at timestep {start}, {self.next} are submitted: resend from "
                 f"{self.next}, or close there",
@@ -315,8 +331,8 @@ class Session:
         if self.handed == self.next and self.end_reason is None and not self._close_told:
             close, self._close_told = self._close, self._close != NO_CLOSE
         self.in_flight = end > start or close != NO_CLOSE
-        self.acked_told = self.acked
-        return Entry(start, x, self.acked, self.rewind, close)
+        self.acked_told = min(self.acked, self.progress)  # or the owner would leave out what is to come here
+        return Entry(start, x, self.acked_told, self.rewind, close)
 
     def offer(self) -> None:
         """Tell the carrier, if there is something to send."""
@@ -350,6 +366,9 @@ class Session:
 
     def checkpoint(self, at: int, state: tuple[np.ndarray, ...]) -> None:
         """The owner's state after the first `at` timesteps, all of whose outputs are here or on their way."""
+        if self._keep is not None and self._keep_next is None and at > (self.kept or 0):
+            self._keep_next = at, state
+            self._keep_if_due()
         last = self._checkpoints[-1][0] if self._checkpoints else self._adopted_at - 1
         if self._retains and at > last:
             self._checkpoints.append((at, state))
@@ -359,6 +378,11 @@ class Session:
     def can_move(self) -> bool:
         """Whether it can go on at another owner."""
         return bool(self._checkpoints) and self._retains and self.end_reason is None and self._close != ABORT
+
+    @property
+    def can_return(self) -> bool:
+        """Whether its client may come back for it when it is given up here."""
+        return self.stays and self.kept is not None and self.end_reason is None and self._close != ABORT
 
     def restore_point(self) -> tuple[int, State]:
         """From which timestep on it can go on elsewhere, with which state (None: the model's own)."""
@@ -372,17 +396,41 @@ class Session:
     def adopted(self, accepted: int, rewind: int) -> None:
         """The owner has its inputs below `accepted`, after so many failed steps."""
         self.next = self.handed = self.accepted = self._adopted_at = accepted
+        self.progress = min(self.progress, accepted)  # what its client has had may have to run again there
+        self.acked_told = min(self.acked_told, accepted)
         self.rewind = rewind
         while self._checkpoints and self._checkpoints[0][0] < accepted:
             self._checkpoints.popleft()  # inputs from there on are not all here
 
-    def read_again(self, timestep: int) -> None:
-        """What was read from that timestep on has not arrived."""
-        self._read = max(self.acked, timestep)
+    def restore(self, at: int, acked: int, rewind: int) -> None:
+        """Its initial state is that after `at` timesteps; its client has the outputs below `acked`.
+
+        rewind: the failed steps that the client knows of.
+        """
+        self.next = self.handed = self.accepted = self.progress = self.acked_told = self._adopted_at = at
+        self.acked = self._read = acked
+        self.rewind, self._must_number = rewind, True
+        self._checkpoints[0] = at, self._checkpoints[0][1]
+
+    def keep_with(self, keep: Keep, kept: int) -> None:
+        """Have checkpoints kept, each when its client has the outputs below; the last was that of `kept`."""
+        self._keep, self.kept = keep, kept
+
+    def returned(self, acked: int) -> None:
+        """Its client is back, and has the outputs below `acked`: what was read from there on has not arrived."""
+        self.ack(min(acked, self.progress))
+        self.acked = self._read = max(self.acked, acked)
 
     def resumed(self, accepted: int, rewind: int) -> None:
         """There is a way to the owner again, who has the inputs below `accepted`, after so many failed steps."""
         self.in_flight = self._close_told = False
+        first = self._inputs[0][0] if self._inputs else self.next
+        if accepted < first and self._close != ABORT:
+            raise StateLost(
+                f"session {self.name!r} can go on from timestep {accepted}, its inputs are here from {first} on: "
+                "open a new one",
+                expected=accepted,
+            )
         if rewind != self.rewind:
             failed = StepFailed(f"the model failed at timestep {accepted}: resend from {accepted}", expected=accepted)
             self._rewind(accepted, rewind, failed)
@@ -395,7 +443,7 @@ class Session:
         """Another owner has it, from that timestep on: what is not known to have run is sent again."""
         self.carrier = carrier
         self.handed = self.accepted = timestep
-        self.rewind = self.acked_told = 0
+        self.acked_told = 0
         self.in_flight = self._close_told = False
         self._end = None
         while len(self._checkpoints) > 1:
@@ -422,6 +470,8 @@ class Session:
     def _drop_inputs(self) -> None:
         """Forget what is not needed any more."""
         needed = min(self.accepted, self.progress) if self._keeps_unanswered else self.accepted
+        if self._keeps_unanswered and self.kept is not None:
+            needed = min(needed, max(self.kept, needed - MAX_RETAINED))
         if self._retains and self._checkpoints:
             needed = self._checkpoints[0][0]
             if self.accepted - needed > MAX_RETAINED:
@@ -461,6 +511,7 @@ class Session:
         """There are more outputs."""
         if self._ack_on_receipt:
             self.acked = self.progress
+        if self.acked > self.acked_told:
             self.carrier.notify_ack(self)
         if len(self._checkpoints) > 1:
             self._settle_checkpoints()
@@ -469,6 +520,11 @@ class Session:
         self._wake()
         if self._end is not None:
             self._finish_if_due()
+
+    def _keep_if_due(self) -> None:
+        if self._keep is not None and self._keep_next is not None and self._keep_next[0] <= self.acked:
+            (at, state), self._keep_next = self._keep_next, None
+            self._keep(self, at, state)
 
     def _refused(self, error: LockstepError) -> None:
         expected = error.details.get("expected")
@@ -528,6 +584,15 @@ class Session:
         if self.end_reason is not None:
             raise SessionEnded(
                 f"session {self.name!r} has ended ({self.end_reason}): open a new one", reason=self.end_reason
+            )
+
+    def _raise_unnumbered(self) -> None:
+        if self._must_number:
+            raise StartMismatch(
+                f"session {self.name!r} was restored at timestep {self.next}, and a message came without a start: "
+                f"resend from {self.next}, and say so",
+                expected=self.next,
+                rewind=self.rewind,
             )
 
     def _raise_failure(self, known: int | None = None) -> None:

@@ -28,6 +28,7 @@ class ModelSpec:
 
     `sample_rate` (Hz) is set where a timestep is a run of audio samples; clients then take any number of samples
     and cut them into timesteps themselves. `input_name` is what protocols call the input that name their tensors.
+    `fingerprint`: states are of this model, with these weights, and of no other.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ModelSpec:
     state_bytes: int = 0
     sample_rate: int | None = None
     input_name: str = "x"
+    fingerprint: str = ""
 
     @property
     def output_bytes(self) -> int:

@@ -11,14 +11,16 @@ from serve_app.frame import Answer, Checkpoints, Frame, Notice, Open
 
 def encode_frame(frame: Frame) -> bytes:
     """The inverse of `decode_frame`."""
-    opens = [(ask.epoch, ask.session, _pack_all(ask.initial_state), ask.start, ask.adopts) for ask in frame.opens]
+    opens = [
+        (ask.epoch, ask.session, pack_all(ask.initial_state), ask.start, ask.adopts, ask.rewind) for ask in frame.opens
+    ]
     return _pack((frame.owner, frame.sender, _pack_array(frame.columns), _pack_array(frame.x), opens))
 
 
 def decode_frame(data: bytes) -> Frame:
     """The frame; its arrays are read-only views into `data`."""
     owner, sender, columns, x, opens = msgpack.unpackb(data)
-    asks = tuple(Open(epoch, session, _unpack_all(state), *numbers) for epoch, session, state, *numbers in opens)
+    asks = tuple(Open(epoch, session, unpack_all(state), *numbers) for epoch, session, state, *numbers in opens)
     return Frame(owner, sender, _unpack_array(columns), _unpack_array(x), asks)
 
 
@@ -30,7 +32,7 @@ def encode_reply(reply: Answer | LockstepError) -> bytes:
     outputs = {name: _pack_array(values) for name, values in reply.outputs.items()}
     notices = [(n.epoch, n.kind, n.error, n.reason, n.progress, n.rewind) for n in reply.notices]
     kept = reply.checkpoints
-    checkpoints = None if kept is None else _pack_all((kept.epoch, kept.at, *kept.state))
+    checkpoints = None if kept is None else pack_all((kept.epoch, kept.at, *kept.state))
     return _pack((None, _pack_array(np.concatenate([columns, reply.timing])), outputs, notices, checkpoints))
 
 
@@ -67,9 +69,11 @@ def _unpack_array(packed: tuple[str, list[int], bytes]) -> np.ndarray:
     return np.frombuffer(data, dtype).reshape(shape)
 
 
-def _pack_all(arrays: tuple[np.ndarray, ...] | None) -> list[Any] | None:
+def pack_all(arrays: tuple[np.ndarray, ...] | None) -> list[Any] | None:
+    """Arrays as what msgpack takes."""
     return None if arrays is None else [_pack_array(array) for array in arrays]
 
 
-def _unpack_all(packed: list[Any] | None) -> tuple[np.ndarray, ...] | None:
+def unpack_all(packed: list[Any] | None) -> tuple[np.ndarray, ...] | None:
+    """The inverse of `pack_all`: read-only views."""
     return None if packed is None else tuple(_unpack_array(array) for array in packed)

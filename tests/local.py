@@ -2,20 +2,23 @@
 
 import asyncio
 import contextvars
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 from serve_app.config import AppConfig
-from serve_app.directory import Directory, Grant, Owner
+from serve_app.deployments.directory_actor import DirectoryActor
+from serve_app.directory import Claim, Directory, Grant, Owner, Slab
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.engine import Engine
-from serve_app.errors import StateLost, Unavailable
+from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.frame import Answer, Frame
 from serve_app.ingress.hub import Hub
 from serve_app.ingress.outbox import Channel
 from serve_app.models.interface import RecurrentModel
 from serve_app.spec import ModelSpec, SessionLimits
 
+T = TypeVar("T")
 REQUEST: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="none")
 
 
@@ -28,7 +31,7 @@ class LocalCluster:
     """
 
     def __init__(self, models: list[RecurrentModel], config: AppConfig) -> None:
-        self.directory = Directory(incarnation=1)
+        self.actor = DirectoryActor("app")
         self.engines: dict[str, Engine] = {}
         self.frames: list[Frame] = []
         self.requests: list[str] = []
@@ -38,6 +41,7 @@ class LocalCluster:
         self._running: dict[str, AsyncEngine] = {}
         self._dying: list[asyncio.Task[None]] = []
         self._config = config
+        self._owners: dict[str, Owner] = {}
         for model in models:
             self.add(model)
 
@@ -49,28 +53,55 @@ class LocalCluster:
         session = config.session
         limits = SessionLimits(session.max_segment_timesteps, session.max_window_timesteps, session.nan == "refuse")
         checkpoints = session.checkpoint_timesteps > 0
-        self.directory.register(
-            Owner(name, name, engine.spec, limits, session.max_sessions, config.frame.max_bytes, checkpoints)
+        self._owners[name] = Owner(
+            name, name, engine.spec, limits, session.max_sessions, config.frame.max_bytes, checkpoints
         )
+        self.directory.register(self._owners[name])
 
     @property
     def alive(self) -> list[str]:
         """Owners that run."""
         return list(self._running)
 
-    async def open(self, session: str, sender: str, model: str | None, ended: dict[str, list[int]]) -> Grant:
-        for owner, epochs in ended.items():
-            self.directory.ended(owner, epochs)
-        return self.directory.open(session, sender, model)
+    @property
+    def directory(self) -> Directory:
+        return self.actor._directory
+
+    async def start_directory(self) -> None:
+        """A directory starts (again), and all that live register, as they do on Ray."""
+        self.actor = DirectoryActor("app")
+        for name in self._running:
+            await self.actor.register(self._owners[name], self._config.durability)
+
+    async def open(
+        self,
+        session: str,
+        sender: str,
+        model: str | None,
+        ended: dict[str, list[int]],
+        *,
+        resumable: bool = False,
+        claim: Claim | None = None,
+    ) -> Grant:
+        return await self.actor.open(session, sender, model, ended, resumable=resumable, claim=claim)
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
-        return self.directory.attach(session, sender)
+        return await self.actor.attach(session, sender)
+
+    async def release(self, session: str, epoch: int) -> None:
+        await self.actor.release(session, epoch)
+
+    async def keep(self, sender: str, slab: Slab) -> dict[str, LockstepError]:
+        return await self.actor.keep(sender, slab)
+
+    async def fetch(self, session: str) -> tuple[int, bytes]:
+        return await self.actor.fetch(session)
 
     async def lost(self, owner: str) -> None:
-        self.directory.unregister(owner)
+        await self.actor.lost(owner)
 
     async def models(self) -> dict[str, ModelSpec]:
-        return self.directory.models()
+        return await self.actor.models()
 
     def connect(self, owner: Owner) -> Channel:
         return LocalChannel(self, owner.name)
@@ -121,12 +152,54 @@ class LocalChannel:
         self._cluster.closed.append(self._owner)
 
 
+class Mortal:
+    """A cluster as one hub sees it (see hub.DirectoryClient). Once it is `dead` the hub can do nothing any more."""
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self.cluster = cluster
+        self.dead = False
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            if self.dead:
+                raise Unavailable("this process is dead")
+            return await self.reach(getattr(self.cluster, name)(*args, **kwargs), Unavailable)
+
+        return call
+
+    async def reach(self, work: Coroutine[Any, Any, T], error: type[LockstepError]) -> T:
+        result = await work
+        if self.dead:
+            raise error("this process is dead")
+        return result
+
+    def connect(self, owner: Owner) -> Channel:
+        return MortalChannel(self, owner.name)
+
+
+class MortalChannel:
+    """See Mortal."""
+
+    def __init__(self, mortal: Mortal, owner: str) -> None:
+        self._mortal = mortal
+        self._owner = owner
+
+    async def call(self, frame: Frame) -> Answer:
+        if self._mortal.dead:
+            raise StateLost("this process is dead")
+        return await self._mortal.reach(self._mortal.cluster.call(self._owner, frame), StateLost)
+
+    async def close(self) -> None:
+        pass
+
+
 @asynccontextmanager
 async def local(
     *models: RecurrentModel, config: AppConfig | None = None, ack_on_receipt: bool = True
 ) -> AsyncIterator[tuple[LocalCluster, Hub]]:
     """A cluster with an engine for each model, and a hub to it."""
     cluster = LocalCluster(list(models), config or AppConfig())
+    await cluster.start_directory()
     hub = Hub(cluster, ack_on_receipt=ack_on_receipt)
     try:
         yield cluster, hub

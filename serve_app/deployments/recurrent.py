@@ -60,7 +60,8 @@ class Recurrent:
             max_bytes=config.frame.max_bytes,
             checkpoints=session.checkpoint_timesteps > 0,
         )
-        await self._directory.register(self._owner)
+        self._durability = config.durability
+        await self._directory.register(self._owner, self._durability)
         self._parts.push_async_callback(self._directory.unregister, self._owner.name)
         self._reporter = asyncio.create_task(self._report())
         self._parts.callback(self._reporter.cancel)
@@ -146,7 +147,7 @@ class Recurrent:
             try:
                 self._metrics.publish(self._engine)
                 if not await self._directory.report(self._owner.name, self._engine.stats.take_ended()):
-                    await self._directory.register(self._owner)
+                    await self._directory.register(self._owner, self._durability)
             except LockstepError as error:
                 logger.warning("the directory does not answer, trying again: %s", error)
             await asyncio.sleep(REPORT_PERIOD_S)

@@ -1,7 +1,6 @@
 """How senders reach the directory and the owners on Ray."""
 
 import pickle
-import time
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -10,8 +9,10 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.serve._private.common import RequestMetadata
 
+from serve_app.config import DurabilityConfig
+from serve_app.deployments.directory_actor import DirectoryActor
 from serve_app.deployments.frame_channel import FrameChannel
-from serve_app.directory import Directory, Grant, Owner, Record
+from serve_app.directory import Claim, Grant, Owner, Record, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.ingress.outbox import Channel
 from serve_app.spec import ModelSpec
@@ -19,52 +20,6 @@ from serve_app.spec import ModelSpec
 NAMESPACE = "lockstep"
 SERVE_NAMESPACE = "serve"
 T = TypeVar("T")
-
-
-class DirectoryActor:
-    """The session directory of one application, as a detached actor."""
-
-    def __init__(self) -> None:
-        self._directory = Directory(incarnation=time.time_ns() // 10**9)
-
-    def register(self, owner: Owner) -> None:
-        """See Directory.register."""
-        self._directory.register(owner)
-
-    def unregister(self, owner: str) -> None:
-        """See Directory.unregister."""
-        self._directory.unregister(owner)
-
-    def open(self, session: str, sender: str, model: str | None, ended: dict[str, list[int]]) -> Grant:
-        """See Directory.open; first, forget what the sender has seen end."""
-        for owner, epochs in ended.items():
-            self._directory.ended(owner, epochs)
-        return self._directory.open(session, sender, model)
-
-    def attach(self, session: str, sender: str) -> tuple[Grant, int]:
-        """See Directory.attach."""
-        return self._directory.attach(session, sender)
-
-    def lookup(self, session: str) -> Record:
-        """See Directory.lookup."""
-        return self._directory.lookup(session)
-
-    def report(self, owner: str, ended: list[int]) -> bool:
-        """An owner is alive, and these sessions of it have ended; False when it has to register (again)."""
-        self._directory.ended(owner, ended)
-        return self._directory.knows(owner)
-
-    def lost(self, owner: str) -> None:
-        """A sender cannot reach the owner. One that lives nevertheless registers again with its next report."""
-        self._directory.unregister(owner)
-
-    def models(self) -> dict[str, ModelSpec]:
-        """See Directory.models."""
-        return self._directory.models()
-
-    def num_sessions(self) -> dict[str, int]:
-        """See Directory.num_sessions."""
-        return self._directory.num_sessions()
 
 
 class RayDirectory:
@@ -79,15 +34,36 @@ class RayDirectory:
             "num_cpus": 0,
             "max_restarts": -1,
         }
-        self.actor: Any = ray.remote(DirectoryActor).options(**options).remote()
+        self.actor: Any = ray.remote(DirectoryActor).options(**options).remote(app)
 
-    async def open(self, session: str, sender: str, model: str | None, ended: dict[str, list[int]]) -> Grant:
+    async def open(
+        self,
+        session: str,
+        sender: str,
+        model: str | None,
+        ended: dict[str, list[int]],
+        *,
+        resumable: bool = False,
+        claim: Claim | None = None,
+    ) -> Grant:
         """See DirectoryClient."""
-        return await _result(self.actor.open.remote(session, sender, model, ended))
+        return await _result(self.actor.open.remote(session, sender, model, ended, resumable=resumable, claim=claim))
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
         """See DirectoryClient."""
         return await _result(self.actor.attach.remote(session, sender))
+
+    async def release(self, session: str, epoch: int) -> None:
+        """See DirectoryClient."""
+        await _result(self.actor.release.remote(session, epoch))
+
+    async def keep(self, sender: str, slab: Slab) -> dict[str, LockstepError]:
+        """See DirectoryClient."""
+        return await _result(self.actor.keep.remote(sender, slab))
+
+    async def fetch(self, session: str) -> tuple[int, bytes]:
+        """See DirectoryClient."""
+        return await _result(self.actor.fetch.remote(session))
 
     async def lost(self, owner: str) -> None:
         """See DirectoryClient."""
@@ -97,9 +73,9 @@ class RayDirectory:
         """See DirectoryClient."""
         return await _result(self.actor.models.remote())
 
-    async def register(self, owner: Owner) -> None:
-        """Make an owner known."""
-        await _result(self.actor.register.remote(owner))
+    async def register(self, owner: Owner, durability: DurabilityConfig) -> None:
+        """Make an owner known, and where checkpoints are kept. Raises ConfigError where they cannot be."""
+        await _result(self.actor.register.remote(owner, durability))
 
     async def unregister(self, owner: str) -> None:
         """The owner takes nothing any more."""

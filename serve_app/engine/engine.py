@@ -26,6 +26,7 @@ from serve_app.engine.stats import Stats, StepRecord
 from serve_app.engine.timesteps import EVERYTHING, TimestepStore
 from serve_app.errors import ConfigError, InvalidInput, LockstepError, NotOwner, StepFailed
 from serve_app.frame import ABORT, Answer, Checkpoints, Frame, Notice, Open
+from serve_app.models.fingerprint import fingerprint
 from serve_app.models.interface import RecurrentModel
 from serve_app.policy.batching import powers_of_two
 from serve_app.spec import ModelSpec
@@ -44,6 +45,7 @@ class Engine:
         self.owner = owner
         self._config = config
         device = choose_device(config.engine.device)
+        known_by = fingerprint(model, config.model.options)
         if isinstance(model, torch.nn.Module):
             model.to(device).eval().requires_grad_(False)
             flatten_weights(model)
@@ -82,6 +84,7 @@ class Engine:
             self._pool.state_bytes,
             getattr(model, "sample_rate", None),
             getattr(model, "input_name", "x"),
+            known_by,
         )
         output_bytes = max(1, self.spec.output_bytes)
         self._max_retained = config.engine.max_retained_bytes // output_bytes  # timesteps
@@ -248,7 +251,7 @@ class Engine:
             if ask.adopts >= 0:
                 return self._adopt(ask, sender, now)
             if not self._sessions.holds(ask.epoch):
-                row = self._sessions.open(ask.epoch, ask.session, sender, now, ask.start)
+                row = self._sessions.open(ask.epoch, ask.session, sender, now, ask.start, ask.rewind)
                 self._mail[sender].num_sessions += 1
                 if ask.initial_state is not None:
                     with self._pool.moving(after_steps=False):

@@ -136,8 +136,8 @@ class SessionTable:
         """Whether the session of that epoch has a row."""
         return bool(_find(self._row_near, self._table, epoch) >= 0)
 
-    def open(self, epoch: int, name: str, sender: int, now: float, start: int = 0) -> int:
-        """A row for a new session, whose first timestep is `start`. Raises TooManySessions, SessionEnded."""
+    def open(self, epoch: int, name: str, sender: int, now: float, start: int = 0, rewind: int = 0) -> int:
+        """A row for a new session, from `start` on, after `rewind` failed steps; TooManySessions, SessionEnded."""
         if epoch in self.tombstones:
             raise self.ended_error(epoch)
         if len(self.names) >= self.max_sessions:
@@ -152,8 +152,9 @@ class SessionTable:
             self._num_rows += 1
         for column in (self.next, self.progress, self.sent, self.acked, self.checkpointed):
             column[row] = start
-        for column in (self.rewind, *self._timing):
+        for column in self._timing:
             column[row] = 0
+        self.rewind[row] = rewind
         self.epoch[row], self.close_at[row], self.sender[row] = epoch, NO_CLOSE, sender
         self.active_at[row], self.status[row] = now, Status.OPEN
         self.names[row] = name

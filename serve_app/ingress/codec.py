@@ -273,7 +273,9 @@ def describe_session(session: Session) -> dict[str, Any]:
 
 def describe_numbers(session: Session) -> dict[str, int]:
     """Where a session is on its number line."""
-    return {"next": session.next, "progress": session.progress, "acked": session.acked, "rewind": session.rewind}
+    acked = min(session.acked, session.progress)
+    numbers = {"next": session.next, "progress": session.progress, "acked": acked, "rewind": session.rewind}
+    return numbers if session.kept is None else {**numbers, "kept": session.kept}
 
 
 def describe_outputs(session: Session, outputs: Outputs) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from uuid import uuid4
 
 import numpy as np
 
-from serve_app.directory import Grant, Owner
+from serve_app.checkpoint import decode_checkpoint
+from serve_app.directory import Claim, Grant, Owner, Slab
 from serve_app.errors import (
     InvalidInput,
     LockstepError,
+    NotOwner,
     SessionEnded,
     StateLost,
     TooManySessions,
@@ -22,8 +24,9 @@ from serve_app.errors import (
     UnknownSession,
 )
 from serve_app.frame import Open
+from serve_app.ingress.keeper import Keeper
 from serve_app.ingress.outbox import Channel, Outbox
-from serve_app.session import Session
+from serve_app.session import Session, State
 from serve_app.spec import ModelSpec
 
 MAX_REMEMBERED = 4096
@@ -47,12 +50,33 @@ NOWHERE = Nowhere()
 class DirectoryClient(Protocol):
     """The directory, as seen from here."""
 
-    async def open(self, session: str, sender: str, model: str | None, ended: dict[str, list[int]]) -> Grant:
-        """A grant for a new session. `ended`: epochs, by owner, that this side has seen end."""
+    async def open(
+        self,
+        session: str,
+        sender: str,
+        model: str | None,
+        ended: dict[str, list[int]],
+        *,
+        resumable: bool = False,
+        claim: Claim | None = None,
+    ) -> Grant:
+        """A grant for a session. `ended`: epochs, by owner, that this side has seen end."""
         ...
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
         """A new grant for a session that is open, to be sent from here; and the epoch of the one before."""
+        ...
+
+    async def release(self, session: str, epoch: int) -> None:
+        """A grant has come to nothing."""
+        ...
+
+    async def keep(self, sender: str, slab: Slab) -> dict[str, LockstepError]:
+        """Keep checkpoints; of which sessions none was, and why."""
+        ...
+
+    async def fetch(self, session: str) -> tuple[int, bytes]:
+        """The checkpoint of a session without an owner, and the epoch to claim it by."""
         ...
 
     async def lost(self, owner: str) -> None:
@@ -79,21 +103,30 @@ class Hub:
         self._sessions: dict[str, Session] = {}
         self._ended: dict[str, list[int]] = {}
         self._moves: set[asyncio.Task[None]] = set()
+        self._resuming: set[str] = set()
+        self._keeper = Keeper(directory, self.sender, self._superseded)
         self._past: OrderedDict[str, str] = OrderedDict()  # why sessions ended, for those who ask late
 
     async def open(
-        self, session: str | None = None, model: str | None = None, initial_state: Sequence[np.ndarray] | None = None
+        self,
+        session: str | None = None,
+        model: str | None = None,
+        initial_state: Sequence[np.ndarray] | None = None,
+        *,
+        resumable: bool = False,
     ) -> Session:
         """Open a session: `session` is its id (None: a new one), `initial_state` its tensors in the model's order.
 
-        Raises SessionExists, UnknownModel, TooManySessions, InvalidInput, Unavailable.
+        resumable: its client can come back for it, here or elsewhere. Raises SessionExists, UnknownModel,
+        TooManySessions, InvalidInput, Unavailable.
         """
         name = session or uuid4().hex
         while True:
             ended, self._ended = self._ended, {}
-            grant = await self._directory.open(name, self.sender, model, ended)
+            grant = await self._directory.open(name, self.sender, model, ended, resumable=resumable)
+            state = None if initial_state is None else tuple(np.asarray(array) for array in initial_state)
             try:
-                return await self._open_at(grant, initial_state)
+                return await self._open_at(grant, state, resumable)
             except StateLost:
                 self._ended.setdefault(grant.owner.name, []).append(grant.epoch)
                 await self._directory.lost(grant.owner.name)  # and it places the session elsewhere, or says it cannot
@@ -101,36 +134,88 @@ class Hub:
                 self._ended.setdefault(grant.owner.name, []).append(grant.epoch)
                 raise
 
-    async def resume(self, name: str, acked: int) -> Session:
-        """Go on with a session whose client has lost its way in, this one or another; it has the outputs below `acked`.
+    async def resume(self, name: str, acked: int, rewind: int = 0) -> Session:
+        """Go on with a session whose client has lost its way in, this one or another.
 
-        Raises InvalidInput for one that was not opened for that, UnknownSession, NotOwner, StateLost, Unavailable.
+        The client has the outputs below `acked`, and knows of `rewind` failed steps. Where the owner is gone too, the
+        session is restored from the checkpoint that is kept of it. Raises InvalidInput for one that was not opened for
+        that, UnknownSession, NotOwner (another resumes it, too), StateLost, Unavailable.
         """
+        if name in self._resuming:
+            raise NotOwner(f"session {name!r} is just being resumed: try again in a moment")
+        self._resuming.add(name)
+        try:
+            return await self._resume(name, acked, rewind)
+        finally:
+            self._resuming.discard(name)
+
+    async def _resume(self, name: str, acked: int, rewind: int) -> Session:
         held = self._sessions.get(name)
         if held is not None and not held.stays:
             raise InvalidInput(f"session {name!r} was not opened to be resumed: open it with resumable=true")
-        if held is None or held.carrier is not NOWHERE:  # else it is here, and looks for another owner
+        try:
             grant, before = await self._directory.attach(name, self.sender)
-            if held is None or held.epoch != grant.epoch:
-                return await self._adopt(grant, before, acked)
+        except UnknownSession as error:
+            if held is None or held.epoch < error.details.get("epoch", 0):
+                return await self._restore(name, acked, rewind)
+        else:
+            if held is None or before != grant.epoch:  # another sender has had it since
+                return await self._adopt_or_restore(grant, before, acked, rewind)
         if held.leave is not None:
             held.leave()
-        held.ack(min(acked, held.progress))
-        held.read_again(acked)
+        held.returned(acked)
         return held
+
+    async def _adopt_or_restore(self, grant: Grant, before: int, acked: int, rewind: int) -> Session:
+        """Take over from another sender; if the owner does not answer, or has it not, from the kept checkpoint."""
+        try:
+            return await self._adopt(grant, before, acked)
+        except LockstepError as error:
+            await self._let_go(grant, error)
+        return await self._restore(grant.session, acked, rewind)
+
+    async def _let_go(self, grant: Grant, error: LockstepError) -> None:
+        """Tell the directory that nothing has come of a grant, and if the owner is gone."""
+        if isinstance(error, StateLost):
+            await self._directory.lost(grant.owner.name)
+        await self._directory.release(grant.session, grant.epoch)
+
+    async def _restore(self, name: str, acked: int, rewind: int) -> Session:
+        """Open a session anew from the checkpoint that is kept of it."""
+        epoch, record = await self._directory.fetch(name)
+        kept = decode_checkpoint(record, name)
+        if acked < kept.at:
+            raise InvalidInput(
+                f"session {name!r} goes on from timestep {kept.at}: its outputs from {acked} on were acknowledged, and "
+                "are gone"
+            )
+        claim = Claim(epoch, kept.fingerprint)
+        while True:
+            grant = await self._directory.open(name, self.sender, kept.model, {}, resumable=True, claim=claim)
+            try:
+                return await self._restore_at(grant, kept.at, kept.state, acked, rewind)
+            except LockstepError as error:
+                await self._let_go(grant, error)
+                if not isinstance(error, StateLost):
+                    raise
+                claim = Claim(grant.epoch, kept.fingerprint)
+
+    async def _restore_at(self, grant: Grant, at: int, state: State, acked: int, rewind: int) -> Session:
+        session, outbox = await self._session_at(grant, state)
+        session.restore(at, acked, rewind)
+        session.stays = True
+        await outbox.open(session, Open(grant.epoch, session.name, state, at, rewind=rewind))
+        self._take_in(session, grant.owner, resumable=True, kept=at)
+        return session
 
     async def _adopt(self, grant: Grant, before: int, acked: int) -> Session:
         """Take over from another sender, which has it under the epoch `before`."""
-        owner = grant.owner
-        outbox = await self._outbox(owner)
-        session = Session(
-            grant.session, owner.spec, owner.limits, outbox, epoch=grant.epoch, ack_on_receipt=self._ack_on_receipt,
-            retains=owner.checkpoints,
-        )  # fmt: skip
+        session, outbox = await self._session_at(grant)
         session.adopt(acked)
+        session.stays = True
         opened = await outbox.open(session, Open(grant.epoch, grant.session, None, acked, before))
         session.adopted(opened.progress, opened.rewind)
-        self._sessions[grant.session] = session
+        self._take_in(session, grant.owner, resumable=True, kept=0)
         return session
 
     def get(self, name: str) -> Session:
@@ -154,23 +239,38 @@ class Hub:
 
     async def stop(self) -> None:
         """Give everything up; sessions that are still open fail."""
+        await self._keeper.stop()
         for move in list(self._moves):
             move.cancel()
         await asyncio.gather(*self._moves, return_exceptions=True)
         for outbox in list(self._outboxes.values()):
             await outbox.stop()
 
-    async def _open_at(self, grant: Grant, initial_state: Sequence[np.ndarray] | None) -> Session:
+    async def _open_at(self, grant: Grant, state: State, resumable: bool) -> Session:
+        session, outbox = await self._session_at(grant, state)
+        await outbox.open(session, Open(grant.epoch, grant.session, state))
+        self._take_in(session, grant.owner, resumable, kept=0)
+        if session.kept is not None:
+            self._keeper.keep(session, 0, state)
+        return session
+
+    async def _session_at(self, grant: Grant, state: State = None) -> tuple[Session, Outbox]:
+        """This side of a session that its owner has yet to take in, and the way there."""
         owner = grant.owner
         outbox = await self._outbox(owner)
-        state = None if initial_state is None else tuple(np.asarray(array) for array in initial_state)
         session = Session(
             grant.session, owner.spec, owner.limits, outbox, epoch=grant.epoch, ack_on_receipt=self._ack_on_receipt,
             initial_state=state, retains=owner.checkpoints,
         )  # fmt: skip
-        await outbox.open(session, Open(grant.epoch, grant.session, state))
+        session.owner = owner.name
+        return session, outbox
+
+    def _take_in(self, session: Session, owner: Owner, resumable: bool, kept: int) -> None:
+        """Its owner has it: see to it from now on."""
         self._sessions[session.name] = session
-        return session
+        session.stays = resumable
+        if resumable and owner.checkpoints:
+            session.keep_with(self._keeper.keep, kept)
 
     async def _outbox(self, owner: Owner) -> Outbox:
         outbox = self._outboxes.get(owner.name)
@@ -186,8 +286,7 @@ class Hub:
     def _lost(self, owner: str, session: Session, error: LockstepError) -> None:
         """The owner is gone, or going: let the session go on elsewhere, or fail."""
         if not session.can_move or not isinstance(error, StateLost | Unavailable):
-            session.fail(error)
-            self._forget(owner, session)
+            self._give_up(owner, session, error)
             return
         move = asyncio.get_running_loop().create_task(self._move(owner, session, error), context=contextvars.Context())
         self._moves.add(move)
@@ -197,20 +296,22 @@ class Hub:
         """Open the session at another owner, from its last checkpoint on; wait for one while there is none."""
         session.carrier = NOWHERE
         deadline, name = time.monotonic() + MOVE_WITHIN_S, owner
-        is_lost, ended = True, {owner: [session.epoch]}
+        is_lost = True
         try:
             while session.can_move:
                 try:
                     if is_lost:
                         await self._directory.lost(name)
                         is_lost = False
-                    grant = await self._directory.open(session.name, self.sender, session.spec.name, ended)
+                    grant = await self._directory.open(
+                        session.name, self.sender, session.spec.name, {},
+                        resumable=session.stays, claim=Claim(session.epoch),
+                    )  # fmt: skip
                     name = grant.owner.name
-                    ended = {name: [grant.epoch]}
+                    session.epoch, session.owner = grant.epoch, name
                     outbox = await self._outbox(grant.owner)
-                    session.epoch = grant.epoch
                     at, state = session.restore_point()
-                    await outbox.open(session, Open(grant.epoch, session.name, state, at))
+                    await outbox.open(session, Open(grant.epoch, session.name, state, at, rewind=session.rewind))
                 except StateLost:
                     is_lost = True
                 except (Unavailable, TooManySessions):  # for now: replicas and the directory start again
@@ -220,24 +321,45 @@ class Hub:
                 else:
                     session.moved(outbox, at)
                     return
-            session.fail(error)
+            self._give_up(name, session, error)
         except LockstepError as failure:
-            session.fail(failure)
+            self._give_up(name, session, failure)
         except asyncio.CancelledError:
-            session.fail(error)
+            self._give_up(name, session, error)
             raise
-        self._forget(name, session)
+
+    def _give_up(self, owner: str, session: Session, error: LockstepError) -> None:
+        """It cannot go on here. Its client may have it from the checkpoint that is kept."""
+        if session.can_return and isinstance(error, StateLost | Unavailable):
+            session.fail(Unavailable(f"the session cannot go on here, resume it: {error}"))
+            self._remember(session)
+        else:
+            session.fail(error)
+            self._forget(owner, session)
+
+    def _superseded(self, session: Session, epoch: int) -> None:
+        """Another sender has gone on with the session since that epoch: what is here of it is over.
+
+        One that moves meanwhile hears of it from the directory.
+        """
+        if session.epoch == epoch and session.carrier is not NOWHERE and session.end_reason is None:
+            if session.leave is not None:
+                session.leave()
+            session.abort()
 
     def has_ended(self, session: Session) -> None:
         """Let the directory know, with the next session that opens, so that the name is free again."""
-        for owner, outbox in self._outboxes.items():
-            if outbox is session.carrier:
-                self._ended.setdefault(owner, []).append(session.epoch)
+        self._ended.setdefault(session.owner, []).append(session.epoch)
 
     def _forget(self, owner: str, session: Session) -> None:
+        """It is over."""
+        self._remember(session)
+        self._ended.setdefault(owner, []).append(session.epoch)
+
+    def _remember(self, session: Session) -> None:
+        """It is here no longer; say so to those who ask late."""
         if self._sessions.get(session.name) is session:
             del self._sessions[session.name]
             self._past[session.name] = session.end_reason or "unknown"
             if len(self._past) > MAX_REMEMBERED:
                 self._past.popitem(last=False)
-        self._ended.setdefault(owner, []).append(session.epoch)

@@ -90,7 +90,10 @@ class Outbox:
                 raise StateLost(f"owner {self._owner!r} is gone, or stopping")
             return notice
         except asyncio.CancelledError:
-            session.abort()
+            if session.stays:
+                self._sessions.pop(session.epoch, None)  # its client resumes it elsewhere
+            else:
+                session.abort()
             raise
         finally:
             self._opening.pop(session.epoch, None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from serve_app.errors import InvalidInput, LockstepError, Rewound, SessionEnded, Unavailable
+from serve_app.errors import InvalidInput, LockstepError, NotOwner, Rewound, SessionEnded, Unavailable
 from serve_app.ingress.codec import (
     JSON,
     MSGPACK,
@@ -107,7 +107,7 @@ async def converse(websocket: WebSocket, hub: Hub) -> None:
 
 async def _open(talk: Conversation, hub: Hub) -> Session:
     query = Message(dict(talk.websocket.query_params))
-    query.only("session", "model", "initial_state", "resumable", "resume")
+    query.only("session", "model", "initial_state", "resumable", "resume", "rewind")
     acked = query.values.get("resume")
     if acked is not None:
         name = query.text("session")
@@ -115,9 +115,7 @@ async def _open(talk: Conversation, hub: Hub) -> Session:
             raise InvalidInput(
                 f"resume is {acked!r} of session {name!r}: expected its id, and the timestep below which all is here"
             )
-        session = await hub.resume(name, int(acked))
-        session.stays = True
-        return session
+        return await hub.resume(name, int(acked), _whole(query, "rewind"))
     state = None
     if query.values.get("initial_state", "false") != "false":
         models = await hub.models()
@@ -126,9 +124,16 @@ async def _open(talk: Conversation, hub: Hub) -> Session:
         if message.text("type") != "open":
             raise InvalidInput("the first message has to be of type 'open' and bring the initial_state")
         state = message.arrays("initial_state")
-    session = await hub.open(query.text("session"), query.text("model"), state)
-    session.stays = query.values.get("resumable", "false") != "false"
-    return session
+    resumable = query.values.get("resumable", "false") != "false"
+    return await hub.open(query.text("session"), query.text("model"), state, resumable=resumable)
+
+
+def _whole(query: Message, key: str) -> int:
+    """A whole number of the query; 0 without the key."""
+    text = query.values.get(key, "0")
+    if not text.isdecimal():
+        raise InvalidInput(f"{key} is {text!r}, expected a whole number from 0 on")
+    return int(text)
 
 
 def _give_up(session: Session, leave: Callable[[], None]) -> None:
@@ -158,7 +163,8 @@ async def _listen(talk: Conversation, session: Session) -> int:
         try:
             _obey(message, session)
         except LockstepError as error:
-            await talk.send("error", error=error.to_wire())
+            if session.end_reason is None:  # else `_speak` says it all
+                await talk.send("error", error=error.to_wire())
     return 4000 + InvalidInput.http
 
 
@@ -204,6 +210,8 @@ async def _speak(talk: Conversation, session: Session) -> int:
         except LockstepError as error:
             if session.stays and isinstance(error, Unavailable):
                 return RESTART
+            if session.stays and isinstance(error, NotOwner):
+                return TAKEN_OVER
             if session.end_reason is not None:
                 return await _tell_end(talk, session, error)
             await talk.send("error", error=error.to_wire())

@@ -190,13 +190,21 @@ def process_of(replica: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "what", ["one of one is killed", "one of two is killed", "the ingress is killed", "all are replaced"]
+    "what",
+    [
+        "one of one is killed",
+        "one of two is killed",
+        "the ingress is killed",
+        "the ingress and one of one are killed",
+        "all are replaced",
+    ],
 )
 async def test_sessions_outlive_their_replicas(
     run_app: Callable[..., DeploymentHandle[Any]], http_port: int, what: str
 ) -> None:
     """Twice, under sessions of handle and WebSocket clients; where there is no other replica, Serve starts it first."""
-    name, killed = what.replace(" ", ""), "Ingress" if "ingress" in what else "Recurrent"
+    name = what.replace(" ", "")
+    killed = [deployment for deployment, word in (("Ingress", "ingress"), ("Recurrent", "one of")) if word in what]
     arguments = {"model": MODEL, "replicas": 1 if "one of one" in what else 2, "session": {"checkpoint_timesteps": 20}}
     app = run_app(name, f"/{name}", engine={"slots": 64}, **arguments)
     rng = random.Random(what)
@@ -217,8 +225,9 @@ async def test_sessions_outlive_their_replicas(
         for slots in (65, 66):
             await asyncio.sleep(1)
             if "killed" in what:
-                process = await asyncio.to_thread(lambda: process_of(rng.choice(replicas(name, killed))))
-                os.kill(process, signal.SIGKILL)
+                victims = [rng.choice(replicas(name, deployment)) for deployment in killed]
+                for process in await asyncio.to_thread(lambda names: list(map(process_of, names)), victims):
+                    os.kill(process, signal.SIGKILL)
                 await asyncio.sleep(4)
             else:
                 await asyncio.to_thread(run_app, name, f"/{name}", engine={"slots": slots}, **arguments)

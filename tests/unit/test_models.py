@@ -16,6 +16,7 @@ from examples.own_model import Smoother
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.models import registry
+from serve_app.models.fingerprint import fingerprint
 from serve_app.models.interface import RecurrentModel
 from serve_app.models.options import RnnOptions, SileroOptions
 from serve_app.models.rnn import Rnn
@@ -326,3 +327,17 @@ def test_smoother_follows_the_mean_and_marks_what_is_unusual() -> None:
     y, _ = run(model, x, (400,))
     assert (y["mean"][100:] - 1000).abs().max() < 0.1
     assert y["deviation"].flatten().argmax() == 300
+
+
+def test_a_fingerprint_is_of_class_options_weights_and_dtypes(tmp_path: Path) -> None:
+    def of(**options: Any) -> str:
+        config = registry.check(ModelConfig("rnn", {"input": 6, "hidden": 10, **options}))
+        return fingerprint(registry.load(config), config.options)
+
+    file = tmp_path / "weights.pt"
+    torch.save(Rnn(RnnOptions(input=6, hidden=10)).state_dict(), file)
+    assert of() == of() == of(weights=str(file))
+    others = [{"seed": 1}, {"cell": "gru"}, {"dtype": "bf16"}, {"dtype": "fp16"}, {"layers": 1}, {"top_k": 2}]
+    assert len({of(), *(of(**other) for other in others)}) == len(others) + 1
+    assert fingerprint(Smoother(), {}) != fingerprint(Smoother(half_life=5.0), {}), "another buffer"
+    assert fingerprint(Smoother(), {}) != fingerprint(Smoother(2), {}), "another shape"

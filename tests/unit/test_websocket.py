@@ -373,7 +373,7 @@ async def test_an_initial_state() -> None:
 async def test_a_fault_of_the_server_is_logged_and_not_shown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def broken(*_: object) -> None:
+    async def broken(*_: object, **__: object) -> None:
         raise RuntimeError("the secret reason")
 
     async with system() as sut:
@@ -455,6 +455,22 @@ async def test_a_client_is_told_of_a_failed_step_once_with_segments_behind_it() 
         assert await session.wait() == 5
         session.close()
         assert await collect(session) == line(0, 5)
+
+
+async def test_a_session_goes_on_at_another_owner_after_a_failed_step() -> None:
+    """The client counts failed steps, so they still count there."""
+    async with system(SumModel(poison=0)) as sut:
+        session = await open_websocket(sut.address)
+        session.submit(np.array([[-1, -1]]))
+        with pytest.raises(StepFailed):
+            await session.wait()
+        sut.cluster.add(SumModel(poison=0))
+        await sut.cluster.kill("owner-0")
+        session.submit(np.array(ones(2)))
+        assert await session.wait() == 2
+        session.submit(np.array([[-1, -1]]))
+        with pytest.raises(StepFailed, match="resend from 2"):
+            await session.wait()
 
 
 async def test_what_the_client_is_refused() -> None:

@@ -1,0 +1,140 @@
+"""The session directory and its store of checkpoints, in one actor."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable
+from typing import TypeVar
+from urllib.parse import quote
+
+from serve_app.checkpoint import decode_checkpoint
+from serve_app.checkpoint_store import CheckpointStore, key_of, open_store
+from serve_app.config import DurabilityConfig
+from serve_app.directory import Claim, Directory, Grant, Owner, Record, Slab
+from serve_app.errors import LockstepError, StateLost, Unavailable, UnknownSession
+from serve_app.spec import ModelSpec
+
+logger = logging.getLogger("ray.serve")
+T = TypeVar("T")
+
+
+class DirectoryActor:
+    """Of one application. What the directory decides it decides at once; the store is used beside that, in order."""
+
+    def __init__(self, app: str) -> None:
+        self._app = app
+        self._directory = Directory(incarnation=time.time_ns() // 10**7)  # none starts twice in 10 ms
+        self._durability: DurabilityConfig | None = None
+        self._store: CheckpointStore | None = None
+        self._storing = asyncio.Lock()
+        self._drops: set[asyncio.Task[None]] = set()
+
+    async def register(self, owner: Owner, durability: DurabilityConfig) -> None:
+        """See Directory.register; first, open the store unless it is open. A new actor learns of it so."""
+        async with self._storing:
+            if durability != self._durability:
+                folder = quote(self._app, safe="")
+                store = await asyncio.to_thread(open_store, durability.store, folder, durability.max_bytes)
+                self._store, self._durability = store, durability
+                self._directory.found(store.keys(), durability.keep_s, time.monotonic())
+        self._directory.register(owner)
+
+    async def unregister(self, owner: str) -> None:
+        """See Directory.unregister."""
+        self._directory.unregister(owner)
+
+    async def open(
+        self,
+        session: str,
+        sender: str,
+        model: str | None,
+        ended: dict[str, list[int]],
+        *,
+        resumable: bool = False,
+        claim: Claim | None = None,
+    ) -> Grant:
+        """See Directory.open; first, forget what the sender has seen end."""
+        for owner, epochs in ended.items():
+            self._drop(self._directory.ended(owner, epochs))
+        if claim is not None:
+            await self._recall([session])
+        return self._directory.open(session, sender, model, resumable=resumable, claim=claim)
+
+    async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
+        """See Directory.attach."""
+        return self._directory.attach(session, sender)
+
+    async def release(self, session: str, epoch: int) -> None:
+        """See Directory.release."""
+        self._directory.release(session, epoch)
+
+    async def lookup(self, session: str) -> Record:
+        """See Directory.lookup."""
+        return self._directory.lookup(session)
+
+    async def report(self, owner: str, ended: list[int]) -> bool:
+        """An owner is alive, and these sessions of it have ended; False when it has to register (again)."""
+        self._drop(self._directory.ended(owner, ended))
+        self._drop(self._directory.expire(time.monotonic()))
+        return self._directory.knows(owner)
+
+    async def lost(self, owner: str) -> None:
+        """A sender cannot reach the owner. One that lives nevertheless registers again with its next report."""
+        self._directory.unregister(owner)
+
+    async def models(self) -> dict[str, ModelSpec]:
+        """See Directory.models."""
+        return self._directory.models()
+
+    async def num_sessions(self) -> dict[str, int]:
+        """See Directory.num_sessions."""
+        return self._directory.num_sessions()
+
+    async def keep(self, sender: str, slab: Slab) -> dict[str, LockstepError]:
+        """Keep checkpoints; of which sessions none was, and why. Raises Unavailable when the store takes none now."""
+        await self._recall(slab)
+        refused = self._directory.keep(sender, {session: held for session, (held, _) in slab.items()})
+        taken = {session: one for session, one in slab.items() if session not in refused}
+        keys = {key_of(session): session for session in taken}
+        records = {key: taken[session][1] for key, session in keys.items()}
+        unkept = await self._stored(lambda store: store.keep(records))
+        refused |= {keys[key]: error for key, error in unkept.items()}
+        kept = {session: held for session, (held, _) in taken.items() if session not in refused}
+        self._drop(self._directory.has_kept(kept, time.monotonic()))
+        return refused
+
+    async def fetch(self, session: str) -> tuple[int, bytes]:
+        """The checkpoint of a session that has no owner, and the epoch to claim it by. See Directory.restorable."""
+        await self._recall([session])
+        epoch = self._directory.restorable(session)
+        return epoch, await self._read(session)
+
+    async def _recall(self, sessions: Iterable[str]) -> None:
+        """Learn from the store of sessions that an earlier directory has known."""
+        for session in self._directory.unknown(sessions):
+            try:
+                self._directory.recall(session, decode_checkpoint(await self._read(session), session).epoch)
+            except (StateLost, UnknownSession) as error:
+                logger.warning("session %r cannot be had from its checkpoint: %s", session, error)
+
+    async def _read(self, session: str) -> bytes:
+        return await self._stored(lambda store: store.get(key_of(session)))
+
+    async def _stored(self, work: Callable[[CheckpointStore], T]) -> T:
+        """Do something with the store, after all that was to be done before; the directory goes on meanwhile."""
+        async with self._storing:
+            if self._store is None:
+                raise Unavailable("no replica is ready: try again in a moment")
+            return await asyncio.to_thread(work, self._store)
+
+    def _drop(self, keys: Collection[str]) -> None:
+        if keys:
+            drop = asyncio.get_running_loop().create_task(self._try_drop(keys))
+            self._drops.add(drop)
+            drop.add_done_callback(self._drops.discard)
+
+    async def _try_drop(self, keys: Collection[str]) -> None:
+        try:
+            await self._stored(lambda store: store.drop(keys))
+        except LockstepError as error:
+            logger.warning("%d checkpoints of sessions that are over stay in the store: %s", len(keys), error)

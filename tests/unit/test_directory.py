@@ -1,0 +1,241 @@
+"""The directory as lists of events: who has which session, who may go on with it, and what is kept of it."""
+
+import pytest
+
+from serve_app.checkpoint_store import key_of
+from serve_app.directory import Claim, Directory, Held, Owner
+from serve_app.errors import (
+    InvalidInput,
+    LockstepError,
+    NotOwner,
+    SessionExists,
+    StateLost,
+    Unavailable,
+    UnknownModel,
+    UnknownSession,
+)
+from serve_app.spec import ModelSpec, SessionLimits, TensorSpec
+
+
+def owner(name: str, fingerprint: str = "f") -> Owner:
+    spec = ModelSpec("sum", TensorSpec((1,)), {}, fingerprint=fingerprint)
+    return Owner(name, name, spec, SessionLimits(), max_sessions=10, max_bytes=100, checkpoints=True)
+
+
+@pytest.fixture
+def directory() -> Directory:
+    return new(2)
+
+
+def new(incarnation: int, *kept: str) -> Directory:
+    """One with a store in which checkpoints of these sessions are."""
+    directory = Directory(incarnation)
+    directory.found(map(key_of, kept), keep_s=100, now=0)
+    directory.register(owner("x"))
+    return directory
+
+
+def keep(directory: Directory, session: str, epoch: int, now: float = 0, at: str = "x") -> LockstepError | None:
+    """A sender has a checkpoint kept."""
+    held = {session: Held(epoch, at)}
+    refused = directory.keep("s", held)
+    if not refused:
+        assert directory.has_kept(held, now) == []
+    return refused.get(session)
+
+
+def test_a_session_outlives_its_owner_only_if_a_checkpoint_is_kept(directory: Directory) -> None:
+    for session in ("a", "b"):
+        directory.open(session, "s", resumable=True)
+    directory.open("c", "s")
+    assert keep(directory, "a", directory.lookup("a").epoch) is None
+    assert directory.unregister("x") == 3
+    assert directory.lookup("a").owner is None
+    for session in ("b", "c"):
+        with pytest.raises(UnknownSession):
+            directory.lookup(session)
+    with pytest.raises(Unavailable):
+        directory.restorable("a")  # nobody could take it
+    directory.register(owner("y"))
+    assert directory.restorable("a") == directory.lookup("a").epoch
+    with pytest.raises(UnknownSession, match="no checkpoint of it is kept"):
+        directory.restorable("b")
+    with pytest.raises(SessionExists, match="waits to be resumed"):
+        directory.open("a", "s")
+    assert directory.open("c", "s").owner.name == "y"
+
+
+def test_of_two_who_go_on_with_a_session_the_later_has_it(directory: Directory) -> None:
+    first = directory.open("a", "s", resumable=True).epoch
+    keep(directory, "a", first)
+    directory.unregister("x")
+    directory.register(owner("y"))
+    claim = Claim(directory.restorable("a"))
+    second = directory.open("a", "t", resumable=True, claim=claim).epoch
+    assert second > first
+    with pytest.raises(NotOwner, match=f"gone on elsewhere under epoch {second}"):
+        directory.open("a", "u", resumable=True, claim=claim)  # which has asked at the same time
+    with pytest.raises(NotOwner, match=f"under epoch {second}"):
+        directory.open("a", "s", resumable=True, claim=Claim(first))  # the one before, which looks for an owner
+    assert isinstance(keep(directory, "a", first), NotOwner)
+    with pytest.raises(NotOwner, match="is held by 'y'"):
+        directory.restorable("a")
+    third, before = directory.attach("a", "u")
+    assert before == second and third.epoch > second
+    assert isinstance(keep(directory, "a", second), NotOwner)
+    assert keep(directory, "a", third.epoch) is None
+
+
+def test_a_grant_that_came_to_nothing_can_be_given_back(directory: Directory) -> None:
+    first = directory.open("a", "s", resumable=True)
+    keep(directory, "a", first.epoch)
+    grant, _ = directory.attach("a", "t")
+    directory.release("a", first.epoch)  # too late
+    assert directory.lookup("a").owner == "x"
+    directory.release("a", grant.epoch)
+    assert directory.num_sessions() == {"x": 0}
+    again = directory.open("a", "t", resumable=True, claim=Claim(directory.restorable("a")))
+    assert again.epoch > grant.epoch
+    directory.release("a", again.epoch)
+    directory.ended("x", [again.epoch])
+    with pytest.raises(UnknownSession):
+        directory.lookup("a")
+
+
+def test_a_grant_without_a_checkpoint_leaves_the_name_free_when_it_is_given_back(directory: Directory) -> None:
+    directory.open("a", "s", resumable=True)
+    grant, _ = directory.attach("a", "t")
+    directory.release("a", grant.epoch)
+    directory.open("a", "u")
+
+
+def test_who_moves_a_session_gets_another_grant_for_its_last(directory: Directory) -> None:
+    """Whether the directory knows that the owner is gone or not, and whether the session can be resumed or not."""
+    for resumable in (False, True):
+        epoch = directory.open("a", "s", resumable=resumable).epoch
+        moved = directory.open("a", "s", resumable=resumable, claim=Claim(epoch)).epoch
+        directory.unregister("x")
+        directory.register(owner("x"))
+        moved = directory.open("a", "s", resumable=resumable, claim=Claim(moved)).epoch
+        assert directory.num_sessions() == {"x": 1}
+        directory.ended("x", [moved])
+
+
+def test_only_what_was_opened_for_it_can_be_attached_from_elsewhere(directory: Directory) -> None:
+    directory.open("a", "s")
+    with pytest.raises(InvalidInput, match="'a' was not opened to be resumed: open it with resumable=true"):
+        directory.attach("a", "t")
+
+
+def test_a_state_is_given_to_its_own_model_only(directory: Directory) -> None:
+    keep(directory, "a", directory.open("a", "s", resumable=True).epoch)
+    directory.unregister("x")
+    directory.register(owner("y", fingerprint="g"))
+    claim = Claim(directory.restorable("a"), "f")
+    with pytest.raises(StateLost, match="'a' is of model 'sum' with fingerprint f, the one that is served has g"):
+        directory.open("a", "t", "sum", resumable=True, claim=claim)
+    with pytest.raises(UnknownModel):
+        directory.open("a", "t", "other", resumable=True, claim=claim)
+    directory.register(owner("z"))  # beside the other, as when code is rolled out
+    assert directory.open("a", "t", "sum", resumable=True, claim=claim).owner.name == "z"
+
+
+def test_a_session_that_ends_is_dropped_at_once(directory: Directory) -> None:
+    epoch = directory.open("a", "s", resumable=True).epoch
+    keep(directory, "a", epoch)
+    assert directory.ended("x", [epoch, epoch, 77]) == [key_of("a")]
+    assert directory.open("a", "s").epoch > epoch
+    second = directory.open("b", "s", resumable=True).epoch
+    keep(directory, "b", second)
+    directory.unregister("x")
+    assert directory.ended("x", [second]) == [key_of("b")], "though its owner is gone"
+    assert directory.ended("y", [3]) == []
+
+
+def test_what_is_kept_of_a_session_that_ends_meanwhile_is_dropped_again(directory: Directory) -> None:
+    epoch = directory.open("a", "s", resumable=True).epoch
+    held = {"a": Held(epoch, "x")}
+    assert directory.keep("s", held) == {}
+    directory.ended("x", [epoch])
+    assert directory.has_kept(held, 0) == [key_of("a")]
+    assert isinstance(keep(directory, "a", epoch), UnknownSession), "what comes later is not kept at all"
+    directory.open("a", "s")
+
+
+def test_a_directory_that_starts_again_learns_of_sessions_from_those_who_have_them() -> None:
+    before, after = new(2), new(3)
+    epoch = before.open("a", "s", resumable=True).epoch
+    for _ in range(2):
+        assert keep(after, "a", epoch) is None
+    grant, of = after.attach("a", "t")
+    assert (grant.owner.name, of) == ("x", epoch) and grant.epoch > epoch
+    gone = before.open("b", "s", resumable=True).epoch
+    assert keep(after, "b", gone, at="nobody knows") is None
+    assert after.restorable("b") == gone
+    after.register(owner("nobody knows"))
+    assert keep(after, "b", gone, at="nobody knows") is None
+    assert after.attach("b", "s")[0].owner.name == "nobody knows"
+
+
+def test_a_directory_that_starts_again_believes_the_last_of_those_who_had_a_session() -> None:
+    """Both have it under an epoch of the directory before, and one of them does not know that it is behind."""
+    before, after = new(2), new(3)
+    first = before.open("a", "s", resumable=True).epoch
+    second = before.attach("a", "t")[0].epoch
+    assert keep(after, "a", first) is None
+    assert keep(after, "a", second) is None
+    assert isinstance(keep(after, "a", first), NotOwner)
+    with pytest.raises(NotOwner):
+        after.open("a", "s", resumable=True, claim=Claim(first))
+
+    after = new(3)
+    moved = after.open("a", "s", resumable=True, claim=Claim(first)).epoch  # its owner was gone, too
+    again = after.open("a", "s", resumable=True, claim=Claim(moved)).epoch
+    last = after.open("a", "t", resumable=True, claim=Claim(second)).epoch
+    for epoch in (first, second, moved, again):
+        assert isinstance(keep(after, "a", epoch), NotOwner)
+    assert keep(after, "a", last) is None
+
+
+def test_nobody_from_before_has_a_session_that_its_client_has_come_back_for() -> None:
+    before, after = new(2), new(3, "a")
+    first = before.open("a", "s", resumable=True).epoch
+    second = before.attach("a", "t")[0].epoch
+    assert after.unknown(["a", "b"]) == ["a"]
+    after.recall("a", first)  # under which the checkpoint was written
+    after.recall("a", first - 1)
+    with pytest.raises(UnknownSession) as caught:
+        after.attach("a", "u")
+    assert caught.value.details == {"epoch": first}
+    grant = after.open("a", "u", resumable=True, claim=Claim(after.restorable("a"), "f"))
+    assert isinstance(keep(after, "a", second), NotOwner)
+    assert keep(after, "a", grant.epoch) is None
+
+
+def test_a_directory_that_starts_again_finds_what_is_in_the_store() -> None:
+    directory = new(3, "a")
+    with pytest.raises(SessionExists, match="waits to be resumed"):
+        directory.open("a", "s")
+    with pytest.raises(UnknownSession):
+        directory.attach("a", "s")
+    assert directory.restorable("a") == 0
+    grant = directory.open("a", "s", "sum", resumable=True, claim=Claim(0, "f"))
+    with pytest.raises(NotOwner):
+        directory.open("a", "t", "sum", resumable=True, claim=Claim(0, "f"))
+    directory.unregister("x")
+    directory.register(owner("y"))
+    assert directory.restorable("a") == grant.epoch
+
+
+def test_checkpoints_that_nobody_comes_back_for_are_given_up() -> None:
+    directory = new(3, "found")
+    for session in ("runs", "waits"):
+        keep(directory, session, directory.open(session, "s", resumable=True).epoch)
+    directory.release("waits", directory.lookup("waits").epoch)
+    assert directory.expire(50) == set()
+    assert directory.expire(55) == (), "it looks now and then only"
+    assert directory.expire(101) == {key_of("found"), key_of("waits")}
+    assert directory.expire(1000) == set(), "one that runs needs no new one"
+    for session in ("found", "waits"):
+        directory.open(session, "s")
+    assert directory.lookup("runs").owner == "x"
