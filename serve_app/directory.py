@@ -99,6 +99,7 @@ class Directory:
         self._sessions: dict[str, Record] = {}
         self._held: dict[str | None, dict[int, str]] = {None: {}}  # by owner: epoch -> session
         self._kept: dict[str, float] = {}  # when the session last had an owner, by key
+        self._unkept: set[int] = set()  # epochs that waited for an owner at the last look, without a checkpoint
         self._keep_s = self._expire_at = math.inf
 
     def register(self, owner: Owner) -> None:
@@ -111,7 +112,7 @@ class Directory:
         return owner in self._owners
 
     def unregister(self, owner: str) -> int:
-        """The owner is gone, and with it its sessions of which no checkpoint is kept; returns how many it had."""
+        """The owner is gone, and with it its sessions that are not resumable; returns how many it had."""
         self._owners.pop(owner, None)
         lost = self._held.pop(owner, {})
         for session in lost.values():
@@ -139,7 +140,7 @@ class Directory:
             raise SessionExists(
                 f"session {session!r} is open already at {record.owner!r}: close it, or choose another id"
             )
-        if claim is None and (record is not None or key_of(session) in self._kept):
+        if claim is None and key_of(session) in self._kept:
             raise SessionExists(f"session {session!r} waits to be resumed: do that, or choose another id")
         serving = self._serving(session, model, claim)
         load = {name: len(self._held[name]) for name in serving}
@@ -178,7 +179,10 @@ class Directory:
         """A grant has come to nothing: the session waits for whoever goes on with it. No error for an earlier one."""
         record = self._sessions.get(session)
         if record is not None and record.epoch == epoch:
-            self._orphan(session)
+            if key_of(session) in self._kept:
+                self._orphan(session)
+            else:
+                self._forget(session)  # only who had it before can go on with it
 
     def lookup(self, session: str) -> Record:
         """What is known of a session. Raises UnknownSession."""
@@ -267,9 +271,11 @@ class Directory:
         old = {key for key, at in self._kept.items() if at < now - self._keep_s}
         for key in old:
             del self._kept[key]
-        for session in list(self._held[None].values()):
-            if key_of(session) not in self._kept:
-                self._forget(session)
+        waiting = self._held[None]
+        unkept = {epoch for epoch, session in waiting.items() if key_of(session) not in self._kept}
+        for epoch in unkept & self._unkept:  # others may be kept in a moment
+            self._forget(waiting[epoch])
+        self._unkept = unkept
         return old
 
     def models(self) -> dict[str, ModelSpec]:
@@ -310,12 +316,13 @@ class Directory:
         self._held[record.owner][record.epoch] = session
 
     def _orphan(self, session: str) -> None:
-        """Its owner is gone: it waits where a checkpoint of it is kept, else it is over."""
+        """Its owner is gone. If it is resumable, it is remembered who may go on with it, be a checkpoint kept or not."""
         record = self._sessions[session]
         self._held.get(record.owner, {}).pop(record.epoch, None)
         del self._sessions[session]
-        if record.resumable and key_of(session) in self._kept:
-            self._put(session, replace(record, owner=None))
+        if record.resumable:
+            self._held[None][record.epoch] = session
+            self._sessions[session] = replace(record, owner=None)
 
     def _forget(self, session: str) -> None:
         record = self._sessions.pop(session)
