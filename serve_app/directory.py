@@ -316,7 +316,7 @@ class Directory:
         self._held[record.owner][record.epoch] = session
 
     def _orphan(self, session: str) -> None:
-        """Its owner is gone. If it is resumable, it is remembered who may go on with it, be a checkpoint kept or not."""
+        """Its owner is gone. Of a resumable one it is remembered who may go on with it, even if nothing is kept yet."""
         record = self._sessions[session]
         self._held.get(record.owner, {}).pop(record.epoch, None)
         del self._sessions[session]
