@@ -191,14 +191,19 @@ class Directory:
         return self._sessions[session]
 
     def ended(self, owner: str, epochs: Iterable[int]) -> list[str]:
-        """These sessions are over, what is not known (any more) is no error; keys of checkpoints to drop."""
+        """These sessions are over, what is not known (any more) is no error; keys of checkpoints to drop.
+
+        One that waits under a grant of an earlier directory stays: it may have gone on under a later one since.
+        """
         dropped = []
         for epoch in epochs:
-            for held in (self._held.get(owner, {}), self._held[None]):
-                if (session := held.get(epoch)) is not None:
-                    if self._sessions[session].resumable:
-                        dropped.append(key_of(session))
-                    self._forget(session)
+            session = self._held.get(owner, {}).get(epoch)
+            if session is None and epoch >= self._first_epoch:
+                session = self._held[None].get(epoch)
+            if session is not None:
+                if self._sessions[session].resumable:
+                    dropped.append(key_of(session))
+                self._forget(session)
         return dropped
 
     # Checkpoints that are kept.

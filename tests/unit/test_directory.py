@@ -272,3 +272,12 @@ def test_when_a_takeover_comes_to_nothing_the_sender_before_can_go_on(directory:
     directory.register(owner("y"))
     directory.release("a", grant.epoch)
     assert directory.open("a", "s", resumable=True, claim=Claim(first)).epoch > grant.epoch
+
+
+def test_a_sender_whose_client_has_left_it_ends_nothing_in_a_directory_that_starts_again() -> None:
+    """That knows of a session by its checkpoint, which may be of the grant before the last."""
+    directory = new(2, "a")
+    epoch = (1 << 24) + 7
+    directory.recall("a", epoch)
+    assert directory.ended("x", [epoch]) == []
+    assert directory.restorable("a") == epoch
