@@ -215,6 +215,9 @@ class WebSocketCarrier:
                     self._address, session=session.name, resume=str(session.progress), rewind=str(session.rewind)
                 )
             except LockstepError as error:
+                if isinstance(error, UnknownSession) and session.has_all:
+                    session.notice("ended", None, "closed", session.progress)  # which nobody was left to tell
+                    return
                 passes = error.retry or isinstance(error, UnknownSession)  # it may be moving
                 if not passes or time.monotonic() > deadline:
                     raise

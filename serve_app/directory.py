@@ -128,6 +128,7 @@ class Directory:
         self._held: dict[str | None, dict[int, str]] = {None: {}}  # by owner: epoch -> session
         self._kept: set[str] = set()  # keys
         self._waiting: dict[str, float] = {}  # since when no owner has the session, by key: some of those kept
+        self._unkept: set[int] = set()  # epochs that waited for an owner at the last look, without a checkpoint
         self._keep_s = self._expire_at = math.inf
         self._now = 0.0  # as it was told last
 
@@ -141,7 +142,7 @@ class Directory:
         return owner in self._owners
 
     def unregister(self, owner: str) -> int:
-        """The owner is gone, and with it its sessions of which no checkpoint is kept; returns how many it had."""
+        """The owner is gone, and with it its sessions that are not resumable; returns how many it had."""
         self._owners.pop(owner, None)
         lost = self._held.pop(owner, {})
         for session in lost.values():
@@ -171,7 +172,7 @@ class Directory:
             raise SessionExists(
                 f"session {session!r} is open already at {record.owner!r}: close it, or choose another id"
             )
-        if is_new and (record is not None or key_of(session) in self._kept):
+        if is_new and key_of(session) in self._kept:
             raise SessionExists(f"session {session!r} waits to be resumed: do that, or choose another id")
         serving = self._serving(session, model, claim)
         load = {name: len(self._held[name]) for name in serving}
@@ -210,7 +211,10 @@ class Directory:
         """A grant has come to nothing: the session waits for whoever goes on with it. No error for an earlier one."""
         record = self._sessions.get(session)
         if record is not None and record.epoch == epoch:
-            self._orphan(session)
+            if key_of(session) in self._kept:
+                self._orphan(session)
+            else:
+                self._forget(session)  # only who had it before can go on with it
 
     def lookup(self, session: str) -> Record:
         """What is known of a session. Raises UnknownSession."""
@@ -236,14 +240,19 @@ class Directory:
         return None if record.owner is None else Grant(session, record.epoch, self._owners[record.owner])
 
     def ended(self, owner: str, epochs: Iterable[int]) -> list[str]:
-        """These sessions are over, what is not known (any more) is no error; keys of checkpoints to drop."""
+        """These sessions are over, what is not known (any more) is no error; keys of checkpoints to drop.
+
+        One that waits under a grant of an earlier directory stays: it may have gone on under a later one since.
+        """
         dropped = []
         for epoch in epochs:
-            for held in (self._held.get(owner, {}), self._held[None]):
-                if (session := held.get(epoch)) is not None:
-                    if self._sessions[session].resumable:
-                        dropped.append(key_of(session))
-                    self._forget(session)
+            session = self._held.get(owner, {}).get(epoch)
+            if session is None and epoch >= self._first_epoch:
+                session = self._held[None].get(epoch)
+            if session is not None:
+                if self._sessions[session].resumable:
+                    dropped.append(key_of(session))
+                self._forget(session)
         return dropped
 
     # Checkpoints that are kept.
@@ -319,9 +328,11 @@ class Directory:
         for key in old:
             del self._waiting[key]
         self._kept -= old
-        for session in list(self._held[None].values()):
-            if key_of(session) not in self._kept:
-                self._forget(session)
+        waiting = self._held[None]
+        unkept = {epoch for epoch, session in waiting.items() if key_of(session) not in self._kept}
+        for epoch in unkept & self._unkept:  # others may be kept in a moment
+            self._forget(waiting[epoch])
+        self._unkept = unkept
         return old
 
     def models(self) -> dict[str, ModelSpec]:
@@ -371,11 +382,11 @@ class Directory:
                 self._waiting.pop(key, None)
 
     def _orphan(self, session: str) -> None:
-        """Its owner is gone: it waits where a checkpoint of it is kept, else it is over."""
+        """Its owner is gone. Of a resumable one it is remembered who may go on with it, even if nothing is kept yet."""
         record = self._sessions[session]
         self._held.get(record.owner, {}).pop(record.epoch, None)
         del self._sessions[session]
-        if record.resumable and key_of(session) in self._kept:
+        if record.resumable:
             self._put(session, replace(record, owner=None))
 
     def _forget(self, session: str) -> None:

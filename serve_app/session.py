@@ -344,7 +344,8 @@ class Session:
 
     def take(self, max_timesteps: int) -> Entry:
         """What to send now: up to max_timesteps inputs, the acknowledgement, and the close once all inputs are out."""
-        start, end = self.handed, min(self.next, self.handed + max_timesteps)
+        room = min(max_timesteps, self.limits.max_window)  # what runs again may be more than the owner takes at once
+        start, end = self.handed, min(self.next, self.handed + room)
         x = self._pending(start, end)
         self.handed = end
         close = NO_CLOSE
@@ -402,9 +403,15 @@ class Session:
             self._wake()
 
     @property
+    def has_all(self) -> bool:
+        """Whether it is to close, and its last output is here."""
+        return self._close == self.next == self.progress
+
+    @property
     def can_move(self) -> bool:
         """Whether it can go on at another owner."""
-        return bool(self._checkpoints) and self._retains and self.end_reason is None and self._close != ABORT
+        has_point = bool(self._checkpoints) and self._checkpoints[0][0] <= self.progress
+        return has_point and self._retains and self.end_reason is None and self._close != ABORT
 
     @property
     def can_return(self) -> bool:
@@ -518,8 +525,8 @@ class Session:
         needed = min(self.accepted, self.progress) if self._keeps_unanswered else self.accepted
         if self._keeps_unanswered and self.kept is not None:
             needed = min(needed, max(self.kept, needed - MAX_RETAINED))
-        if self._retains and self._checkpoints:
-            needed = self._checkpoints[0][0]
+        if self._retains:
+            needed = self._checkpoints[0][0] if self._checkpoints else self._adopted_at  # where the first may be
             if self.accepted - needed > MAX_RETAINED:
                 self._retains, needed = False, self.accepted
                 self._checkpoints.clear()
@@ -583,7 +590,8 @@ class Session:
             self._resend(expected)
             self.offer()
         elif isinstance(error, StepFailed | InvalidInput) and expected is not None:
-            self._rewind(expected, int(error.details["rewind"]), error)
+            if (rewind := int(error.details["rewind"])) > self.rewind:  # else it was told before, when this was resumed
+                self._rewind(expected, rewind, error)
         else:
             self.fail(error)
 
@@ -593,18 +601,33 @@ class Session:
         self._close_told = False
 
     def _rewind(self, timestep: int, rewind: int, error: LockstepError) -> None:
-        """Give up the inputs from `timestep` on; the next segment starts there."""
-        while self._inputs and self._inputs[-1][0] >= timestep:
+        """Give up the inputs from `timestep` on; the next segment starts there.
+
+        Those that had run before, and whose outputs are no news, are not given up, but sent again where they are here.
+        """
+        first = self._inputs[0][0] if self._inputs else self.next
+        following = timestep
+        if first <= timestep < (known := min(self.next, max(self.progress, self.acked))):
+            following = known
+            error = type(error)(
+                f"{error.message}; {known} timesteps had run before: resend from {known}", **error.details
+            )
+            error.details["expected"] = known
+        while self._inputs and self._inputs[-1][0] >= following:
             self._inputs.pop()
         if self._inputs:
             first, x = self._inputs[-1]
-            self._inputs[-1] = first, x[: timestep - first]
-        self.next = self.handed = self.accepted = timestep
+            self._inputs[-1] = first, x[: following - first]
+        self.next = following
+        self.handed = self.accepted = timestep
+        self._adopted_at = min(self._adopted_at, timestep)
         self.rewind = rewind
         self.in_flight = self._close_told = False
         self._close = NO_CLOSE
         self._failure = error
         self._num_failures += 1
+        if timestep < following:
+            self.carrier.notify_later(self)
         self._wake()
 
     def _finish_if_due(self) -> None:

@@ -269,6 +269,8 @@ class Engine:
         row = self._sessions.row_of(ask.adopts)
         if row < 0 or self._sessions.status[row] != Status.OPEN:
             raise NotOwner(f"session {ask.session!r} is not here any more, or has ended")
+        if ask.start < (acked := int(self._sessions.acked[row])):  # it came here from another owner at that timestep
+            raise NotOwner(f"outputs of session {ask.session!r} are here from timestep {acked} on, not {ask.start}")
         while self._flights:  # they know it by its old epoch
             self._complete(self._flights.popleft(), now)
         if self._sessions.status[row] != Status.OPEN:
@@ -440,7 +442,6 @@ class Engine:
                 self._page_of[row] = -1
             self._sessions.end(row, reason)
             self.stats.ends[reason] += 1
-            self.stats.ended_epochs.append(int(self._sessions.epoch[row]))
             self._tell_model(self._sessions.names[row], reason)
         if reason != "closed" or not self._outputs.holds(row):
             self._free(row)
@@ -449,6 +450,7 @@ class Engine:
         mailbox = self._mail[int(self._sessions.sender[row])]
         mailbox.num_sessions -= 1
         self._outputs.drop(np.array([row]))
+        self.stats.ended_epochs.append(int(self._sessions.epoch[row]))  # not before: somebody may come for its outputs
         self._sessions.sender[row] = 0
         self._sessions.free(row)
 
@@ -463,7 +465,7 @@ class Engine:
 
     def _refuse(self, verdict: int, frame: Frame, i: int, row: int) -> Notice:
         epoch = int(frame.epoch[i])
-        stone = self._sessions.tombstones.get(epoch) if verdict == Verdict.UNKNOWN else None
+        stone = self._sessions.tombstones.get(epoch) if verdict in (Verdict.UNKNOWN, Verdict.ENDED) else None
         if stone is not None:
             return Notice(epoch, "ended", reason=stone.reason, progress=stone.progress)
         error = self._sessions.refusal(verdict, frame, i, row)

@@ -113,6 +113,7 @@ class Hub:
         self._directory = directory
         self._ack_on_receipt = ack_on_receipt
         self._outboxes: dict[str, Outbox] = {}
+        self._num_outboxes = 0
         self._sessions: dict[str, Session] = {}
         self._ended: dict[str, list[int]] = {}
         self._moves: set[asyncio.Task[None]] = set()
@@ -334,7 +335,9 @@ class Hub:
                 await outbox.stop()
             channel = self._directory.connect(owner)
             forget, lost = partial(self._forget, owner.name), partial(self._lost, owner.name)
-            outbox = Outbox(owner.name, self.sender, owner.spec, owner.max_bytes, channel, forget, lost)
+            self._num_outboxes += 1  # an owner that was given up may live, and answer calls that nobody hears
+            sender = f"{self.sender}/{self._num_outboxes}"
+            outbox = Outbox(owner.name, sender, owner.spec, owner.max_bytes, channel, forget, lost)
             self._outboxes[owner.name] = outbox
         return outbox
 

@@ -27,6 +27,8 @@ NORMAL, RESTART, TAKEN_OVER = 1000, 1012, 4409
 """Close codes: as agreed; this way in stops, resume by another; the client has come by another connection."""
 RESUME_WITHIN_S = 30.0
 """A session whose connection has broken is kept for so long."""
+HANG_UP_WITHIN_S = 2.0
+"""So long it is waited for a client that can resume to hang up when it has been told of the end."""
 MAX_UNREADABLE = 8
 """After so many messages in a row that cannot be decoded, the other side speaks something else."""
 
@@ -264,6 +266,8 @@ async def _speak(talk: Conversation, session: Session) -> int:
 async def _tell_end(talk: Conversation, session: Session, error: LockstepError | None) -> int:
     told = {"error": error.to_wire()} if error is not None and not isinstance(error, SessionEnded) else {}
     await talk.send("ended", reason=session.end_reason, progress=session.progress, **told)
+    if session.stays:
+        await asyncio.sleep(HANG_UP_WITHIN_S)  # then it has all that was sent; else it comes back for that
     return 1000 if error is None or session.end_reason == "aborted" else 4000 + error.http
 
 

@@ -51,9 +51,9 @@ def test_a_session_outlives_its_owner_only_if_a_checkpoint_is_kept(directory: Di
     assert keep(directory, "a", directory.lookup("a").epoch) is None
     assert directory.unregister("x") == 3
     assert directory.lookup("a").owner is None
-    for session in ("b", "c"):
-        with pytest.raises(UnknownSession):
-            directory.lookup(session)
+    assert directory.lookup("b").owner is None
+    with pytest.raises(UnknownSession):
+        directory.lookup("c")
     with pytest.raises(Unavailable):
         directory.restorable("a")  # nobody could take it
     directory.register(owner("y"))
@@ -257,3 +257,45 @@ def test_checkpoints_that_nobody_comes_back_for_are_given_up() -> None:
     for session in ("found", "waits"):
         directory.open(session, "s")
     assert directory.lookup("runs").owner == "x"
+
+
+def test_who_may_go_on_is_remembered_though_nothing_is_kept(directory: Directory) -> None:
+    """Else a sender that is behind could have the session before the one that its client has gone to."""
+    first = directory.open("a", "s", resumable=True).epoch
+    second = directory.attach("a", "t")[0].epoch
+    directory.unregister("x")
+    directory.register(owner("y"))
+    directory.expire(now=100)  # it may be on its way
+    with pytest.raises(NotOwner, match=f"under epoch {second}"):
+        directory.open("a", "s", claim=Claim(first))
+    with pytest.raises(UnknownSession):
+        directory.restorable("a")
+    assert directory.has_kept({"a": Held(second, "x")}, now=100) == []
+    assert directory.restorable("a") == second
+
+
+def test_what_was_never_kept_is_forgotten_after_a_while(directory: Directory) -> None:
+    directory.open("a", "s", resumable=True)
+    directory.unregister("x")
+    for now in (100, 120):
+        directory.expire(now)
+    with pytest.raises(UnknownSession):
+        directory.lookup("a")
+
+
+def test_when_a_takeover_comes_to_nothing_the_sender_before_can_go_on(directory: Directory) -> None:
+    first = directory.open("a", "s", resumable=True).epoch
+    grant, _ = directory.attach("a", "t")
+    directory.unregister("x")
+    directory.register(owner("y"))
+    directory.release("a", grant.epoch)
+    assert directory.open("a", "s", resumable=True, claim=Claim(first)).epoch > grant.epoch
+
+
+def test_a_sender_whose_client_has_left_it_ends_nothing_in_a_directory_that_starts_again() -> None:
+    """That knows of a session by its checkpoint, which may be of the grant before the last."""
+    directory = new(2, "a")
+    epoch = (1 << 24) + 7
+    directory.recall("a", epoch)
+    assert directory.ended("x", [epoch]) == []
+    assert directory.restorable("a") == epoch

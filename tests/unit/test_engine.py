@@ -583,3 +583,35 @@ def test_outputs_in_a_row_that_changed_hands_go_to_who_has_it_now() -> None:
 @pytest.mark.parametrize("overlap", [False, True])
 def test_checkpoints_have_the_states_of_their_timesteps(overlap: bool, together: int) -> None:
     check_checkpoints("cpu", overlap=overlap, together=together)
+
+
+def test_a_session_is_not_over_before_its_outputs_are_acknowledged() -> None:
+    """Who comes back for them asks the directory for it."""
+    sender = Sender(SumModel(), config())
+    sender.open(1)
+    sender.send({"epoch": 1, "x": ramp(0, 3), "close": 3})
+    sender.run()
+    assert sender.engine.stats.take_ended() == []
+    sender.send({"epoch": 1, "start": 3, "acked": 3})
+    assert sender.engine.stats.take_ended() == [1]
+
+
+def test_whoever_closes_what_has_closed_is_told_how_it_ended() -> None:
+    """It may have been closed for who sent to it before; the refusal could overtake that it has."""
+    sender = Sender(SumModel(), config())
+    sender.open(1)
+    for _ in range(2):
+        sender.send({"epoch": 1, "x": ramp(0, 3), "close": 3})
+        sender.run()
+        sender.poll()
+    assert sender.notices[1][-1] == "closed" and 1 not in sender.errors
+
+
+def test_who_has_fewer_outputs_than_are_gone_cannot_take_a_session_over() -> None:
+    """It came from another owner at timestep 2; what was before is where it was sent from, if anywhere."""
+    sender = Sender(SumModel(), config())
+    sender.send(opens=(Open(1, "a", start=2),))
+    sender.send(opens=(Open(2, "a", start=1, adopts=1),), sender="other")
+    assert sender.errors[2][0]["code"] == "not_owner"
+    sender.send(opens=(Open(3, "a", start=2, adopts=1),), sender="other")
+    assert sender.notices[3] == ["opened"]

@@ -14,6 +14,7 @@ from serve_app.errors import StateLost, StepFailed, Unavailable
 from serve_app.frame import Answer, Frame, Notice
 from serve_app.ingress import hub as hub_module
 from serve_app.ingress.hub import NOWHERE, Hub
+from serve_app.segment import Run
 from serve_app.session import Session
 from serve_app.spec import SessionLimits
 from tests.fakes import FloatSumModel, SumModel
@@ -280,3 +281,100 @@ async def test_a_step_that_failed_while_the_way_was_broken_is_told() -> None:
     assert session.submit(np.ones((1, 1), np.float32)) == 4
     entry = session.take(64)
     assert (entry.start, len(entry.x), entry.rewind) == (3, 1, 1)
+
+
+X = np.ones((12, 1), np.float32)
+
+
+async def alone(**kwargs: bool) -> Session:
+    """A session that has no owner."""
+    async with local(FloatSumModel(), config=CONFIG) as (_, hub):
+        spec = (await hub.models())["silero_vad"]
+    return Session("a", spec, SessionLimits(64, 8), NOWHERE, **kwargs)
+
+
+def run_of(start: int, end: int) -> Run:
+    return Run(start, end, {"total": X[start:end].cumsum(0)})
+
+
+def fail_at(session: Session, timestep: int, rewind: int) -> None:
+    failed = StepFailed("the model failed", expected=timestep, rewind=rewind)
+    session.notice("failed", failed.to_wire(), "", 0)
+
+
+async def test_inputs_are_kept_until_the_first_checkpoint_of_a_session_that_was_taken_over() -> None:
+    session = await alone(retains=True)
+    session.adopt(0)
+    session.adopted(0, 0)
+    session.submit(X[:4])
+    session.take(64)
+    session.deliver(4, 0, run_of(0, 2))
+    assert not session.can_move
+    session.checkpoint(2, (X,))
+    assert session.can_move
+    session.moved(NOWHERE, 2)
+    assert len(session.take(64).x) == 2
+
+
+async def test_what_is_submitted_after_a_failed_step_is_kept_where_the_owner_had_more_from_elsewhere() -> None:
+    session = await alone(retains=True)
+    session.adopt(0)
+    session.adopted(4, 0)
+    fail_at(session, 0, 1)
+    session.submit(X[:2], 0)
+    session.take(64)
+    session.submit(X[:2])
+    session.deliver(2, 1, run_of(0, 2))
+    session.arrived(2)
+    assert len(session.take(64).x) == 2
+
+
+async def test_a_session_does_not_go_on_from_a_state_before_the_outputs_below_are_here() -> None:
+    session = await alone(retains=True, ack_on_receipt=False)
+    session.adopt(0)
+    session.adopted(4, 0)
+    session.deliver(4, 0, run_of(2, 4))  # the answer before is on its way
+    session.checkpoint(4, (X,))
+    assert not session.can_move
+    session.deliver(4, 0, run_of(0, 2))
+    assert session.can_move
+
+
+async def test_a_failed_step_is_told_once_though_it_is_heard_of_twice() -> None:
+    session = await alone(keeps_unanswered=True)
+    session.submit(X[:4])
+    session.resumed(0, 1)
+    with pytest.raises(StepFailed):
+        session.check()
+    session.submit(X[:4])
+    fail_at(session, 0, 1)
+    session.check()
+    assert session.next == 4
+
+
+async def test_a_step_that_fails_when_it_runs_again_gives_up_nothing_that_ran_before() -> None:
+    """Of a session that has moved: its client has had the outputs."""
+    session = await alone(retains=True)
+    session.submit(X[:6])
+    session.take(64)
+    session.deliver(6, 0, run_of(0, 4))
+    session.moved(NOWHERE, 0)
+    session.take(64)
+    fail_at(session, 2, 1)
+    assert session.next == 4
+    with pytest.raises(StepFailed, match="resend from 4") as caught:
+        session.check()
+    assert caught.value.details["expected"] == 4
+    entry = session.take(64)
+    assert (entry.start, len(entry.x), entry.rewind) == (2, 2, 1)
+
+
+async def test_what_runs_again_is_sent_in_parts_that_fit_the_owners_window() -> None:
+    session = await alone(retains=True)
+    session.submit(X[:8])
+    session.take(64)
+    session.deliver(8, 0, run_of(0, 4))
+    session.read()
+    session.submit(X[8:])
+    session.moved(NOWHERE, 0)
+    assert [len(session.take(64).x) for _ in range(2)] == [8, 4]
