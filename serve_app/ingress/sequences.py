@@ -137,7 +137,7 @@ class Sequence:
         self._hub = hub
         self._name = name
         self._session: Session | None = None
-        self._early: deque[tuple[Request, Reply]] = deque()  # came before the session was open
+        self._early: deque[tuple[Request, Reply]] = deque()  # came before the session was open, or took the first
         self._asked: deque[_Asked] = deque()
         self._is_over = asyncio.get_running_loop().create_future()
         self._waiting: list[asyncio.Future[None]] = []
@@ -153,10 +153,10 @@ class Sequence:
                     "specify the START flag on the first request of the next"
                 )
             )
-        elif self._session is None:
+        elif self._session is None or self._early:
             if sum(len(early.x) for early, _ in self._early) > MAX_EARLY:
                 raise WindowFull(
-                    f"sequence {request.sequence!r} is not open yet, and {MAX_EARLY} timesteps wait for it"
+                    f"sequence {request.sequence!r} takes nothing yet, and {MAX_EARLY} timesteps wait for it"
                 )
             self.ends = request.end
             self._early.append((request, reply))
@@ -196,12 +196,17 @@ class Sequence:
         if self._abandoned:
             session.abort()
             return
-        early, self._early = self._early, deque()
-        for request, reply in early:
+        self._submit_early(session)
+
+    def _submit_early(self, session: Session) -> None:
+        """What came before the session was open, as far as its window takes it; the rest goes after outputs."""
+        while self._early:
+            request, reply = self._early.popleft()
             try:
                 self._submit(session, request, reply)
-            except LockstepError as error:
-                reply(error)
+            except WindowFull:
+                self._early.appendleft((request, reply))
+                return
 
     def _submit(self, session: Session, request: Request, reply: Reply) -> None:
         """Raises WindowFull; other errors are the reply."""
@@ -228,6 +233,7 @@ class Sequence:
             self._fail(error)
         else:
             self._answer(session)
+            self._submit_early(session)
         if session.end_reason is not None and not self._is_over.done():
             self._end(None)
         waiting, self._waiting = self._waiting, []

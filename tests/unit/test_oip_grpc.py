@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import random
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from multiprocessing import shared_memory
 from typing import Any
@@ -303,6 +303,27 @@ async def test_a_stream_that_is_cancelled_leaves_nothing() -> None:
         call.cancel()
         await until(lambda: cluster.engines["owner-0"].gauges()["sessions_open"] == 0)
         assert totals(await stub.ModelInfer(infer(1, [1], start=True, end=True))) == [1]
+
+
+async def test_requests_wait_for_a_session_that_takes_long_to_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the window of it takes at once."""
+    async with served() as (cluster, stub):
+        opens, may_open = cluster.open, asyncio.Event()
+
+        async def slow(*arguments: Any, **options: Any) -> Any:
+            await may_open.wait()
+            return await opens(*arguments, **options)
+
+        monkeypatch.setattr(cluster, "open", slow)
+
+        def requests() -> Iterator[pb.ModelInferRequest]:
+            for i in range(40):
+                yield infer(1, [1] * 20, start=i == 0, end=i == 39, identity=str(i))
+            may_open.set()
+
+        responses = await stream(stub, requests())
+        assert [r.infer_response.id for r in responses] == [str(i) for i in range(40)]
+        assert [total for r in responses for total in totals(r.infer_response)] == list(range(1, 801))
 
 
 async def test_a_half_closed_stream_gets_all_its_answers() -> None:
