@@ -53,6 +53,7 @@ bench: venv
 	$(BIN)/python -m bench.chaos --json bench/results/chaos_cpu.json
 	$(BIN)/python -m bench.delay --json bench/results/delay_cpu.json
 	$(BIN)/python -m bench.checkpoint --json bench/results/checkpoint_cpu.json
+	$(BIN)/python -m bench.batched --json bench/results/batched_cpu.json
 	$(BIN)/python -m bench.fused_rnn --device cpu --json bench/results/fused_rnn_cpu.json
 	$(BIN)/python -m bench.readme
 	$(BIN)/python -m bench.performance
