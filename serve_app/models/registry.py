@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 from serve_app.coerce import build_dataclass
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
-from serve_app.models.options import RnnOptions, SileroOptions
+from serve_app.models.options import BertOptions, RnnOptions, SileroOptions
 
 if TYPE_CHECKING:
     from serve_app.models.interface import RecurrentModel
@@ -21,7 +21,7 @@ RECURRENT: Mapping[str, tuple[type[Any], str]] = {
     "rnn": (RnnOptions, "serve_app.models.rnn:Rnn"),
     "silero_vad": (SileroOptions, "serve_app.models.silero_vad:SileroVad"),
 }
-STATELESS: Mapping[str, tuple[type[Any], str]] = {}
+STATELESS: Mapping[str, tuple[type[Any], str]] = {"bert": (BertOptions, "serve_app.models.bert:bert")}
 BUILT_IN = {**RECURRENT, **STATELESS}
 
 

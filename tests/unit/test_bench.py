@@ -125,3 +125,11 @@ def test_what_was_published_stands_beside_what_was_measured() -> None:
         "cell by cell": 10.0, "fused": 30.0, "speed-up": 3.0,
         "SKX-8180 cell by cell": 12.93, "SKX-8180 fused": 32.29, "SKX-8180 speed-up": pytest.approx(2.4973, abs=1e-4),
     }  # fmt: skip
+
+
+def test_the_bench_of_batches_writes_its_figures(tmp_path: Path) -> None:
+    file = tmp_path / "batched.json"
+    command = [sys.executable, "-m", "bench.batched", "--seconds", "0.1", "--layers", "1", "--json", str(file)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    figures = json.loads(file.read_text())["figures"]
+    assert figures.keys() == {"ragged_vs_padded", "dynamic_vs_single", "batched_max_diff"}

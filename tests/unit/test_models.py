@@ -294,7 +294,7 @@ def test_a_class_may_have_arguments_of_any_type() -> None:
     ("name", "options", "message"),
     [
         ("silero-vad", {}, r"silero-vad is not known; did you mean silero_vad\? Known: rnn, silero_vad"),
-        ("bert", {}, r"bert is not known\. Known: rnn, silero_vad"),
+        ("whisper", {}, r"whisper is not known\. Known: rnn, silero_vad"),
         ("rnn", {"hiden": 8}, r"model\.hiden is not a setting; did you mean model\.hidden\?"),
         ("rnn", {"hidden": "many"}, r"model\.hidden is 'many', expected a whole number"),
         ("silero_vad", {"sample_rate": 44100}, r"model\.sample_rate is 44100, expected one of 16000, 8000"),
