@@ -33,7 +33,7 @@ from serve_app.ingress.hub import Hub
 from serve_app.session import Session
 from serve_app.spec import ModelSpec, SessionLimits, TensorSpec
 
-APP = "lockstep"
+APP = "directory-bench"
 MODEL = "rnn"
 MODEL_OPTIONS = {"name": MODEL, "input": 4, "hidden": 8, "layers": 1}
 MAX_BYTES = 2**31
