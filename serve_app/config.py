@@ -112,6 +112,18 @@ class FrameConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GrpcConfig:
+    """Where each ingress replica of a machine listens for gRPC, beside the ways through Serve (port 0: nowhere)."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"grpc.port is {self.port}, a port is from 1 to 65535, 0 is none")
+
+
+@dataclass(frozen=True, slots=True)
 class DurabilityConfig:
     """Where checkpoints of resumable sessions are kept, beside the ingress that has the last.
 
@@ -186,7 +198,8 @@ class BatchingConfig:
 class AppConfig:
     """The tree of one model. `replicas`: replicas of the model; `num_gpus`: GPUs that each gets from Ray.
 
-    `batching`: of a stateless model only; it has no use for session, frame and durability.
+    `batching`: of a stateless model only; it has no use for session, frame and durability. `durability` and `grpc`
+    are those of the application.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -194,6 +207,7 @@ class AppConfig:
     session: SessionConfig = field(default_factory=SessionConfig)
     frame: FrameConfig = field(default_factory=FrameConfig)
     durability: DurabilityConfig = field(default_factory=DurabilityConfig)
+    grpc: GrpcConfig = field(default_factory=GrpcConfig)
     batching: BatchingConfig | None = None
     replicas: int = 1
     num_gpus: float = 0.0
@@ -231,7 +245,7 @@ def load_models(args: Mapping[str, Any]) -> dict[str, AppConfig]:
 
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_-]+")
-_OF_ALL = ("durability",)
+_OF_ALL = ("durability", "grpc")
 
 
 def _of_models(name: str, section: Any, top: Mapping[str, Any]) -> AppConfig:

@@ -68,9 +68,14 @@ class Server:
 
 
 @contextmanager
-def lockstep(*, haproxy: bool = True, application: str = "serve_app.app:build", **args: object) -> Iterator[Server]:
-    """Lockstep with the model of MODEL, behind HAProxy or Serve's own proxy; or another application."""
-    http, rpc = free_port(), free_port()
+def lockstep(
+    *, haproxy: bool = True, proxied: bool = False, application: str = "serve_app.app:build", **args: object
+) -> Iterator[Server]:
+    """Lockstep with the model of MODEL, its ingress at a port of its own, and behind HAProxy or Serve's own proxy.
+
+    args: of the application, instead.
+    """
+    http, rpc, own = free_port(), free_port(), free_port()
     model = {"name": "rnn", "cell": "lstm", **MODEL}
     with tempfile.TemporaryDirectory(prefix="lb", dir="/tmp") as folder:
         config = Path(folder) / "config.yaml"
@@ -78,7 +83,7 @@ def lockstep(*, haproxy: bool = True, application: str = "serve_app.app:build", 
             "name": "lockstep",
             "route_prefix": "/",
             "import_path": application,
-            "args": args or {"model": model, "engine": {"slots": 1024, "max_batch_size": 256}},
+            "args": args or {"model": model, "engine": {"slots": 1024, "max_batch_size": 256}, "grpc": {"port": own}},
         }
         config.write_text(
             yaml.dump(
@@ -97,7 +102,7 @@ def lockstep(*, haproxy: bool = True, application: str = "serve_app.app:build", 
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         }
         command = [sys.executable, "-m", "serve_app", "--haproxy" if haproxy else "--no-haproxy", str(config)]
-        with _running(command, environment, rpc, "rnn", Path(folder) / "log") as server:
+        with _running(command, environment, rpc if args or proxied else own, "rnn", Path(folder) / "log") as server:
             yield server
 
 

@@ -46,6 +46,7 @@ def build(args: Mapping[str, Any]) -> Application:
     application: Application = ingress.bind(
         [_model(Recurrent, config).bind(config, tuple(recurrent)) for config in recurrent.values()],
         {name: _model(Batched, config).bind(config) for name, config in configs.items() if name not in recurrent},
+        next(iter(configs.values())).grpc,
     )
     return application
 

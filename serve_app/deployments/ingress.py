@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
+from serve_app.config import GrpcConfig
 from serve_app.deployments.transport import BatchedHandles, RayDirectory
 from serve_app.ingress.http import build_http
 from serve_app.ingress.hub import Hub
@@ -16,16 +17,21 @@ from serve_app.ingress.oip_grpc import InferenceService
 class Ingress(InferenceService):
     """Protocol adapters over a hub. `owners` are there for Serve to deploy them; the directory says where they are."""
 
-    async def __init__(self, owners: list[Any], batched: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, owners: list[Any], batched: dict[str, Any], grpc: GrpcConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         """batched: handles of the stateless models, by name."""
         self._owners = owners
         self._hub = Hub(RayDirectory(serve.get_replica_context().app_name), ack_on_receipt=False)
         self._batched = BatchedHandles(batched)
         self.inference = InferenceServer(self._hub, self._batched)
+        self._server = self.server()
+        if grpc.port:
+            await self._server.start(grpc.host, grpc.port)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http(self._hub, self.inference)
 
     async def __del__(self) -> None:
+        self._server.refuse()
         await self._batched.stop()
         await self._hub.stop()
+        self._server.stop()

@@ -3,7 +3,9 @@
 import asyncio
 import contextvars
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -11,6 +13,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from serve_app.errors import InvalidInput, LockstepError, UnknownModel, WindowFull
+from serve_app.ingress.grpc_server import GrpcServer, methods
 from serve_app.ingress.oip import (
     DATATYPES,
     Answer,
@@ -22,7 +25,7 @@ from serve_app.ingress.oip import (
     write_tensor,
 )
 from serve_app.ingress.protos import oip_pb2 as pb
-from serve_app.ingress.sequences import Result, Space
+from serve_app.ingress.sequences import Request, Result
 from serve_app.ingress.shared_memory import write
 from serve_app.rows import RowsRequest, RowsResult
 
@@ -196,7 +199,7 @@ class InferenceService:
     async def ModelInfer(self, request: pb.ModelInferRequest, grpc_context: Context) -> pb.ModelInferResponse:
         """Run one request."""
         with told(grpc_context):
-            call = await read_request(self.inference, request)
+            call = await know_and_read(self.inference, request)
             space = self.inference.space(client_name(dict(grpc_context.invocation_metadata())))
             return write_response(self.inference, request, await self.inference.infer(call, space))
         return pb.ModelInferResponse()
@@ -204,83 +207,134 @@ class InferenceService:
     async def ModelStreamInfer(
         self, stream: AsyncIterator[pb.ModelInferRequest], grpc_context: Context
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
-        """Run requests as they come; those of a sequence are answered in order, sequences do not wait for each other.
-
-        The sequences of a stream are its own, and end with it, unless its client has a name.
-        """
-        client = client_name(dict(grpc_context.invocation_metadata()))
-        space = self.inference.own_space() if client is None else self.inference.space(client)
-        talk = _Stream(self.inference, space)
+        """Run requests as they come; see RequestStream."""
+        replies: asyncio.Queue[pb.ModelStreamInferResponse | None] = asyncio.Queue()
+        requests = self.open_stream(dict(grpc_context.invocation_metadata()), replies.put_nowait)
         # In a context of its own: it opens sessions, which must not hang on this call.
-        reader = asyncio.create_task(talk.read(stream), context=contextvars.Context())
+        reader = asyncio.create_task(_read(stream, requests, replies), context=contextvars.Context())
         try:
-            while (reply := await talk.replies.get()) is not None:
-                talk.replied()
+            while (reply := await replies.get()) is not None:
+                requests.replied()
                 yield reply
             await reader
         finally:
             reader.cancel()
-            talk.leave()
-            space.leave(talk)
-            if client is None:
-                space.abort()
+            requests.leave()
+
+    def server(self) -> GrpcServer:
+        """A server of its own for these methods."""
+        service = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+        return GrpcServer(methods(service, self, {"ModelStreamInfer": self.open_stream}), MAX_OUTSTANDING)
+
+    def open_stream(
+        self, metadata: Mapping[str, str], send: Callable[[pb.ModelStreamInferResponse], None]
+    ) -> "RequestStream":
+        """A stream that begins, of a client with that metadata; `send` gets what is to be answered."""
+        return RequestStream(self.inference, client_name(metadata), send)
 
 
-class _Stream:
-    """One stream: what has come and is not answered yet, and replies that wait for their turn."""
+async def _read(
+    stream: AsyncIterator[pb.ModelInferRequest],
+    requests: "RequestStream",
+    replies: asyncio.Queue[pb.ModelStreamInferResponse | None],
+) -> None:
+    """Take requests until the client sends no more, then wait for their replies."""
+    try:
+        async for request in stream:
+            requests.take(request)
+            await requests.until(MAX_OUTSTANDING)
+        await requests.until(0)
+    finally:
+        replies.put_nowait(None)
 
-    def __init__(self, inference: InferenceServer, space: Space) -> None:
-        self.replies: asyncio.Queue[pb.ModelStreamInferResponse | None] = asyncio.Queue()
+
+class RequestStream:
+    """One stream: requests of a sequence are answered in order, sequences do not wait for each other.
+
+    The sequences of a stream are its own, and end with it, unless its client has a name.
+    """
+
+    def __init__(
+        self, inference: InferenceServer, client: str | None, send: Callable[[pb.ModelStreamInferResponse], None]
+    ) -> None:
         self._inference = inference
-        self._space = space
-        self._outstanding = 0
-        self._running: set[asyncio.Task[None]] = set()  # calls to stateless models
-        self._changed = asyncio.Event()
+        self._client = client
+        self._send = send
+        self._space = inference.own_space() if client is None else inference.space(client)
+        #: Requests that were taken, and whose replies are not out.
+        self.outstanding = 0
+        self._held: deque[pb.ModelInferRequest] = deque()  # until the first of them can go on
+        self._running: set[asyncio.Task[None]] = set()
+        self._changed: asyncio.Event | None = None
 
-    async def read(self, stream: AsyncIterator[pb.ModelInferRequest]) -> None:
-        """Take requests until the client sends no more, then wait for their replies."""
-        try:
-            async for request in stream:
-                self._outstanding += 1
-                await self._take(request)
-                await self._until(MAX_OUTSTANDING)
-            await self._until(0)
-        finally:
-            self.replies.put_nowait(None)
+    def take(self, request: pb.ModelInferRequest) -> None:
+        """The next request. Beyond MAX_OUTSTANDING none should come."""
+        self.outstanding += 1
+        if self._held or not self._take(request):
+            self._held.append(request)
+            if len(self._held) == 1:
+                self._start(self._go_on())
 
     def replied(self) -> None:
         """A reply goes out."""
-        self._outstanding -= 1
-        self._changed.set()
+        self.outstanding -= 1
+        if self._changed is not None:
+            self._changed.set()
+
+    async def until(self, outstanding: int) -> None:
+        """Wait until no more than so many are outstanding."""
+        self._changed = asyncio.Event()
+        while self.outstanding > outstanding:
+            self._changed.clear()
+            await self._changed.wait()
 
     def leave(self) -> None:
         """Nobody waits for replies any more."""
         for task in self._running:
             task.cancel()
+        self._space.leave(self)
+        if self._client is None:
+            self._space.abort()
 
-    async def _until(self, outstanding: int) -> None:
-        while self._outstanding > outstanding:
-            self._changed.clear()
-            await self._changed.wait()
-
-    async def _take(self, request: pb.ModelInferRequest) -> None:
+    def _take(self, request: pb.ModelInferRequest) -> bool:
+        """Run it; False where it has to wait, for the model to be known or for room in its sequence's window."""
         try:
-            call = await read_request(self._inference, request)
+            return self._ask(request, read_request(self._inference, request))
+        except UnknownModel:
+            return False
         except LockstepError as error:
             self._reply_error(request, error)
-            return
+            return True
+
+    def _ask(self, request: pb.ModelInferRequest, call: Call) -> bool:
+        """Run what was read; False without room."""
         if isinstance(call.request, RowsRequest):
-            running = asyncio.create_task(self._run(request, call))
-            self._running.add(running)
-            running.add_done_callback(self._running.discard)
-            return
-        while True:
+            self._start(self._run(request, call))
+            return True
+        try:
+            self._space.ask(call.request, partial(self._reply, request, call), self)
+        except WindowFull:
+            return False
+        return True
+
+    async def _go_on(self) -> None:
+        """Take what is held, in order."""
+        while self._held:
+            request = self._held[0]
             try:
-                self._space.ask(call.request, lambda result: self._reply(request, call, result), self)
-            except WindowFull:
-                await self._space.room(call.request)
-            else:
-                return
+                call = await know_and_read(self._inference, request)
+                while not self._ask(request, call):
+                    assert isinstance(call.request, Request)
+                    await self._space.room(call.request)
+            except LockstepError as error:
+                self._reply_error(request, error)
+            self._held.popleft()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        # In a context of its own: what is opened on the way must not hang on this call.
+        running = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
 
     async def _run(self, request: pb.ModelInferRequest, call: Call) -> None:
         """Of a stateless model: in whatever order they are done."""
@@ -296,7 +350,7 @@ class _Stream:
         try:
             if not isinstance(answer, LockstepError):
                 response = write_response(self._inference, request, answer)
-                self.replies.put_nowait(pb.ModelStreamInferResponse(infer_response=response))
+                self._send(pb.ModelStreamInferResponse(infer_response=response))
                 return
         except LockstepError as error:
             answer = error
@@ -307,7 +361,7 @@ class _Stream:
             model_name=request.model_name, model_version=request.model_version, id=request.id
         )
         response.parameters["error"].string_param = error.code  # for clients that know us: the message is for people
-        self.replies.put_nowait(pb.ModelStreamInferResponse(error_message=error.message, infer_response=response))
+        self._send(pb.ModelStreamInferResponse(error_message=error.message, infer_response=response))
 
 
 class told:  # as a context manager reads
@@ -332,17 +386,21 @@ class told:  # as a context manager reads
         return True
 
 
-async def read_request(inference: InferenceServer, request: pb.ModelInferRequest) -> Call:
-    """What a message asks for. Raises InvalidInput, UnknownModel and others, naming what is wrong."""
+def read_request(inference: InferenceServer, request: pb.ModelInferRequest) -> Call:
+    """What a message asks for. Raises InvalidInput, UnknownModel (also for one to get to `know`) and others."""
     parameters = {name: _parameter(value) for name, value in request.parameters.items()}
     inputs = _inputs(inference, request)
     outputs = [output.name for output in request.outputs]
-    arguments = request.model_name, request.model_version, request.id, parameters, inputs, outputs
+    return inference.read(request.model_name, request.model_version, request.id, parameters, inputs, outputs)
+
+
+async def know_and_read(inference: InferenceServer, request: pb.ModelInferRequest) -> Call:
+    """See `read_request`; the model is looked up if need be."""
     try:
-        return inference.read(*arguments)
+        return read_request(inference, request)
     except UnknownModel:
         await inference.know(request.model_name)
-    return inference.read(*arguments)
+    return read_request(inference, request)
 
 
 def write_response(inference: InferenceServer, request: pb.ModelInferRequest, answer: Answer) -> pb.ModelInferResponse:

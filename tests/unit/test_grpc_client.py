@@ -3,10 +3,9 @@
 import asyncio
 import dataclasses
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-import grpc
 import numpy as np
 import pytest
 
@@ -38,9 +37,9 @@ class Broken(FloatSumModel):
 @asynccontextmanager
 async def client_of(
     config: object = CONFIG, model: FloatSumModel | None = None
-) -> AsyncIterator[tuple[Client, LocalCluster, grpc.aio.Server]]:
-    async with at_port(config, model) as (cluster, port, server), connect(f"grpc://127.0.0.1:{port}") as client:  # type: ignore[arg-type]
-        yield client, cluster, server
+) -> AsyncIterator[tuple[Client, LocalCluster, Callable[[], Awaitable[None]]]]:
+    async with at_port(config, model) as (cluster, port, stop), connect(f"grpc://127.0.0.1:{port}") as client:  # type: ignore[arg-type]
+        yield client, cluster, stop
 
 
 async def totals(session: Session) -> list[float]:
@@ -132,12 +131,12 @@ async def test_what_a_session_cannot_be_opened_for_is_said_by_its_outputs() -> N
 
 
 async def test_the_end_of_the_server_is_that_of_its_sessions() -> None:
-    async with client_of() as (client, _, server):
+    async with client_of() as (client, _, stop):
         session = await client.open()
         session.submit(np.ones((1, 1), np.float32))
         await session.wait()
         reading = asyncio.create_task(totals(session))
-        await server.stop(grace=None)
+        await stop()
         with pytest.raises(Unavailable):
             await reading
         with pytest.raises(Unavailable, match="no answer from grpc://"):

@@ -3,8 +3,10 @@
 import asyncio
 import dataclasses
 import random
-from collections.abc import AsyncIterator, Iterable, Iterator
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from multiprocessing import shared_memory
 from typing import Any
 
@@ -48,17 +50,43 @@ async def served(
 @asynccontextmanager
 async def at_port(
     config: AppConfig = CONFIG, model: FloatSumModel | None = None, batched: BatchedModels | None = None
-) -> AsyncIterator[tuple[LocalCluster, int, grpc.aio.Server]]:
-    """The service at a port of its own; a cluster, the port, the server."""
+) -> AsyncIterator[tuple[LocalCluster, int, Callable[[], Awaitable[None]]]]:
+    """The service at a port of its own; a cluster, the port, and what stops the server."""
     async with local(model or FloatSumModel(), config=config, ack_on_receipt=False) as (cluster, hub):
         service = InferenceService()
         service.inference = InferenceServer(hub, batched)
-        server = grpc.aio.server()
-        oip_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        yield cluster, port, server
-        await server.stop(grace=None)
+        port, stop = await START(service)
+        yield cluster, port, stop
+        await stop()
+
+
+Started = tuple[int, Callable[[], Awaitable[None]]]
+
+
+async def start_own(service: InferenceService) -> Started:
+    server = service.server()
+
+    async def stop() -> None:
+        server.stop()
+
+    return await server.start("127.0.0.1", 0), stop
+
+
+async def start_grpc(service: InferenceService) -> Started:
+    """As Serve does it."""
+    server = grpc.aio.server()
+    oip_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    return port, partial(server.stop, grace=None)
+
+
+START = start_own
+
+
+@pytest.fixture(autouse=True, params=[start_own, start_grpc])
+def _both_servers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "START", request.param)
 
 
 def infer(
