@@ -18,8 +18,8 @@ def encode_frame(frame: Frame) -> bytes:
     return _pack((frame.owner, frame.sender, columns, x, opens, list(frame.exports)))
 
 
-def decode_frame(data: bytes) -> Frame:
-    """The frame; its arrays are read-only views into `data`."""
+def decode_frame(data: bytes | memoryview) -> Frame:
+    """The frame; its arrays are read-only."""
     owner, sender, columns, x, opens, exports = msgpack.unpackb(data)
     asks = tuple(Open(epoch, session, unpack_all(state), *numbers) for epoch, session, state, *numbers in opens)
     return Frame(owner, sender, _unpack_array(columns), _unpack_array(x), asks, tuple(exports))
@@ -37,8 +37,8 @@ def encode_reply(reply: Answer | LockstepError) -> bytes:
     return _pack((None, _pack_array(np.concatenate([columns, reply.timing])), outputs, notices, checkpoints))
 
 
-def decode_reply(data: bytes) -> Answer | LockstepError:
-    """The answer, its arrays read-only views into `data`, or the error."""
+def decode_reply(data: bytes | memoryview) -> Answer | LockstepError:
+    """The answer, its arrays read-only, or the error."""
     error, columns, outputs, notices, kept = msgpack.unpackb(data)
     if error is not None:
         return from_wire(error)
