@@ -7,10 +7,11 @@ batched models send it, is taken as well, and given back. The inputs of a statel
 import asyncio
 import hashlib
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy as np
@@ -42,15 +43,16 @@ DATATYPES = {
     "object": "BYTES",
 }  # fmt: skip
 DTYPES = {datatype: np.dtype(name).newbyteorder("<") for name, datatype in DATATYPES.items()}
+DATATYPE_OF = {np.dtype(name): datatype for name, datatype in DATATYPES.items()}
 LENGTH_BYTES = 4
 """Before each element of BYTES, where they come as one after the other: its length, little-endian."""
+LITTLE_ENDIAN = sys.byteorder == "little"
 MAX_DIMS = 32
 Parameter = bool | int | str | float
 Parameters = Mapping[str, Parameter]
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
+class Input(NamedTuple):
     """A tensor as it came: its values are `data`, bytes or numbers one after the other."""
 
     name: str
@@ -59,8 +61,7 @@ class Input:
     data: bytes | memoryview | Sequence[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """An inference request that has been read, and what its answer needs."""
 
     request: Request | RowsRequest
@@ -71,11 +72,10 @@ class Call:
     batched: bool
     #: The client asked to be told with each response whether it is the last.
     tells_final: bool
-    began_ns: int = field(default_factory=time.monotonic_ns)
+    began_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What a call comes back with."""
 
     call: Call
@@ -196,6 +196,7 @@ class InferenceServer:
         outputs: Sequence[str],
     ) -> Call:
         """What a request asks for. Raises InvalidInput, UnknownModel (`know` the model, and read again)."""
+        began_ns = time.monotonic_ns()
         spec = self._specs.get(model)
         if spec is None or version not in ("", MODEL_VERSION):
             raise _unknown(model, version)
@@ -208,7 +209,7 @@ class InferenceServer:
         if isinstance(spec, BatchedSpec):
             if model in self._unloaded:
                 raise Unavailable(f"model '{model}' is unloaded: load it first")
-            return Call(_rows(parameters, inputs, spec), spec, identity, wanted, False, final)
+            return Call(_rows(parameters, inputs, spec), spec, identity, wanted, False, final, began_ns)
         sequence, start = _sequence_id(parameters, model), _flag(parameters, "sequence_start")
         if start and model in self._unloaded:
             raise Unavailable(f"model '{model}' is unloaded: load it before a sequence starts")
@@ -220,7 +221,7 @@ class InferenceServer:
             )
         x, batched = _timesteps(inputs[0], spec)
         end = _flag(parameters, "sequence_end")
-        return Call(Request(model, sequence, start, end, x), spec, identity, wanted, batched, final)
+        return Call(Request(model, sequence, start, end, x), spec, identity, wanted, batched, final, began_ns)
 
     async def know(self, model: str) -> None:
         """Look the model up, if it is not known here yet. Raises Unavailable for one that is just starting."""
@@ -290,7 +291,10 @@ class InferenceServer:
         return self._specs[name]
 
     def _of(self, model: str) -> "Statistics":
-        return self._statistics.setdefault(model, Statistics())
+        found = self._statistics.get(model)
+        if found is None:
+            found = self._statistics[model] = Statistics()
+        return found
 
 
 @dataclass(slots=True)
@@ -492,7 +496,7 @@ def write_tensor(value: np.ndarray) -> bytes:
     """The values of an output one after the other, as `read_tensor` takes them."""
     if value.dtype == object:
         return b"".join(len(each).to_bytes(LENGTH_BYTES, "little") + each for each in value.reshape(-1))
-    return np.ascontiguousarray(value, value.dtype.newbyteorder("<")).tobytes()
+    return (value if LITTLE_ENDIAN else value.astype(value.dtype.newbyteorder("<"))).tobytes()
 
 
 def _check_datatype(tensor: Input, spec: TensorSpec, model: str) -> None:

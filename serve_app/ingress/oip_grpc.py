@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from serve_app.errors import InvalidInput, LockstepError, UnknownModel, WindowFull
 from serve_app.ingress.grpc_server import GrpcServer, methods
 from serve_app.ingress.oip import (
-    DATATYPES,
+    DATATYPE_OF,
     Answer,
     Call,
     InferenceServer,
@@ -201,7 +201,10 @@ class InferenceService:
         with told(grpc_context):
             call = await know_and_read(self.inference, request)
             space = self.inference.space(client_name(dict(grpc_context.invocation_metadata())))
-            return write_response(self.inference, request, await self.inference.infer(call, space))
+            answer = await self.inference.infer(call, space)
+            response = pb.ModelInferResponse()
+            write_response(self.inference, request, answer, response)
+            return response
         return pb.ModelInferResponse()
 
     async def ModelStreamInfer(
@@ -349,8 +352,9 @@ class RequestStream:
         answer = self._inference.answer(call, result)
         try:
             if not isinstance(answer, LockstepError):
-                response = write_response(self._inference, request, answer)
-                self._send(pb.ModelStreamInferResponse(infer_response=response))
+                response = pb.ModelStreamInferResponse()
+                write_response(self._inference, request, answer, response.infer_response)
+                self._send(response)
                 return
         except LockstepError as error:
             answer = error
@@ -388,7 +392,7 @@ class told:  # as a context manager reads
 
 def read_request(inference: InferenceServer, request: pb.ModelInferRequest) -> Call:
     """What a message asks for. Raises InvalidInput, UnknownModel (also for one to get to `know`) and others."""
-    parameters = {name: _parameter(value) for name, value in request.parameters.items()}
+    parameters = _parameters(request.parameters)
     inputs = _inputs(inference, request)
     outputs = [output.name for output in request.outputs]
     return inference.read(request.model_name, request.model_version, request.id, parameters, inputs, outputs)
@@ -403,12 +407,14 @@ async def know_and_read(inference: InferenceServer, request: pb.ModelInferReques
     return read_request(inference, request)
 
 
-def write_response(inference: InferenceServer, request: pb.ModelInferRequest, answer: Answer) -> pb.ModelInferResponse:
-    """The message for an answer. Outputs go where the request says: into the message, or into shared memory."""
-    response = pb.ModelInferResponse(model_name=request.model_name, model_version="1", id=request.id)
+def write_response(
+    inference: InferenceServer, request: pb.ModelInferRequest, answer: Answer, response: pb.ModelInferResponse
+) -> None:
+    """Fill in the answer. Outputs go where the request says: into the message, or into shared memory."""
+    response.model_name, response.model_version, response.id = request.model_name, "1", request.id
     regions = {output.name: output.parameters for output in request.outputs if output.parameters}
     for name, value in answer.outputs.items():
-        tensor = response.outputs.add(name=name, datatype=DATATYPES[value.dtype.name], shape=value.shape)
+        tensor = response.outputs.add(name=name, datatype=DATATYPE_OF[value.dtype], shape=value.shape)
         data = write_tensor(value)
         part = _part(inference, regions[name]) if name in regions else None
         if part is None:
@@ -419,8 +425,10 @@ def write_response(inference: InferenceServer, request: pb.ModelInferRequest, an
             for each, parameter in parameters.items():
                 tensor.parameters[each].CopyFrom(parameter)
     for name, parameter in answer.parameters.items():
-        _set_parameter(response.parameters[name], parameter, int_field="int64_param")
-    return response
+        if type(parameter) is int:
+            response.parameters[name].int64_param = parameter
+        else:
+            _set_parameter(response.parameters[name], parameter)
 
 
 def _inputs(inference: InferenceServer, request: pb.ModelInferRequest) -> list[Input]:
@@ -450,7 +458,7 @@ def _inputs(inference: InferenceServer, request: pb.ModelInferRequest) -> list[I
 
 
 def _part(inference: InferenceServer, parameters: Mapping[str, pb.InferParameter]) -> memoryview | None:
-    return inference.memory.part({name: _parameter(value) for name, value in parameters.items()})
+    return inference.memory.part(_parameters(parameters))
 
 
 def _filled(message: M, values: dict[str, Any]) -> M:
@@ -458,14 +466,17 @@ def _filled(message: M, values: dict[str, Any]) -> M:
     return message
 
 
-def _parameter(value: pb.InferParameter) -> Parameter:
-    kind = value.WhichOneof("parameter_choice")
-    if kind is None:
-        raise InvalidInput("a parameter without a value arrived")
-    parameter: Parameter = getattr(value, kind)
-    return parameter
+def _parameters(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Parameter]:
+    found: dict[str, Parameter] = {}
+    for name in parameters:
+        value = parameters[name]
+        kind = value.WhichOneof("parameter_choice")
+        if kind is None:
+            raise InvalidInput(f"parameter '{name}' arrived without a value")
+        found[name] = getattr(value, kind)
+    return found
 
 
-def _set_parameter(target: Message, value: Parameter, int_field: str = "uint32_param") -> None:
-    field = {bool: "bool_param", int: int_field, str: "string_param", float: "double_param"}[type(value)]
+def _set_parameter(target: Message, value: Parameter) -> None:
+    field = {bool: "bool_param", int: "uint32_param", str: "string_param", float: "double_param"}[type(value)]
     setattr(target, field, value)

@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from serve_app.errors import InvalidInput, LockstepError, UnknownModel
-from serve_app.ingress.oip import DATATYPES, Answer, Call, InferenceServer, Input, client_name, write_tensor
+from serve_app.ingress.oip import DATATYPE_OF, Answer, Call, InferenceServer, Input, client_name, write_tensor
 from serve_app.ingress.shared_memory import write
 
 logger = logging.getLogger(__name__)
@@ -297,7 +297,7 @@ def _write_response(
     described, tail = [], []
     for name, value in answer.outputs.items():
         tensor: dict[str, Any] = {
-            "name": name, "datatype": DATATYPES[value.dtype.name], "shape": list(value.shape),
+            "name": name, "datatype": DATATYPE_OF[value.dtype], "shape": list(value.shape),
         }  # fmt: skip
         of_output = wanted.get(name, {})
         part = inference.memory.part(of_output)

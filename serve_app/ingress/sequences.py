@@ -7,7 +7,6 @@ others share. Requests of a sequence run and are answered in order; sequences do
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +21,7 @@ MAX_EARLY = 4096
 """Timesteps of a sequence that may wait for its session to open."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """Timesteps x [T, *features] of a sequence; T may be 0 where it ends."""
 
     model: str
