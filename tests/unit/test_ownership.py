@@ -186,7 +186,7 @@ def test_the_last_outputs_are_there_though_the_connection_breaks_when_all_is_sai
     while session.end_reason is None:
         world.do(next(event for event in world.events() if not event.startswith("message 3 ingress-0")))
     world.do("break client-0")
-    hold_back(world, "connect", 1.0)
+    hold_back(world, "connect", 25.0)
     replay(world, [])
 
 
