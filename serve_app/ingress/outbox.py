@@ -230,7 +230,11 @@ class Outbox:
             task = asyncio.current_task()
             assert task is not None
             self._calls.discard(task)
-            self._schedule()
+            live = any(session.end_reason is None for session in self._sessions.values())
+            if live or self._acks or self._calls or not self._sessions:
+                self._schedule()
+            else:  # all is said but what clients will acknowledge, and the owner may answer at once
+                asyncio.get_running_loop().call_later(RETRY_DELAY_S, self._schedule)
 
     def _take_answer(self, answer: Answer) -> None:
         at = 0
