@@ -255,7 +255,7 @@ class Engine:
             if ask.adopts >= 0:
                 return self._adopt(ask, sender, now)
             if not self._sessions.holds(ask.epoch):
-                row = self._sessions.open(ask.epoch, ask.session, sender, now, ask.start, ask.rewind)
+                row = self._sessions.open(ask.epoch, ask.session, sender, now, ask.start, ask.rewind, ask.acked)
                 self._mail[sender].num_sessions += 1
                 if ask.initial_state is not None:
                     with self._pool.moving(after_steps=False):
@@ -269,17 +269,17 @@ class Engine:
         row = self._sessions.row_of(ask.adopts)
         if row < 0 or self._sessions.status[row] != Status.OPEN:
             raise NotOwner(f"session {ask.session!r} is not here any more, or has ended")
-        if ask.start < (acked := int(self._sessions.acked[row])):  # it came here from another owner at that timestep
-            raise NotOwner(f"outputs of session {ask.session!r} are here from timestep {acked} on, not {ask.start}")
+        if ask.acked < (first := max(int(self._sessions.acked[row]), int(self._sessions.began[row]))):
+            raise NotOwner(f"outputs of session {ask.session!r} are here from timestep {first} on, not {ask.acked}")
         while self._flights:  # they know it by its old epoch
             self._complete(self._flights.popleft(), now)
         if self._sessions.status[row] != Status.OPEN:
             raise NotOwner(f"session {ask.session!r} has ended")
         before = self._mail[int(self._sessions.sender[row])]
         before.num_sessions -= 1
-        before.notices.append(Notice(ask.adopts, "ended", reason="taken over", progress=ask.start))
+        before.notices.append(Notice(ask.adopts, "ended", reason="taken over", progress=ask.acked))
         self._mail[sender].num_sessions += 1
-        self._sessions.adopt(row, ask.epoch, sender, ask.start, now)
+        self._sessions.adopt(row, ask.epoch, sender, ask.acked, now)
         rows = np.array([row])
         self._outputs.drop_below(rows, self._sessions.acked[rows])
         self._mail[sender].mark(rows)
@@ -425,7 +425,7 @@ class Engine:
         for row in self._sessions.due_to_close(known).tolist():
             self._end(row, "closed")
         for row in known[self._sessions.status[known] == Status.ENDED].tolist():
-            if not self._outputs.holds(row):
+            if self._sessions.has_all_acked(row):
                 self._free(row)
 
     def _end(self, row: int, reason: str) -> None:
@@ -443,7 +443,7 @@ class Engine:
             self._sessions.end(row, reason)
             self.stats.ends[reason] += 1
             self._tell_model(self._sessions.names[row], reason)
-        if reason != "closed" or not self._outputs.holds(row):
+        if reason != "closed" or self._sessions.has_all_acked(row):
             self._free(row)
 
     def _free(self, row: int) -> None:

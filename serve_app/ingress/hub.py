@@ -228,7 +228,7 @@ class Hub:
         session, outbox = await self._session_at(grant, state)
         session.restore(at, acked, rewind)
         session.stays = True
-        await outbox.open(session, Open(grant.epoch, session.name, state, at, rewind=rewind))
+        await outbox.open(session, Open(grant.epoch, session.name, state, at, rewind=rewind, acked=acked))
         self._take_in(session, grant.owner, resumable=True, kept=at)
         return session
 
@@ -237,7 +237,7 @@ class Hub:
         session, outbox = await self._session_at(grant)
         session.adopt(acked)
         session.stays = True
-        opened = await outbox.open(session, Open(grant.epoch, grant.session, None, acked, before))
+        opened = await outbox.open(session, Open(grant.epoch, grant.session, adopts=before, acked=acked))
         session.adopted(opened.progress, opened.rewind)
         self._take_in(session, grant.owner, resumable=True, kept=0)
         return session
@@ -304,7 +304,7 @@ class Hub:
     async def _open_at(self, grant: Grant, state: State, resumable: bool, at: int) -> Session:
         session, outbox = await self._session_at(grant, state)
         session.begin_at(at)
-        await outbox.open(session, Open(grant.epoch, grant.session, state, at))
+        await outbox.open(session, Open(grant.epoch, grant.session, state, at, acked=at))
         self._take_in(session, grant.owner, resumable, kept=at)
         if session.kept is not None:
             self._keeper.keep(session, at, state)
@@ -369,7 +369,8 @@ class Hub:
                     session.epoch, session.owner = grant.epoch, name
                     outbox = await self._outbox(grant.owner)
                     at, state = session.restore_point()
-                    await outbox.open(session, Open(grant.epoch, session.name, state, at, rewind=session.rewind))
+                    ask = Open(grant.epoch, session.name, state, at, rewind=session.rewind, acked=session.acked)
+                    await outbox.open(session, ask)
                 except StateLost:
                     is_lost = True
                 except (Unavailable, TooManySessions):  # for now: replicas and the directory start again

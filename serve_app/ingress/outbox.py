@@ -113,6 +113,8 @@ class Outbox:
     def notify_ack(self, session: Session) -> None:
         """See Carrier."""
         self._acks[session.epoch] = session
+        if self._error is not None and session.has_all_acked:
+            self._forget(session)
 
     def want_state(self, session: Session) -> None:
         """See Carrier."""
@@ -132,7 +134,7 @@ class Outbox:
         live = [session for session in self._sessions.values() if session.end_reason is None]
         for session in list(self._sessions.values()):
             session.abort()
-            if session.end_reason is not None:
+            if session.end_reason is not None and self._error is None:
                 session.ack(session.progress)
         if self._sessions and self._error is None:
             self._send()
@@ -310,8 +312,10 @@ class Outbox:
                 continue  # whoever opens it hears of the error
             if session.end_reason is None:
                 self._lost(session, error)
-            else:
+            elif session.has_all_acked:
                 self._forgotten(session)
+            else:  # its outputs are here; should they be lost before its client has them, another gets them again
+                self._sessions[session.epoch] = session
         self._pending.clear()
         self._acks.clear()
         self._exports.clear()

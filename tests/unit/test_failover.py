@@ -378,3 +378,27 @@ async def test_what_runs_again_is_sent_in_parts_that_fit_the_owners_window() -> 
     session.submit(X[8:])
     session.moved(NOWHERE, 0)
     assert [len(session.take(64).x) for _ in range(2)] == [8, 4]
+
+
+async def test_outputs_that_came_too_early_count_no_more_when_another_owner_has_the_session() -> None:
+    """A step that fails there changes what comes after it."""
+    session = await alone(retains=True)
+    session.submit(X[:6])
+    session.take(64)
+    session.deliver(6, 0, run_of(4, 6))
+    session.moved(NOWHERE, 0)
+    session.take(64)
+    session.deliver(6, 0, run_of(0, 2))
+    fail_at(session, 2, 1)
+    session.submit(X[:4], 2)
+    session.take(64)
+    session.deliver(6, 1, run_of(2, 4))
+    assert session.progress == 4
+
+
+async def test_a_failed_step_may_be_heard_of_before_its_session_is_known_to_be_taken_over() -> None:
+    session = await alone(retains=True)
+    session.adopt(0)
+    fail_at(session, 2, 2)
+    session.adopted(4, 1)
+    assert (session.next, session.accepted, session.rewind) == (2, 2, 2)

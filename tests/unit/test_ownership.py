@@ -199,3 +199,26 @@ def test_who_has_everything_is_not_told_that_it_is_lost() -> None:
     world.do("break client-0")
     hold_back(world, "connect", 60.0)
     replay(world, [])
+
+
+def test_the_last_outputs_are_there_though_owner_and_ingress_die_when_it_closes() -> None:
+    """The next owner has nothing to run; the outputs are at the ingress only, and its client has none of them yet."""
+    world = World(num_clients=1, num_segments=2)
+    usual_until(world, "close client-0")
+    session = world.ingresses["ingress-0"].hub.get("client-0.1")
+
+    def go_on(*without: str) -> None:
+        names = ("ingress-0 > client-0", *without)
+        world.do(next((event for event in world.events() if not event.endswith(names)), TIME_PASSES))
+
+    while session.progress < 4:
+        go_on("message 4 client-0 > ingress-0")  # which is to close it
+    first = session.owner
+    world.do(f"kill {first}")
+    while session.end_reason is None:
+        go_on()
+    assert session.owner != first
+    while world.trace[-1] != TIME_PASSES:  # whatever there is to tell the directory
+        go_on()
+    world.do("kill ingress-0")
+    replay(world, [])
