@@ -7,7 +7,6 @@ delivery is chosen. The event loop has no clock and no threads but those here: t
 
 import asyncio
 import heapq
-import time
 from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
@@ -20,15 +19,18 @@ from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosedError
 
 from clients import websocket
+from serve_app import lease
 from serve_app.checkpoint_store import MemoryStore, key_of
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.deployments.directory_actor import DirectoryActor
+from serve_app.deployments.registration import Registration
 from serve_app.directory import Ask, Claim, Directory, Grant, Owner
 from serve_app.engine.engine import Engine
 from serve_app.errors import LockstepError, StateLost, StepFailed, Unavailable
 from serve_app.frame import Answer, Frame
 from serve_app.ingress.hub import Hub
 from serve_app.ingress.websocket import converse
+from serve_app.lease import LEASE_S, MARGIN_S, Lease
 from serve_app.session import Session
 from serve_app.spec import SessionLimits
 from serve_app.wire import decode_frame, decode_reply, encode_frame, encode_reply
@@ -185,13 +187,17 @@ class World:
         self.kept: set[str] = set()  # keys of sessions of which a checkpoint has ever been kept
         self.store = MemoryStore(2**20)
         self.directories = 0
+        self.fenced: dict[str, set[int]] = {}  # epochs of sessions that owners have no lease for any more
         websocket.connect = self.connect  # type: ignore[attr-defined]
+        lease.now = lambda: self.loop.now
         with torch.inference_mode():
             self.actor = self._new_directory()
             self.owners = {name: Replica(self, name) for name in ("owner-0", "owner-1")}
             self.ingresses = {name: Ingress(self, name) for name in ("ingress-0", "ingress-1")}
             for owner in self.owners.values():
                 self.actor._directory.register(owner.card)
+                owner.renew()
+                owner.registration._incarnation = self.directories
             self.clients = {f"client-{i}": Client(self, f"client-{i}", i, num_segments) for i in range(num_clients)}
             self.loop.run()
 
@@ -215,7 +221,7 @@ class World:
         found.append(f"restart {DIRECTORY}")
         for name, owner in self.owners.items():
             if not owner.is_stopped and not owner.is_leaving:
-                found += [f"stop {name}", f"drain {name}"]
+                found += [f"stop {name}", f"sleep {name}", f"drain {name}"]
                 found += [f"fail {name}"] * (not owner.model.fails)
         found += [f"break {name}" for name, client in self.clients.items() if client.connection is not None]
         others = [name for name, call in self.calls.items() if call.to in self.owners and not self._is_stuck(call)]
@@ -299,6 +305,7 @@ class World:
         elif name == "restart":
             self._fail_calls(DIRECTORY)
             self.actor = self._new_directory()
+            self.fenced.clear()  # it does not know whom the last has given up; epochs keep those harmless
         elif last in self.ingresses:
             self.ingresses[last].die()
             self.ingresses[f"{last}'"] = Ingress(self, f"{last}'")
@@ -313,10 +320,21 @@ class World:
     def _time_passes(self) -> None:
         wakes = [owner.engine.wake_at() for owner in self.owners.values() if not owner.is_stopped]
         timer = self.loop.next_timer
-        now = max(self.loop.now, min(wakes + [timer] * (timer is not None)))
+        self.pass_until(max(self.loop.now, min(wakes + [timer] * (timer is not None))))
+
+    def pass_until(self, now: float) -> None:
         self.loop.advance(now)
         for owner in list(self.owners.values()):
             owner.time_passes()
+        directory = self.actor._directory
+        known = [name for name in self.owners if directory.knows(name)]
+        while directory._now < now:  # it looks all the time
+            directory.tick(min(now, directory._now + MARGIN_S / 2))
+            for name in known:
+                self.owners[name].renew()
+        for name in known:
+            if not directory.knows(name):
+                self.fenced[name] = {*self.fenced.get(name, ()), *self.owners[name].epochs}
 
     # How processes reach each other.
 
@@ -374,12 +392,15 @@ class World:
         return Connection(self, self.clients[parts.hostname], parts.query).opened
 
     def _new_directory(self) -> DirectoryActor:
-        actor = DirectoryActor("app")
+        actor = DirectoryActor("app", self._is_listening)
         self.directories += 1
-        actor._directory = Directory(self.directories)
-        actor._directory.found(self.store.keys(), CONFIG.durability.keep_s, time.monotonic())
+        actor._directory = Directory(self.directories, self.loop.now)
+        actor._directory.found(self.store.keys(), CONFIG.durability.keep_s, self.loop.now)
         actor._store, actor._durability = self.store, CONFIG.durability
         return actor
+
+    async def _is_listening(self, owner: str) -> bool:
+        return owner in self.owners
 
     def end(self) -> None:
         """Check what must be true of every owner, and leave nothing behind."""
@@ -405,6 +426,14 @@ def _result(task: asyncio.Task[Any]) -> Any:
     return task.exception() or task.result()
 
 
+class Registry:
+    """See registration.Registry."""
+
+    def __init__(self, world: World, owner: str) -> None:
+        self.register = partial(world.ask, owner, "register")
+        self.report = partial(world.ask, owner, "report")
+
+
 class Replica:
     """An engine, and what a deployment does for it."""
 
@@ -413,19 +442,26 @@ class Replica:
         self.model = FailingModel()
         self.engine = Engine(self.model, CONFIG, name)
         self.is_stopped = self.is_leaving = self.is_draining = self.reports = False
+        self.lease = Lease()
         session = CONFIG.session
         limits = SessionLimits(session.max_segment_timesteps, session.max_window_timesteps)
         spec = self.engine.spec
         self.card = Owner(name, name, spec, limits, session.max_sessions, CONFIG.frame.max_bytes, checkpoints=True)
+        self.registration = Registration(Registry(world, name), self.card, CONFIG.durability, self.lease, self.fence)
+
+    @property
+    def epochs(self) -> set[int]:
+        sessions = self.engine._sessions
+        return set(sessions.epoch[list(sessions.names)].tolist())
 
     @property
     def may_step(self) -> bool:
-        return not self.is_stopped and not self.is_draining and self.engine.ready
+        return not self.is_stopped and not self.is_draining and self.engine.ready and self.lease.holds
 
     @property
     def may_report(self) -> bool:
         knows = self.world.actor._directory.knows(self.name)
-        news = bool(self.engine.stats.ended_epochs) or not knows
+        news = bool(self.engine.stats.ended_epochs) or not (knows and self.lease.holds)
         return news and not (self.is_stopped or self.is_leaving or self.reports)
 
     def receive(self, data: bytes, call: Call) -> None:
@@ -435,7 +471,14 @@ class Replica:
             call.answer(encode_reply(error))
         self._answer()
 
+    def renew(self) -> None:
+        """It reports all the time."""
+        if not (self.is_stopped or self.is_leaving) and self.world.actor._directory.heard(self.name):
+            self.lease.renew(self.world.loop.now)
+
     def step(self) -> None:
+        if self.epochs & self.world.fenced.get(self.name, set()):
+            raise Violation(f"{self.name} works without a lease")
         self.engine.step(self.world.loop.now)
         self.engine.expire(self.world.loop.now)
         self._answer()
@@ -449,6 +492,8 @@ class Replica:
 
     def _answer(self) -> None:
         now = self.world.loop.now
+        if not self.lease.holds:
+            return
         for call, answer in self.engine.farewell(now) if self.is_draining else self.engine.answers(now):
             assert isinstance(call, Call)
             call.answer(encode_reply(answer))
@@ -461,11 +506,16 @@ class Replica:
 
     async def _report(self) -> None:
         try:
-            if not await self.world.ask(self.name, "report", self.name, self.engine.stats.take_ended()):
-                await self.world.ask(self.name, "register", self.card, CONFIG.durability)
+            await self.registration.renew(self.engine.stats.take_ended())
+            self._answer()
         except LockstepError:
             pass
         self.reports = False
+
+    async def fence(self) -> None:
+        for call in self.engine.drop_all(self.world.loop.now):
+            assert isinstance(call, Call)
+            call.answer(_gone("it was away for longer than its lease"))
 
     def kill(self) -> None:
         self.world.fail(self.name)
@@ -473,6 +523,11 @@ class Replica:
 
     def stop(self) -> None:
         self.is_stopped = True
+
+    def sleep(self) -> None:
+        """It is stopped for longer than its lease."""
+        self.stop()
+        self.world.pass_until(self.world.loop.now + LEASE_S + 2 * MARGIN_S)
 
     def wake(self) -> None:
         self.is_stopped = False
@@ -510,10 +565,11 @@ class Ingress:
     def __init__(self, world: World, name: str) -> None:
         self.world, self.name = world, name
         self.hub = Hub(self, ack_on_receipt=False, sender=name)  # type: ignore[arg-type]
+        self.hub._watching = self.hub._watch  # type: ignore[assignment]  # it gives up when it is told to
         self.connections: list[Connection] = []
 
     def __getattr__(self, method: str) -> Callable[..., asyncio.Future[Any]]:
-        if method not in ("attach", "release", "keep", "fetch", "lost", "models"):
+        if method not in ("attach", "gone", "release", "keep", "fetch", "lost", "models"):
             raise AttributeError(method)
         return partial(self.world.ask, self.name, method)
 

@@ -6,6 +6,7 @@ Ray's own helpers make the port and the channel, so who may call is who has Ray'
 They are no public interface: the version of Ray is pinned.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -22,11 +23,25 @@ SERVICE, METHOD = "lockstep.Owner", "Frame"
 ANSWER_WITHIN_S = 60.0
 """A live owner answers within a second or the time of a step; later than this it counts as gone."""
 STOP_WITHIN_S = 1.0
+PROBE_S = 0.5
 OPTIONS = [
     ("grpc.max_receive_message_length", -1),  # frames are cut where they are made
     ("grpc.max_send_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),  # a channel of a replica that is gone would be found again otherwise
 ]
+
+
+async def is_listening(address: str) -> bool:
+    """Whether the process may live that was to be reached there: False only when its machine says that it does not."""
+    host, _, port = address.rpartition(":")
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), int(port)), PROBE_S)
+    except ConnectionRefusedError:
+        return False
+    except (OSError, TimeoutError):
+        return True
+    writer.close()
+    return True
 
 
 class FrameServer:

@@ -33,6 +33,9 @@ from serve_app.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
+FENCED = "fenced"
+"""Why a session is not here any more that goes on elsewhere: this owner was away for longer than its lease."""
+
 
 class Engine:
     """Serves one model to the sessions it owns.
@@ -196,6 +199,24 @@ class Engine:
         known = np.concatenate([in_slots, in_pages])
         state = tuple(np.concatenate(leaves) for leaves in zip(*parts, strict=True))
         return Checkpoints(self._sessions.epoch[known], self._sessions.progress[known], state)
+
+    def drop_all(self, now: float) -> list[Ticket]:
+        """Forget all sessions, and who has sent to them: others have them. Returns the calls that wait.
+
+        They have not ended: the directory is told nothing.
+        """
+        while self._flights:
+            self._complete(self._flights.popleft(), now)
+        for row in np.flatnonzero(self._sessions.status != Status.FREE).tolist():
+            self._end(row, FENCED)
+        waiting = [ticket for mailbox in self._mail.values() for ticket, _ in mailbox.calls]
+        for sender in self._mail:
+            self._checkpoints.forget(sender)
+        self._mail.clear()
+        self._mailboxes.clear()
+        self._exports.clear()
+        self.stats.ended_epochs.clear()
+        return waiting
 
     def expire(self, now: float) -> None:
         """End sessions that have been idle for too long. Looks at most every tenth of that time."""
@@ -466,6 +487,8 @@ class Engine:
     def _refuse(self, verdict: int, frame: Frame, i: int, row: int) -> Notice:
         epoch = int(frame.epoch[i])
         stone = self._sessions.tombstones.get(epoch) if verdict in (Verdict.UNKNOWN, Verdict.ENDED) else None
+        if stone is not None and stone.reason == FENCED:
+            return Notice(epoch, "moving")
         if stone is not None:
             return Notice(epoch, "ended", reason=stone.reason, progress=stone.progress)
         error = self._sessions.refusal(verdict, frame, i, row)
