@@ -30,6 +30,7 @@ from serve_app.config import DurabilityConfig
 from serve_app.deployments.transport import SERVE_NAMESPACE, RayDirectory
 from serve_app.directory import Claim, Grant, Held, Owner
 from serve_app.ingress.hub import Hub
+from serve_app.lease import LEASE_S
 from serve_app.session import Session
 from serve_app.spec import ModelSpec, SessionLimits, TensorSpec
 
@@ -47,6 +48,7 @@ APPLICATION = {
     "session.max_sessions": 2**16,
     "replicas": 2,
 }
+IDLE_OWNERS = 4
 CALLERS, AT_ONCE = 4, 64
 BURST = 1000
 TIMESTEPS = 5
@@ -176,11 +178,19 @@ async def fill_and_open(directory: RayDirectory, idle: int, seconds: float) -> d
 
 
 async def register_idle_owners(directory: RayDirectory, idle: int) -> None:
-    """Owners of the idle sessions. They never report, so nobody may send to them."""
-    for number in range(4):
+    """Owners of the idle sessions; nobody may send to them."""
+    for number in range(IDLE_OWNERS):
         limits = SessionLimits(1024, 4096, refuse_nan=True)
         owner = Owner(f"idle-{number}", "nowhere", IDLE, limits, 2 * idle + 2**20, 2**20, checkpoints=True)
         await directory.register(owner, DurabilityConfig(max_bytes=MAX_BYTES))
+
+
+async def report_idle_owners(directory: RayDirectory) -> None:
+    """They are alive."""
+    while True:
+        await asyncio.sleep(LEASE_S / 4)
+        for number in range(IDLE_OWNERS):
+            await directory.report(f"idle-{number}", [])
 
 
 async def fail_over(moving: int) -> dict[str, float]:
@@ -228,8 +238,12 @@ def pid_of(actor: Any) -> int:
 
 async def measure(idle: int, moving: int, seconds: float) -> dict[str, float]:
     """All figures, of the application that runs."""
-    figures = await fill_and_open(RayDirectory(APP), idle, seconds)
-    return figures | await fail_over(moving)
+    directory = RayDirectory(APP)
+    reporting = asyncio.create_task(report_idle_owners(directory))
+    figures = await fill_and_open(directory, idle, seconds)
+    figures |= await fail_over(moving)
+    reporting.cancel()
+    return figures
 
 
 @click.command()

@@ -22,6 +22,7 @@ from serve_app.errors import (
     UnknownModel,
     UnknownSession,
 )
+from serve_app.lease import LEASE_S, MARGIN_S
 from serve_app.policy.placement import choose_owner
 from serve_app.spec import ModelSpec, SessionLimits
 
@@ -117,33 +118,77 @@ Slab = Mapping[str, tuple[Held, bytes]]
 class Directory:
     """Owners by name, sessions by id. Epochs start at `incarnation` << 24: a later directory grants higher ones.
 
+    Owners work under leases (see serve_app.lease): one that has not been heard of for longer is given up.
+
     `kept`: under which keys checkpoints are there from before. One that no owner's session has is given up after
     `keep_s`.
     """
 
-    def __init__(self, incarnation: int) -> None:
+    def __init__(self, incarnation: int, now: float = 0.0) -> None:
+        self.incarnation = incarnation
         self._first_epoch = self._last_epoch = incarnation << 24
         self._owners: dict[str, Owner] = {}
+        self._heard: dict[str, float] = {}  # when of each owner
+        self._suspects: set[str] = set()  # owners that somebody cannot reach, until they are heard of
+        self._asked_at = self._awake_since = -math.inf
         self._sessions: dict[str, Record] = {}
         self._held: dict[str | None, dict[int, str]] = {None: {}}  # by owner: epoch -> session
         self._kept: set[str] = set()  # keys
         self._waiting: dict[str, float] = {}  # since when no owner has the session, by key: some of those kept
         self._unkept: set[int] = set()  # epochs that waited for an owner at the last look, without a checkpoint
         self._keep_s = self._expire_at = math.inf
-        self._now = 0.0  # as it was told last
+        self._now = self._started_at = now  # as it was told last
 
     def register(self, owner: Owner) -> None:
         """Take a new owner in."""
         self._owners[owner.name] = owner
         self._held.setdefault(owner.name, {})
+        self.heard(owner.name)
 
     def knows(self, owner: str) -> bool:
         """Whether the owner is registered."""
         return owner in self._owners
 
+    def heard(self, owner: str) -> bool:
+        """An owner is alive; False when it has to register (again)."""
+        if owner not in self._owners:
+            return False
+        self._heard[owner] = self._now
+        self._suspects.discard(owner)
+        return True
+
+    def address_of(self, owner: str) -> str | None:
+        """Where an owner can be reached; None when it is not registered."""
+        return self._owners[owner].address if owner in self._owners else None
+
+    def suspect(self, owner: str) -> None:
+        """Somebody cannot reach the owner: nothing is placed there until it is heard of."""
+        if owner in self._owners:
+            self._suspects.add(owner)
+
+    def tick(self, now: float) -> None:
+        """It is as late as that: give up the owners whose leases are over.
+
+        None when this directory itself may have stood still, and what owners have said meanwhile waits to be heard.
+        """
+        if now - self._asked_at > MARGIN_S:
+            self._awake_since = now
+        self._asked_at = self._now = now
+        if now - self._awake_since > MARGIN_S:
+            for owner in [owner for owner, heard in self._heard.items() if now - heard > LEASE_S + MARGIN_S]:
+                self.unregister(owner)
+
+    def gone(self, owners: Iterable[str]) -> list[str]:
+        """Which of these have no lease any more. A directory that has just started cannot tell."""
+        if self._now - self._started_at <= LEASE_S + MARGIN_S:
+            return []
+        return [owner for owner in owners if owner not in self._owners]
+
     def unregister(self, owner: str) -> int:
         """The owner is gone, and with it its sessions that are not resumable; returns how many it had."""
         self._owners.pop(owner, None)
+        self._heard.pop(owner, None)
+        self._suspects.discard(owner)
         lost = self._held.pop(owner, {})
         for session in lost.values():
             self._orphan(session)
@@ -175,6 +220,8 @@ class Directory:
         if is_new and key_of(session) in self._kept:
             raise SessionExists(f"session {session!r} waits to be resumed: do that, or choose another id")
         serving = self._serving(session, model, claim)
+        if record is not None and record.owner in serving and len(serving) > 1:
+            del serving[record.owner]  # its sender cannot reach it
         load = {name: len(self._held[name]) for name in serving}
         chosen = choose_owner(load, {name: owner.max_sessions for name, owner in serving.items()})
         if chosen is None:
@@ -352,7 +399,11 @@ class Directory:
             raise InvalidInput(f"{len(models)} models are served here, say which one: {', '.join(models)}")
         if model not in (None, *models):
             raise UnknownModel(f"model {model!r} is not served here: {', '.join(models)}")
-        serving = {name: owner for name, owner in self._owners.items() if model in (None, owner.spec.name)}
+        serving = {
+            name: owner
+            for name, owner in self._owners.items()
+            if model in (None, owner.spec.name) and name not in self._suspects
+        }
         if not serving:
             raise Unavailable(f"no replica of model {model!r} is ready: try again in a moment")
         if claim is None or not claim.fingerprint:

@@ -21,8 +21,8 @@ class Open:
     """Take a session in. `initial_state`: the state's tensors in the order of the model's, None for the model's own.
 
     start: the first timestep that it brings; what was before ran elsewhere, and left that state. adopts: the epoch of a
-    session that is here, or -1; it goes on under the new epoch with another sender, who has the outputs below `start`.
-    rewind: its failed steps before that.
+    session that is here, or -1; it goes on under the new epoch with another sender. rewind: its failed steps before
+    that. acked: its client has the outputs below; the sender has those from there to `start`.
     """
 
     epoch: int
@@ -31,6 +31,7 @@ class Open:
     start: int = 0
     adopts: int = -1
     rewind: int = 0
+    acked: int = 0
 
 
 @dataclass(frozen=True, slots=True)

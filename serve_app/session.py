@@ -342,6 +342,11 @@ class Session:
         """Whether the carrier can forget the session: it has ended and the owner, if it cares, knows all is here."""
         return self.end_reason is not None and (self.end_reason != "closed" or self.acked_told >= self.progress)
 
+    @property
+    def has_all_acked(self) -> bool:
+        """Whether it has ended, and its client has all that came of it."""
+        return self.end_reason is not None and self.acked >= self.progress
+
     def take(self, max_timesteps: int) -> Entry:
         """What to send now: up to max_timesteps inputs, the acknowledgement, and the close once all inputs are out."""
         room = min(max_timesteps, self.limits.max_window)  # what runs again may be more than the owner takes at once
@@ -429,11 +434,13 @@ class Session:
 
     def adopted(self, accepted: int, rewind: int) -> None:
         """The owner has its inputs below `accepted`, after so many failed steps."""
-        self.next = self.handed = self.accepted = self._adopted_at = accepted
-        self.progress = min(self.progress, accepted)  # what its client has had may have to run again there
-        self.acked_told = min(self.acked_told, accepted)
-        self.rewind = rewind
-        while self._checkpoints and self._checkpoints[0][0] < accepted:
+        if rewind >= self.rewind:  # else a step has failed since, which was heard of first
+            self.next = self.handed = self.accepted = accepted
+            self.rewind = rewind
+        self._adopted_at = self.next
+        self.progress = min(self.progress, self.next)  # what its client has had may have to run again there
+        self.acked_told = min(self.acked_told, self.next)
+        while self._checkpoints and self._checkpoints[0][0] < self.next:
             self._checkpoints.popleft()  # inputs from there on are not all here
 
     def begin_at(self, at: int) -> None:
@@ -486,6 +493,7 @@ class Session:
         self.acked_told = 0
         self.in_flight = self._close_told = False
         self._end = None
+        self._early.clear()  # all comes again, and if a step fails there, not as it was
         while len(self._checkpoints) > 1:
             self._checkpoints.pop()
         self._ask_again()

@@ -12,7 +12,8 @@ from serve_app.frame import Answer, Checkpoints, Frame, Notice, Open
 def encode_frame(frame: Frame) -> bytes:
     """The inverse of `decode_frame`."""
     opens = [
-        (ask.epoch, ask.session, pack_all(ask.initial_state), ask.start, ask.adopts, ask.rewind) for ask in frame.opens
+        (ask.epoch, ask.session, pack_all(ask.initial_state), ask.start, ask.adopts, ask.rewind, ask.acked)
+        for ask in frame.opens
     ]
     columns, x = _pack_array(frame.columns), _pack_array(frame.x)
     return _pack((frame.owner, frame.sender, columns, x, opens, list(frame.exports)))

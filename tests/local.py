@@ -2,10 +2,11 @@
 
 import asyncio
 import contextvars
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+from serve_app import lease
 from serve_app.config import AppConfig
 from serve_app.deployments.directory_actor import DirectoryActor
 from serve_app.directory import Ask, Claim, Described, Directory, Grant, Owner, Slab
@@ -31,12 +32,13 @@ class LocalCluster:
     """
 
     def __init__(self, models: list[RecurrentModel], config: AppConfig) -> None:
-        self.actor = DirectoryActor("app")
+        self.actor = DirectoryActor("app", self._is_listening)
         self.engines: dict[str, Engine] = {}
         self.frames: list[Frame] = []
         self.requests: list[str] = []
         self.closed: list[str] = []
         self.num_cancelled = 0
+        self.stopped: set[str] = set()  # owners that neither report nor answer
         self.delay_s: Callable[[], float] = lambda: 0.0
         self._running: dict[str, AsyncEngine] = {}
         self._dying: list[asyncio.Task[None]] = []
@@ -69,9 +71,19 @@ class LocalCluster:
 
     async def start_directory(self) -> None:
         """A directory starts (again), and all that live register, as they do on Ray."""
-        self.actor = DirectoryActor("app")
+        self.actor = DirectoryActor("app", self._is_listening)
         for name in self._running:
             await self.actor.register(self._owners[name], self._config.durability)
+
+    async def _is_listening(self, owner: str) -> bool:
+        return owner in self._running
+
+    def _report(self) -> None:
+        """All that live do so all the time."""
+        self.directory.tick(lease.now())
+        for owner in self._running:
+            if owner not in self.stopped:
+                self.directory.heard(owner)
 
     async def open(
         self,
@@ -83,6 +95,7 @@ class LocalCluster:
         resumable: bool = False,
         claim: Claim | None = None,
     ) -> Grant:
+        self._report()
         (opened,) = await self.actor.open([Ask(session, sender, model, ended, resumable, claim)])
         if isinstance(opened, LockstepError):
             raise opened
@@ -103,6 +116,10 @@ class LocalCluster:
     async def lost(self, owner: str) -> None:
         await self.actor.lost(owner)
 
+    async def gone(self, owners: Sequence[str]) -> list[str]:
+        self._report()
+        return await self.actor.gone(owners)
+
     async def describe(self, session: str) -> Described:
         return await self.actor.describe(session)
 
@@ -113,6 +130,7 @@ class LocalCluster:
         return await self.actor.drop(session)
 
     async def models(self) -> dict[str, ModelSpec]:
+        self._report()
         return await self.actor.models()
 
     def connect(self, owner: Owner) -> Channel:
@@ -122,6 +140,8 @@ class LocalCluster:
         self.frames.append(frame)
         self.requests.append(REQUEST.get())
         await asyncio.sleep(self.delay_s())
+        while owner in self.stopped:
+            await asyncio.sleep(0.01)
         try:
             answer = await self._running[owner].frame(frame)
             if owner not in self._running:

@@ -3,13 +3,15 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import TypeVar
 from urllib.parse import quote
 
+from serve_app import lease
 from serve_app.checkpoint import decode_checkpoint
 from serve_app.checkpoint_store import CheckpointStore, key_of, open_store
 from serve_app.config import DurabilityConfig
+from serve_app.deployments.frame_channel import is_listening
 from serve_app.directory import Ask, Described, Directory, Grant, Owner, Record, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.spec import ModelSpec
@@ -21,23 +23,27 @@ T = TypeVar("T")
 class DirectoryActor:
     """Of one application. What the directory decides it decides at once; the store is used beside that, in order."""
 
-    def __init__(self, app: str) -> None:
+    def __init__(self, app: str, is_listening: Callable[[str], Awaitable[bool]] = is_listening) -> None:
+        """is_listening: whether anybody takes calls at an owner's address, as far as can be told."""
         self._app = app
-        self._directory = Directory(incarnation=time.time_ns() // 10**7)  # none starts twice in 10 ms
+        self._is_listening = is_listening
+        self._directory = Directory(time.time_ns() // 10**7, lease.now())  # none starts twice in 10 ms
         self._durability: DurabilityConfig | None = None
         self._store: CheckpointStore | None = None
         self._storing = asyncio.Lock()
         self._drops: set[asyncio.Task[None]] = set()
 
-    async def register(self, owner: Owner, durability: DurabilityConfig) -> None:
-        """See Directory.register; first, open the store unless it is open. A new actor learns of it so."""
+    async def register(self, owner: Owner, durability: DurabilityConfig) -> int:
+        """See Registry, Directory.register; first, open the store unless it is open. A new actor learns of it so."""
         async with self._storing:
             if durability != self._durability:
                 folder = quote(self._app, safe="")
                 store = await asyncio.to_thread(open_store, durability.store, folder, durability.max_bytes)
                 self._store, self._durability = store, durability
-                self._directory.found(store.keys(), durability.keep_s, time.monotonic())
+                self._directory.found(store.keys(), durability.keep_s, lease.now())
+        self._directory.tick(lease.now())
         self._directory.register(owner)
+        return self._directory.incarnation
 
     async def unregister(self, owner: str) -> None:
         """See Directory.unregister."""
@@ -45,6 +51,7 @@ class DirectoryActor:
 
     async def open(self, asks: Sequence[Ask]) -> list[Grant | LockstepError]:
         """See Directory.open; what each ask is granted, or why it is not. First, forget what its sender saw end."""
+        self._directory.tick(lease.now())
         return [await self._open(ask) for ask in asks]
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
@@ -77,18 +84,31 @@ class DirectoryActor:
             self._drop(self._directory.ended("", [self._directory.lookup(session).epoch]))
         return grant
 
-    async def report(self, owner: str, ended: list[int]) -> bool:
-        """An owner is alive, and these sessions of it have ended; False when it has to register (again)."""
+    async def report(self, owner: str, ended: list[int]) -> tuple[int, bool]:
+        """See Registry."""
+        self._directory.tick(now := lease.now())
         self._drop(self._directory.ended(owner, ended))
-        self._drop(self._directory.expire(time.monotonic()))
-        return self._directory.knows(owner)
+        self._drop(self._directory.expire(now))
+        return self._directory.incarnation, self._directory.heard(owner)
 
     async def lost(self, owner: str) -> None:
-        """A sender cannot reach the owner. One that lives nevertheless registers again with its next report."""
-        self._directory.unregister(owner)
+        """A sender cannot reach the owner, which is given up if that is so of everybody; else when its lease is over.
+
+        Meanwhile whoever sent to a session there, and so is the only one to hear of it, goes on with it elsewhere.
+        """
+        address = self._directory.address_of(owner)
+        if address is not None and not await self._is_listening(address):
+            self._directory.unregister(owner)
+        self._directory.suspect(owner)
+
+    async def gone(self, owners: Sequence[str]) -> list[str]:
+        """See Directory.gone."""
+        self._directory.tick(lease.now())
+        return self._directory.gone(owners)
 
     async def models(self) -> dict[str, ModelSpec]:
         """See Directory.models."""
+        self._directory.tick(lease.now())
         return self._directory.models()
 
     async def num_sessions(self) -> dict[str, int]:
@@ -105,7 +125,7 @@ class DirectoryActor:
         unkept = await self._stored(lambda store: store.keep(records))
         refused |= {keys[key]: error for key, error in unkept.items()}
         kept = {session: held for session, (held, _) in taken.items() if session not in refused}
-        self._drop(self._directory.has_kept(kept, time.monotonic()))
+        self._drop(self._directory.has_kept(kept, lease.now()))
         return refused
 
     async def fetch(self, session: str) -> tuple[int, bytes]:

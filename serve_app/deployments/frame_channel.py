@@ -31,6 +31,7 @@ ANSWER_WITHIN_S = 60.0
 """A live owner answers within a second or the time of a step; later than this it counts as gone."""
 CONNECT_WITHIN_S = 10.0
 STOP_WITHIN_S = 1.0
+PROBE_S = 0.5
 LOST_AFTER_S = 15
 """Without a sign of life from the other machine."""
 MAX_BYTES = 2**31
@@ -40,6 +41,19 @@ BUFFER_BYTES = 256 * 1024
 HEADER = Struct("<QQ")
 TOKEN = 0
 """The number of the first message."""
+
+
+async def is_listening(address: str) -> bool:
+    """Whether the process may live that was to be reached there: False only when its machine says that it does not."""
+    host, port = parse_address(address)
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), PROBE_S)
+    except ConnectionRefusedError:
+        return False
+    except (OSError, TimeoutError):
+        return True
+    writer.close()
+    return True
 
 
 class FrameServer:

@@ -13,12 +13,14 @@ from ray import serve
 from serve_app.config import AppConfig
 from serve_app.deployments.frame_channel import FrameServer
 from serve_app.deployments.metrics import EngineMetrics
+from serve_app.deployments.registration import Registration
 from serve_app.deployments.transport import RayDirectory, ReplicaActor
 from serve_app.directory import Owner
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.build import build_engine
 from serve_app.errors import InvalidInput, LockstepError, UnknownSession
 from serve_app.ingress.hub import Hub
+from serve_app.lease import Lease
 from serve_app.segment import Outputs, Segment
 from serve_app.spec import SessionLimits
 
@@ -42,7 +44,8 @@ class Recurrent:
         context = serve.get_replica_context()
         self._actor_name = context.replica_id.to_full_id_str()
         self._engine = build_engine(config, owner=context.replica_id.unique_id)
-        self._serving = AsyncEngine(self._engine, config.engine.threads if config.engine.pin_threads else 0)
+        lease = Lease()
+        self._serving = AsyncEngine(self._engine, config.engine.threads if config.engine.pin_threads else 0, lease)
         self._frames = FrameServer(self._serving.frame)
         self._parts.push_async_callback(self._frames.stop)
         self._parts.push_async_callback(self._serving.stop)  # first: its last answers have the states of all sessions
@@ -62,8 +65,8 @@ class Recurrent:
             checkpoints=session.checkpoint_timesteps > 0,
             models=models,
         )
-        self._durability = config.durability
-        await self._directory.register(self._owner, self._durability)
+        self._registration = Registration(self._directory, self._owner, config.durability, lease, self._serving.fence)
+        await self._registration.register()
         self._parts.push_async_callback(self._directory.unregister, self._owner.name)
         self._reporter = asyncio.create_task(self._report())
         self._parts.callback(self._reporter.cancel)
@@ -144,12 +147,11 @@ class Recurrent:
         return await ReplicaActor(record.sender).call(method, *args)
 
     async def _report(self) -> None:
-        """Tell the directory what has ended, and the dashboard how things are."""
+        """Tell the directory what has ended, which renews the lease, and the dashboard how things are."""
         while True:
             try:
                 self._metrics.publish(self._engine)
-                if not await self._directory.report(self._owner.name, self._engine.stats.take_ended()):
-                    await self._directory.register(self._owner, self._durability)
+                await self._registration.renew(self._engine.stats.take_ended())
             except LockstepError as error:
                 logger.warning("the directory does not answer, trying again: %s", error)
             await asyncio.sleep(REPORT_PERIOD_S)

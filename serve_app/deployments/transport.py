@@ -80,6 +80,10 @@ class RayDirectory:
         """See DirectoryClient."""
         await self._losses.call(owner)
 
+    async def gone(self, owners: Sequence[str]) -> list[str]:
+        """See DirectoryClient."""
+        return await _result(self.actor.gone.remote(owners))
+
     async def describe(self, session: str) -> Described:
         """See DirectoryClient."""
         return await _result(self.actor.describe.remote(session))
@@ -96,16 +100,16 @@ class RayDirectory:
         """See DirectoryClient."""
         return await _result(self.actor.models.remote())
 
-    async def register(self, owner: Owner, durability: DurabilityConfig) -> None:
-        """Make an owner known, and where checkpoints are kept. Raises ConfigError where they cannot be."""
-        await _result(self.actor.register.remote(owner, durability))
+    async def register(self, owner: Owner, durability: DurabilityConfig) -> int:
+        """See Registry. Raises ConfigError where checkpoints cannot be kept as configured."""
+        return await _result(self.actor.register.remote(owner, durability))
 
     async def unregister(self, owner: str) -> None:
         """The owner takes nothing any more."""
         await _result(self.actor.unregister.remote(owner))
 
-    async def report(self, owner: str, ended: list[int]) -> bool:
-        """Say that the owner is alive; False when it has to register again."""
+    async def report(self, owner: str, ended: list[int]) -> tuple[int, bool]:
+        """See Registry."""
         return await _result(self.actor.report.remote(owner, ended))
 
     async def lookup(self, session: str) -> Record:

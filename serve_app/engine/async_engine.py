@@ -6,21 +6,26 @@ from serve_app.engine.engine import Engine
 from serve_app.engine.loop import Delivery, EngineLoop
 from serve_app.errors import LockstepError
 from serve_app.frame import Answer, Frame
+from serve_app.lease import Lease
 
 
 class AsyncEngine:
     """Calls into an engine's thread, from the event loop that it is made on: that delivers what the thread answers."""
 
-    def __init__(self, engine: Engine, cores: int = 0) -> None:
-        """cores: see EngineLoop."""
+    def __init__(self, engine: Engine, cores: int = 0, lease: Lease | None = None) -> None:
+        """cores, lease: see EngineLoop."""
         self._asyncio_loop = asyncio.get_running_loop()
-        self._loop = EngineLoop(engine, self._deliver, cores)
+        self._loop = EngineLoop(engine, self._deliver, cores, lease)
 
     async def frame(self, frame: Frame) -> Answer:
         """Hand a frame in; the answer brings what there is for its sender by then, of this frame or others."""
         future: asyncio.Future[Answer] = self._asyncio_loop.create_future()
         self._loop.call(frame, future)
         return await future
+
+    async def fence(self) -> None:
+        """Drop all sessions: others have them."""
+        await asyncio.to_thread(self._loop.fence)
 
     def check_health(self) -> None:
         """Raise Unavailable when the engine has died."""

@@ -33,6 +33,9 @@ from serve_app.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
+FENCED = "fenced"
+"""Why a session is not here any more that goes on elsewhere: this owner was away for longer than its lease."""
+
 
 class Engine:
     """Serves one model to the sessions it owns.
@@ -197,6 +200,24 @@ class Engine:
         state = tuple(np.concatenate(leaves) for leaves in zip(*parts, strict=True))
         return Checkpoints(self._sessions.epoch[known], self._sessions.progress[known], state)
 
+    def drop_all(self, now: float) -> list[Ticket]:
+        """Forget all sessions, and who has sent to them: others have them. Returns the calls that wait.
+
+        They have not ended: the directory is told nothing.
+        """
+        while self._flights:
+            self._complete(self._flights.popleft(), now)
+        for row in np.flatnonzero(self._sessions.status != Status.FREE).tolist():
+            self._end(row, FENCED)
+        waiting = [ticket for mailbox in self._mail.values() for ticket, _ in mailbox.calls]
+        for sender in self._mail:
+            self._checkpoints.forget(sender)
+        self._mail.clear()
+        self._mailboxes.clear()
+        self._exports.clear()
+        self.stats.ended_epochs.clear()
+        return waiting
+
     def expire(self, now: float) -> None:
         """End sessions that have been idle for too long. Looks at most every tenth of that time."""
         if now >= self._expire_at:
@@ -255,7 +276,7 @@ class Engine:
             if ask.adopts >= 0:
                 return self._adopt(ask, sender, now)
             if not self._sessions.holds(ask.epoch):
-                row = self._sessions.open(ask.epoch, ask.session, sender, now, ask.start, ask.rewind)
+                row = self._sessions.open(ask.epoch, ask.session, sender, now, ask.start, ask.rewind, ask.acked)
                 self._mail[sender].num_sessions += 1
                 if ask.initial_state is not None:
                     with self._pool.moving(after_steps=False):
@@ -269,17 +290,17 @@ class Engine:
         row = self._sessions.row_of(ask.adopts)
         if row < 0 or self._sessions.status[row] != Status.OPEN:
             raise NotOwner(f"session {ask.session!r} is not here any more, or has ended")
-        if ask.start < (acked := int(self._sessions.acked[row])):  # it came here from another owner at that timestep
-            raise NotOwner(f"outputs of session {ask.session!r} are here from timestep {acked} on, not {ask.start}")
+        if ask.acked < (first := max(int(self._sessions.acked[row]), int(self._sessions.began[row]))):
+            raise NotOwner(f"outputs of session {ask.session!r} are here from timestep {first} on, not {ask.acked}")
         while self._flights:  # they know it by its old epoch
             self._complete(self._flights.popleft(), now)
         if self._sessions.status[row] != Status.OPEN:
             raise NotOwner(f"session {ask.session!r} has ended")
         before = self._mail[int(self._sessions.sender[row])]
         before.num_sessions -= 1
-        before.notices.append(Notice(ask.adopts, "ended", reason="taken over", progress=ask.start))
+        before.notices.append(Notice(ask.adopts, "ended", reason="taken over", progress=ask.acked))
         self._mail[sender].num_sessions += 1
-        self._sessions.adopt(row, ask.epoch, sender, ask.start, now)
+        self._sessions.adopt(row, ask.epoch, sender, ask.acked, now)
         rows = np.array([row])
         self._outputs.drop_below(rows, self._sessions.acked[rows])
         self._mail[sender].mark(rows)
@@ -425,7 +446,7 @@ class Engine:
         for row in self._sessions.due_to_close(known).tolist():
             self._end(row, "closed")
         for row in known[self._sessions.status[known] == Status.ENDED].tolist():
-            if not self._outputs.holds(row):
+            if self._sessions.has_all_acked(row):
                 self._free(row)
 
     def _end(self, row: int, reason: str) -> None:
@@ -443,7 +464,7 @@ class Engine:
             self._sessions.end(row, reason)
             self.stats.ends[reason] += 1
             self._tell_model(self._sessions.names[row], reason)
-        if reason != "closed" or not self._outputs.holds(row):
+        if reason != "closed" or self._sessions.has_all_acked(row):
             self._free(row)
 
     def _free(self, row: int) -> None:
@@ -466,6 +487,8 @@ class Engine:
     def _refuse(self, verdict: int, frame: Frame, i: int, row: int) -> Notice:
         epoch = int(frame.epoch[i])
         stone = self._sessions.tombstones.get(epoch) if verdict in (Verdict.UNKNOWN, Verdict.ENDED) else None
+        if stone is not None and stone.reason == FENCED:
+            return Notice(epoch, "moving")
         if stone is not None:
             return Notice(epoch, "ended", reason=stone.reason, progress=stone.progress)
         error = self._sessions.refusal(verdict, frame, i, row)

@@ -9,13 +9,17 @@ from serve_app.engine.cores import pin_thread
 from serve_app.engine.engine import Engine
 from serve_app.engine.mailbox import Ticket
 from serve_app.engine.runner import inference_mode
-from serve_app.errors import LockstepError, Unavailable
+from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.frame import Answer, Frame
+from serve_app.lease import Freehold, Lease
 
 logger = logging.getLogger(__name__)
 
 PART_WITHIN_S = 0.5
 """A loop that stops waits so long for the next call of each sender, which is to bring its sessions' states back."""
+
+UNLEASED_S = FENCE_POLL_S = 0.05
+"""So often it is looked whether there is a lease again; whether the thread has dropped all sessions, or is dead."""
 
 Delivery = Sequence[tuple[Ticket, Answer | LockstepError]]
 
@@ -24,13 +28,18 @@ class EngineLoop:
     """Runs an engine until stopped. Every call is answered: by the engine, or with Unavailable once the loop is dead.
 
     `deliver` is called on the loop's thread, with all answers that became due together. `cores`: that this thread, and
-    torch's beside it, are pinned to (0: they run anywhere).
+    torch's beside it, are pinned to (0: they run anywhere). While its `lease` does not hold nothing is launched, and
+    nothing answered.
     """
 
-    def __init__(self, engine: Engine, deliver: Callable[[Delivery], None], cores: int = 0) -> None:
+    def __init__(
+        self, engine: Engine, deliver: Callable[[Delivery], None], cores: int = 0, lease: Lease | None = None
+    ) -> None:
         self._engine = engine
         self._deliver = deliver
         self._cores = cores
+        self._lease = lease or Freehold()
+        self._fenced: threading.Event | None = None  # who waits until all is dropped
         self._arrived = threading.Condition()
         self._inbox: list[tuple[Frame, Ticket]] = []
         self._stopping = False
@@ -50,6 +59,15 @@ class EngineLoop:
         """Raise Unavailable when the loop has ended."""
         with self._arrived:
             self._raise_if_dead()
+
+    def fence(self) -> None:
+        """Drop all sessions, since others have them: whoever still sends to one here is told that it is not."""
+        fenced = threading.Event()
+        with self._arrived:
+            self._fenced = fenced
+            self._arrived.notify()
+        while not fenced.wait(FENCE_POLL_S) and self._thread.is_alive():
+            pass
 
     def stop(self) -> None:
         """End the loop after the steps that run; senders get all there is, so that their sessions can go on elsewhere.
@@ -78,18 +96,36 @@ class EngineLoop:
     def _turn(self) -> None:
         """Take what has arrived, run one step, hand out what can be answered."""
         with self._arrived:
-            if not self._inbox and not self._stopping and not self._engine.ready:
-                self._arrived.wait(max(0.0, self._engine.wake_at() - time.monotonic()))
-        refused = self._receive()
-        self._engine.step(time.monotonic())
-        self._engine.expire(time.monotonic())
-        self._reply([*refused, *self._engine.answers(time.monotonic())])
+            is_idle = not self._engine.ready or not self._lease.holds
+            if is_idle and not (self._inbox or self._stopping or self._fenced):
+                wait_s = self._engine.wake_at() - time.monotonic() if self._lease.holds else UNLEASED_S
+                self._arrived.wait(max(0.0, wait_s))
+        replies = self._receive()
+        if self._fenced is not None:
+            replies += self._drop_all()
+        if self._lease.holds:
+            self._engine.step(time.monotonic())
+            self._engine.expire(time.monotonic())
+        if self._lease.holds:
+            replies += self._engine.answers(time.monotonic())
+        self._reply(replies)
+
+    def _drop_all(self) -> list[tuple[Ticket, Answer | LockstepError]]:
+        """See `fence`; returns what those who wait are told."""
+        assert self._fenced is not None
+        logger.warning("this replica was away for longer than its lease: its sessions have gone on elsewhere")
+        gone = StateLost("this replica was away for longer than its lease: its sessions have gone on elsewhere")
+        tickets = self._engine.drop_all(time.monotonic())
+        self._fenced.set()
+        self._fenced = None
+        return [(ticket, gone) for ticket in tickets]
 
     def _part(self) -> None:
         """Hand all sessions back to their senders, with calls that are here or come soon."""
         deadline = time.monotonic() + PART_WITHIN_S
-        self._reply(self._engine.farewell(time.monotonic()))
-        while not self._engine.parted and (left_s := deadline - time.monotonic()) > 0:
+        if self._lease.holds:
+            self._reply(self._engine.farewell(time.monotonic()))
+        while self._lease.holds and not self._engine.parted and (left_s := deadline - time.monotonic()) > 0:
             with self._arrived:
                 self._arrived.wait_for(lambda: self._inbox, left_s)
             refused = self._receive()

@@ -1,7 +1,8 @@
 """The numbers of every session that this owner holds, and what becomes of a frame's entries. Pure.
 
 A session's timesteps lie on one line: acked <= sent <= progress <= next. `acked`: the client holds the outputs below;
-`sent`: an answer with the outputs below has left; `progress`: outputs exist; `next`: inputs are accepted.
+`sent`: an answer with the outputs below has left; `progress`: outputs exist; `next`: inputs are accepted. Of a session
+that has come from elsewhere `began` is where it did: outputs below are not here, though they may not be acknowledged.
 """
 
 from collections import OrderedDict
@@ -27,7 +28,7 @@ from serve_app.frame import COLUMNS, NO_CLOSE, Frame
 from serve_app.spec import TensorSpec
 
 MAX_TOMBSTONES = 65536
-EPOCH, NEXT, REWIND, CLOSE_AT, ACKED, SENT, PROGRESS, SENDER, WAITED, TOOK, TOGETHER, KEPT = range(12)
+EPOCH, NEXT, REWIND, CLOSE_AT, ACKED, SENT, PROGRESS, SENDER, WAITED, TOOK, TOGETHER, KEPT, BEGAN = range(13)
 """Columns of the table of all sessions."""
 NEVER = -(2**40)
 """`checkpointed` of a session whose next checkpoint is due at once."""
@@ -118,9 +119,9 @@ class SessionTable:
     def __init__(self, max_sessions: int, max_window: int) -> None:
         self.max_sessions = max_sessions
         self.max_window = max_window
-        self._table = np.zeros((max_sessions, 12), np.int64)
+        self._table = np.zeros((max_sessions, 13), np.int64)
         self.epoch, self.next, self.rewind, self.close_at, *others = self._table.T
-        self.acked, self.sent, self.progress, self.sender, *timing, self.checkpointed = others
+        self.acked, self.sent, self.progress, self.sender, *timing, self.checkpointed, self.began = others
         self._timing = timing  # of what was not sent: us of waiting and of steps, sessions of the last step
         self.status = np.zeros(max_sessions, np.int64)
         self.active_at = np.zeros(max_sessions)
@@ -136,8 +137,13 @@ class SessionTable:
         """Whether the session of that epoch has a row."""
         return bool(_find(self._row_near, self._table, epoch) >= 0)
 
-    def open(self, epoch: int, name: str, sender: int, now: float, start: int = 0, rewind: int = 0) -> int:
-        """A row for a new session, from `start` on, after `rewind` failed steps; TooManySessions, SessionEnded."""
+    def open(
+        self, epoch: int, name: str, sender: int, now: float, start: int = 0, rewind: int = 0, acked: int = 0
+    ) -> int:
+        """A row for a session that begins here at `start`, after `rewind` failed steps; TooManySessions, SessionEnded.
+
+        Its client has the outputs below `acked`, maybe more than that.
+        """
         if epoch in self.tombstones:
             raise self.ended_error(epoch)
         if len(self.names) >= self.max_sessions:
@@ -150,8 +156,9 @@ class SessionTable:
         else:
             row = self._num_rows
             self._num_rows += 1
-        for column in (self.next, self.progress, self.sent, self.acked, self.checkpointed):
+        for column in (self.next, self.progress, self.sent, self.began, self.checkpointed):
             column[row] = start
+        self.acked[row] = min(acked, start)
         for column in self._timing:
             column[row] = 0
         self.rewind[row] = rewind
@@ -290,6 +297,10 @@ class SessionTable:
             reason=stone.reason,
             progress=stone.progress,
         )
+
+    def has_all_acked(self, row: int) -> bool:
+        """Whether the client has all outputs that there are."""
+        return bool(self.acked[row] >= self.progress[row])
 
     @property
     def num_open(self) -> int:
@@ -450,7 +461,7 @@ def _accept(
             verdict = Verdict.OK
             room -= take
             line[NEXT] += take
-            line[SENT] = max(min(line[SENT], start), line[ACKED])  # a resend is answered again
+            line[SENT] = max(min(line[SENT], start), line[ACKED], line[BEGAN])  # a resend is answered again
             if brings:
                 active_at[row] = now
             if closing:

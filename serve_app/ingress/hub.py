@@ -34,6 +34,8 @@ MAX_REMEMBERED = 4096
 MOVE_WITHIN_S = 60.0
 """A session whose owner is gone waits so long for another one."""
 RETRY_MOVE_S = 0.1
+WATCH_S = 0.25
+"""So often it is looked whether owners are late: oftener than the margin of a lease is long (see Directory.tick)."""
 
 
 class Nowhere:
@@ -81,7 +83,11 @@ class DirectoryClient(Protocol):
         ...
 
     async def lost(self, owner: str) -> None:
-        """The owner does not answer any more."""
+        """The owner cannot be reached any more."""
+        ...
+
+    async def gone(self, owners: Sequence[str]) -> list[str]:
+        """Which of these have been given up, and answer nobody any more."""
         ...
 
     async def describe(self, session: str) -> Described:
@@ -117,6 +123,7 @@ class Hub:
         self._sessions: dict[str, Session] = {}
         self._ended: dict[str, list[int]] = {}
         self._moves: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.Task[None] | None = None
         self._resuming: set[str] = set()
         self._keeper = Keeper(directory, self.sender, self._superseded)
         self._past: OrderedDict[str, str] = OrderedDict()  # why sessions ended, for those who ask late
@@ -228,7 +235,7 @@ class Hub:
         session, outbox = await self._session_at(grant, state)
         session.restore(at, acked, rewind)
         session.stays = True
-        await outbox.open(session, Open(grant.epoch, session.name, state, at, rewind=rewind))
+        await outbox.open(session, Open(grant.epoch, session.name, state, at, rewind=rewind, acked=acked))
         self._take_in(session, grant.owner, resumable=True, kept=at)
         return session
 
@@ -237,7 +244,7 @@ class Hub:
         session, outbox = await self._session_at(grant)
         session.adopt(acked)
         session.stays = True
-        opened = await outbox.open(session, Open(grant.epoch, grant.session, None, acked, before))
+        opened = await outbox.open(session, Open(grant.epoch, grant.session, adopts=before, acked=acked))
         session.adopted(opened.progress, opened.rewind)
         self._take_in(session, grant.owner, resumable=True, kept=0)
         return session
@@ -295,16 +302,17 @@ class Hub:
     async def stop(self) -> None:
         """Give everything up; sessions that are still open fail."""
         await self._keeper.stop()
-        for move in list(self._moves):
-            move.cancel()
-        await asyncio.gather(*self._moves, return_exceptions=True)
+        tasks = [*self._moves, *filter(None, [self._watching])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for outbox in list(self._outboxes.values()):
             await outbox.stop()
 
     async def _open_at(self, grant: Grant, state: State, resumable: bool, at: int) -> Session:
         session, outbox = await self._session_at(grant, state)
         session.begin_at(at)
-        await outbox.open(session, Open(grant.epoch, grant.session, state, at))
+        await outbox.open(session, Open(grant.epoch, grant.session, state, at, acked=at))
         self._take_in(session, grant.owner, resumable, kept=at)
         if session.kept is not None:
             self._keeper.keep(session, at, state)
@@ -339,7 +347,22 @@ class Hub:
             sender = f"{self.sender}/{self._num_outboxes}"
             outbox = Outbox(owner.name, sender, owner.spec, owner.max_bytes, channel, forget, lost)
             self._outboxes[owner.name] = outbox
+            if self._watching is None:
+                watching = asyncio.get_running_loop().create_task(self._watch(), context=contextvars.Context())
+                self._watching = watching
         return outbox
+
+    async def _watch(self) -> None:
+        """Ask after owners that are late: one that stands still has its connections, and says nothing."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            late = [owner for owner, outbox in self._outboxes.items() if outbox.is_late]
+            try:
+                gone = await self._directory.gone(late) if late else []
+            except Unavailable:
+                continue  # it starts again
+            for owner in gone:
+                self._outboxes[owner].fail(StateLost(f"owner {owner!r} has not been heard of: its lease is over"))
 
     def _lost(self, owner: str, session: Session, error: LockstepError) -> None:
         """The owner is gone, or going: let the session go on elsewhere, or fail."""
@@ -369,7 +392,8 @@ class Hub:
                     session.epoch, session.owner = grant.epoch, name
                     outbox = await self._outbox(grant.owner)
                     at, state = session.restore_point()
-                    await outbox.open(session, Open(grant.epoch, session.name, state, at, rewind=session.rewind))
+                    ask = Open(grant.epoch, session.name, state, at, rewind=session.rewind, acked=session.acked)
+                    await outbox.open(session, ask)
                 except StateLost:
                     is_lost = True
                 except (Unavailable, TooManySessions):  # for now: replicas and the directory start again

@@ -23,6 +23,8 @@ MIN_SHARE = 32
 RETRY_DELAY_S = 0.02
 MAX_ACKS = 4096
 STOP_WITHIN_S = 2.0
+LATE_S = 1.5
+"""A call with nothing to tell is answered before that, unless a step takes so long."""
 
 
 class Channel(Protocol):
@@ -75,6 +77,7 @@ class Outbox:
         self._frame_of: dict[int, int] = {}  # of each session that is in flight
         self._frames: Counter[int] = Counter()  # those on their way: their sessions in flight
         self._pump_due = False
+        self._heard_at = 0.0
         self._error: LockstepError | None = None
 
     async def open(self, session: Session, ask: Open) -> Notice:
@@ -113,6 +116,8 @@ class Outbox:
     def notify_ack(self, session: Session) -> None:
         """See Carrier."""
         self._acks[session.epoch] = session
+        if self._error is not None and session.has_all_acked:
+            self._forget(session)
 
     def want_state(self, session: Session) -> None:
         """See Carrier."""
@@ -132,7 +137,7 @@ class Outbox:
         live = [session for session in self._sessions.values() if session.end_reason is None]
         for session in list(self._sessions.values()):
             session.abort()
-            if session.end_reason is not None:
+            if session.end_reason is not None and self._error is None:
                 session.ack(session.progress)
         if self._sessions and self._error is None:
             self._send()
@@ -154,6 +159,18 @@ class Outbox:
         """Whether the owner was lost."""
         return self._error is not None
 
+    @property
+    def is_late(self) -> bool:
+        """Whether the owner should have answered a call by now."""
+        waits = bool(self._calls) and self._error is None
+        return waits and asyncio.get_running_loop().time() - self._heard_at > LATE_S
+
+    def fail(self, error: LockstepError) -> None:
+        """The owner is gone, and nothing that it may still say counts."""
+        self._fail(error)
+        for call in self._calls:
+            call.cancel()
+
     def _schedule(self) -> None:
         """Pump once this turn of the event loop is over, so that all it brings goes together."""
         if not self._pump_due:
@@ -168,8 +185,10 @@ class Outbox:
     def _send(self) -> None:
         sent: list[tuple[Session, int]] = []
         frame = self._next_frame(sent)
-        task = asyncio.get_running_loop().create_task(self._run(frame, sent), context=contextvars.Context())
-        self._calls.add(task)
+        loop = asyncio.get_running_loop()
+        if not self._calls:
+            self._heard_at = loop.time()
+        self._calls.add(loop.create_task(self._run(frame, sent), context=contextvars.Context()))
 
     def _has_reason(self) -> bool:
         may_send = self._pending and len(self._frames) < MAX_FRAMES
@@ -222,6 +241,7 @@ class Outbox:
             logger.exception("a call to owner %r failed", self._owner)
             self._fail(StateLost(f"owner {self._owner!r} does not answer ({error}): its sessions are lost"))
         else:
+            self._heard_at = asyncio.get_running_loop().time()
             self._take_answer(answer)
             for session, handed in sent:
                 session.arrived(handed)
@@ -230,7 +250,11 @@ class Outbox:
             task = asyncio.current_task()
             assert task is not None
             self._calls.discard(task)
-            self._schedule()
+            live = any(session.end_reason is None for session in self._sessions.values())
+            if live or self._acks or self._calls or not self._sessions:
+                self._schedule()
+            else:  # all is said but what clients will acknowledge, and the owner may answer at once
+                asyncio.get_running_loop().call_later(RETRY_DELAY_S, self._schedule)
 
     def _take_answer(self, answer: Answer) -> None:
         at = 0
@@ -306,8 +330,10 @@ class Outbox:
                 continue  # whoever opens it hears of the error
             if session.end_reason is None:
                 self._lost(session, error)
-            else:
+            elif session.has_all_acked:
                 self._forgotten(session)
+            else:  # its outputs are here; should they be lost before its client has them, another gets them again
+                self._sessions[session.epoch] = session
         self._pending.clear()
         self._acks.clear()
         self._exports.clear()

@@ -1,5 +1,6 @@
 """The directory as lists of events: who has which session, who may go on with it, and what is kept of it."""
 
+import numpy as np
 import pytest
 
 from serve_app.checkpoint_store import key_of
@@ -14,6 +15,7 @@ from serve_app.errors import (
     UnknownModel,
     UnknownSession,
 )
+from serve_app.lease import LEASE_S, MARGIN_S
 from serve_app.spec import ModelSpec, SessionLimits, TensorSpec
 
 
@@ -299,3 +301,40 @@ def test_a_sender_whose_client_has_left_it_ends_nothing_in_a_directory_that_star
     directory.recall("a", epoch)
     assert directory.ended("x", [epoch]) == []
     assert directory.restorable("a") == epoch
+
+
+def test_an_owner_that_is_not_heard_of_is_given_up_and_its_model_with_it(directory: Directory) -> None:
+    directory.register(owner("y", model="other"))
+    session = directory.open("a", "s", model="sum", resumable=True)
+    for now in np.arange(1, LEASE_S + 2, MARGIN_S / 2).tolist():
+        directory.tick(now)
+        assert directory.heard("y")
+    assert not directory.heard("x") and directory.gone(["x", "y"]) == ["x"]
+    assert list(directory.models()) == ["other"]
+    assert directory.lookup("a").owner is None and directory.lookup("a").epoch == session.epoch
+    assert directory.open("b", "s").owner.name == "y", "there is one model now"
+
+
+def test_a_directory_that_stood_still_first_hears_what_owners_have_said(directory: Directory) -> None:
+    directory.tick(1)
+    directory.tick(100)
+    assert directory.heard("x")
+    directory.tick(100 + MARGIN_S)
+    assert directory.knows("x") and directory.gone(["x"]) == []
+
+
+def test_a_directory_that_has_just_started_cannot_tell_who_is_gone() -> None:
+    directory = Directory(2, now=100)
+    directory.tick(101)
+    assert directory.gone(["x"]) == []
+
+
+def test_where_somebody_cannot_reach_an_owner_nothing_is_placed_until_it_is_heard_of(directory: Directory) -> None:
+    directory.register(owner("y"))
+    directory.suspect("x")
+    assert {directory.open(f"{i}", "s").owner.name for i in range(3)} == {"y"}
+    directory.suspect("y")
+    with pytest.raises(Unavailable):
+        directory.open("a", "s")
+    assert directory.heard("x")
+    assert directory.open("a", "s").owner.name == "x"

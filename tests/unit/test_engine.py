@@ -611,7 +611,7 @@ def test_who_has_fewer_outputs_than_are_gone_cannot_take_a_session_over() -> Non
     """It came from another owner at timestep 2; what was before is where it was sent from, if anywhere."""
     sender = Sender(SumModel(), config())
     sender.send(opens=(Open(1, "a", start=2),))
-    sender.send(opens=(Open(2, "a", start=1, adopts=1),), sender="other")
+    sender.send(opens=(Open(2, "a", adopts=1, acked=1),), sender="other")
     assert sender.errors[2][0]["code"] == "not_owner"
-    sender.send(opens=(Open(3, "a", start=2, adopts=1),), sender="other")
+    sender.send(opens=(Open(3, "a", adopts=1, acked=2),), sender="other")
     assert sender.notices[3] == ["opened"]

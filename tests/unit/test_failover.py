@@ -3,16 +3,19 @@
 import asyncio
 import dataclasses
 import random
+import time
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
+from serve_app import directory as directory_module
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.errors import StateLost, StepFailed, Unavailable
 from serve_app.frame import Answer, Frame, Notice
 from serve_app.ingress import hub as hub_module
+from serve_app.ingress import outbox as outbox_module
 from serve_app.ingress.hub import NOWHERE, Hub
 from serve_app.segment import Run
 from serve_app.session import Session
@@ -378,3 +381,49 @@ async def test_what_runs_again_is_sent_in_parts_that_fit_the_owners_window() -> 
     session.submit(X[8:])
     session.moved(NOWHERE, 0)
     assert [len(session.take(64).x) for _ in range(2)] == [8, 4]
+
+
+async def test_outputs_that_came_too_early_count_no_more_when_another_owner_has_the_session() -> None:
+    """A step that fails there changes what comes after it."""
+    session = await alone(retains=True)
+    session.submit(X[:6])
+    session.take(64)
+    session.deliver(6, 0, run_of(4, 6))
+    session.moved(NOWHERE, 0)
+    session.take(64)
+    session.deliver(6, 0, run_of(0, 2))
+    fail_at(session, 2, 1)
+    session.submit(X[:4], 2)
+    session.take(64)
+    session.deliver(6, 1, run_of(2, 4))
+    assert session.progress == 4
+
+
+async def test_a_failed_step_may_be_heard_of_before_its_session_is_known_to_be_taken_over() -> None:
+    session = await alone(retains=True)
+    session.adopt(0)
+    fail_at(session, 2, 2)
+    session.adopted(4, 1)
+    assert (session.next, session.accepted, session.rewind) == (2, 2, 2)
+
+
+async def test_sessions_of_an_owner_that_stands_still_go_on_when_its_lease_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(directory_module, "LEASE_S", 0.2)
+    monkeypatch.setattr(outbox_module, "LATE_S", 0.5)
+    async with local(SumModel(), SumModel(), config=CONFIG) as (cluster, hub):
+        cluster.directory._started_at -= 60
+        sessions = [await hub.open() for _ in range(4)]
+        stopped = sessions[0].owner
+        cluster.stopped.add(stopped)
+        began = time.monotonic()
+        for session in sessions:
+            session.submit(np.ones((3, 2), np.int64))
+        assert await asyncio.gather(*(session.wait() for session in sessions)) == [3] * 4
+        assert stopped not in {session.owner for session in sessions}
+        assert time.monotonic() - began < 5
+        cluster.stopped.clear()
+        for session in sessions:
+            session.submit(np.ones((3, 2), np.int64))
+        assert await asyncio.gather(*(session.wait() for session in sessions)) == [6] * 4

@@ -15,8 +15,9 @@ from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.engine import Engine
 from serve_app.engine.loop import Delivery, EngineLoop
-from serve_app.errors import InvalidInput, LockstepError, NotOwner, Unavailable
+from serve_app.errors import InvalidInput, LockstepError, NotOwner, StateLost, Unavailable
 from serve_app.frame import NO_CLOSE, Answer, Frame, Open
+from serve_app.lease import Lease, now
 from tests.fakes import SumModel
 
 CONFIG = AppConfig(
@@ -166,3 +167,35 @@ async def test_a_caller_that_leaves_costs_nothing() -> None:
     await engine.stop()
     with pytest.raises(Unavailable):
         await engine.frame(frame(3, 1))
+
+
+def test_without_a_lease_nothing_is_answered_and_with_it_all(collector: Collector) -> None:
+    lease = Lease()
+    engine = Engine(SumModel(), CONFIG)
+    loop = EngineLoop(engine, collector, lease=lease)
+    loop.call(frame(1, 2), "first")
+    time.sleep(0.2)
+    assert not collector.replies and engine.stats.steps == 0
+    lease.renew(now())
+    (first,) = collector.wait("first")
+    assert isinstance(first, Answer) and first.length.tolist() == [2]
+    loop.stop()
+
+
+def test_an_owner_that_was_away_for_too_long_drops_its_sessions_and_says_that_they_are_elsewhere(
+    loop: EngineLoop, collector: Collector
+) -> None:
+    loop.call(frame(1, 2), "first")
+    collector.wait("first")
+    loop.call(frame(1, 0, opens=False, start=2), "waits")
+    loop.fence()
+    (waits,) = collector.wait("waits")
+    assert isinstance(waits, StateLost)
+    loop.call(frame(1, 1, opens=False, start=2), "late")
+    loop.call(frame(2, 1), "new")
+    late, new = collector.wait("late", "new")
+    assert isinstance(late, Answer) and [notice.kind for notice in late.notices] == ["moving"]
+    assert isinstance(new, Answer) and new.length.tolist() == [1]
+    engine = loop._engine
+    engine.check()
+    assert list(engine.stats.ended_epochs) == [], "they have not ended"

@@ -47,7 +47,7 @@ def assert_same(found: Any, expected: Any) -> None:
 def test_frame(
     owner: str, sender: str, ints: list[np.ndarray], x: np.ndarray, states: list[tuple[np.ndarray, ...] | None]
 ) -> None:
-    opens = tuple(Open(2**62 + i, f"session {i}", state, i * 7, i - 1, i + 1) for i, state in enumerate(states))
+    opens = tuple(Open(2**62 + i, f"session {i}", state, i * 7, i - 1, i + 1, i * 3) for i, state in enumerate(states))
     frame = Frame(owner, sender, np.stack(ints), x, opens)
     assert_same(decode_frame(encode_frame(frame)), frame)
 

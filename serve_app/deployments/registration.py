@@ -1,0 +1,61 @@
+"""An owner's standing at the directory: registered, under a lease."""
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from serve_app import lease as clock
+from serve_app.config import DurabilityConfig
+from serve_app.directory import Owner
+from serve_app.lease import Lease
+
+
+class Registry(Protocol):
+    """The part of the directory that knows owners."""
+
+    async def register(self, owner: Owner, durability: DurabilityConfig) -> int:
+        """Make an owner known; which incarnation of the directory that is."""
+        ...
+
+    async def report(self, owner: str, ended: list[int]) -> tuple[int, bool]:
+        """The owner is alive, and these sessions have ended; the incarnation, and whether it knows the owner."""
+        ...
+
+
+class Registration:
+    """`renew` has to be called several times within a lease.
+
+    A directory that has given the owner up has let others have its sessions: `fence` drops what is left of them. One
+    that has started again has not.
+    """
+
+    def __init__(
+        self,
+        directory: Registry,
+        owner: Owner,
+        durability: DurabilityConfig,
+        lease: Lease,
+        fence: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._directory, self._owner, self._durability = directory, owner, durability
+        self._lease, self._fence = lease, fence
+        self._incarnation = -1
+        self._ended: list[int] = []
+
+    async def register(self) -> None:
+        """Be known from now on. Raises ConfigError where checkpoints cannot be kept as configured."""
+        asked_at = clock.now()
+        self._incarnation = await self._directory.register(self._owner, self._durability)
+        self._lease.renew(asked_at)
+
+    async def renew(self, ended: list[int]) -> None:
+        """Say that the owner lives, and which sessions have ended since. Raises Unavailable, keeping what was said."""
+        self._ended += ended
+        asked_at, told = clock.now(), self._ended
+        incarnation, is_known = await self._directory.report(self._owner.name, told)
+        self._ended = self._ended[len(told) :]
+        if is_known:
+            self._lease.renew(asked_at)
+            return
+        if incarnation == self._incarnation:
+            await self._fence()
+        await self.register()
