@@ -2,22 +2,30 @@
 
 import asyncio
 import logging
+import pickle
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import TypeVar
 from urllib.parse import quote
 
+import ray
+
 from serve_app import lease
 from serve_app.checkpoint import decode_checkpoint
 from serve_app.checkpoint_store import CheckpointStore, key_of, open_store
 from serve_app.config import DurabilityConfig
-from serve_app.deployments.frame_channel import is_listening
+from serve_app.deployments.messages import CallServer, Codec, is_listening
 from serve_app.directory import Ask, Described, Directory, Grant, Owner, Record, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.spec import ModelSpec
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
+
+
+OPENS: Codec[Sequence[Ask], Sequence[Grant | LockstepError]] = Codec(
+    pickle.dumps, pickle.loads, pickle.dumps, pickle.loads
+)
 
 
 class DirectoryActor:
@@ -31,6 +39,7 @@ class DirectoryActor:
         self._durability: DurabilityConfig | None = None
         self._store: CheckpointStore | None = None
         self._storing = asyncio.Lock()
+        self._listening: asyncio.Task[str] | None = None
         self._drops: set[asyncio.Task[None]] = set()
 
     async def register(self, owner: Owner, durability: DurabilityConfig) -> int:
@@ -48,6 +57,13 @@ class DirectoryActor:
     async def unregister(self, owner: str) -> None:
         """See Directory.unregister."""
         self._directory.unregister(owner)
+
+    async def address(self) -> str:
+        """Where `open` can be asked straight, without Ray (see RayDirectory)."""
+        if self._listening is None:
+            host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            self._listening = asyncio.create_task(CallServer(OPENS, self.open).start(host))
+        return await self._listening
 
     async def open(self, asks: Sequence[Ask]) -> list[Grant | LockstepError]:
         """See Directory.open; what each ask is granted, or why it is not. First, forget what its sender saw end."""

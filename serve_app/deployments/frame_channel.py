@@ -1,295 +1,32 @@
-"""Frames between a sender and an owner, over TCP straight to the replica's own port.
+"""Frames between a sender and an owner: calls to a port of the replica, in bytes of serve_app.wire."""
 
-A message is its number, its length and bytes of serve_app.wire; the answer to a frame has the frame's number. A call
-through Ray takes longer: it puts what is larger than 100 KB into the object store, and changes threads several times on
-either side; one through gRPC's own server for Python costs 300 µs on each. Who may call is who has Ray's token, which
-the first message is, over TLS where Ray uses it. How to get these is no public interface: the version of Ray is pinned.
-"""
-
-import asyncio
-import logging
-import os
-import socket
-import ssl
 from collections.abc import Awaitable, Callable
-from functools import partial
-from itertools import count
-from struct import Struct
-from typing import cast
 
-from ray._common.network_utils import build_address, parse_address  # type: ignore[attr-defined]
-from ray._private.authentication.authentication_utils import is_token_auth_enabled, validate_request_token
-from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
-
-from serve_app.errors import LockstepError, StateLost
+from serve_app.deployments.messages import CallChannel, CallServer, Codec
+from serve_app.errors import StateLost
 from serve_app.frame import Answer, Frame
 from serve_app.wire import decode_frame, decode_reply, encode_frame, encode_reply
 
-logger = logging.getLogger(__name__)
-
-ANSWER_WITHIN_S = 60.0
-"""A live owner answers within a second or the time of a step; later than this it counts as gone."""
-CONNECT_WITHIN_S = 10.0
-STOP_WITHIN_S = 1.0
-PROBE_S = 0.5
-LOST_AFTER_S = 15
-"""Without a sign of life from the other machine."""
-MAX_BYTES = 2**31
-"""Of a message. Frames are cut where they are made."""
-MAX_TOKEN_BYTES = 65536
-BUFFER_BYTES = 256 * 1024
-HEADER = Struct("<QQ")
-TOKEN = 0
-"""The number of the first message."""
+FRAMES = Codec(encode_frame, decode_frame, encode_reply, decode_reply)
 
 
-async def is_listening(address: str) -> bool:
-    """Whether the process may live that was to be reached there: False only when its machine says that it does not."""
-    host, port = parse_address(address)
-    try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), PROBE_S)
-    except ConnectionRefusedError:
-        return False
-    except (OSError, TimeoutError):
-        return True
-    writer.close()
-    return True
-
-
-class FrameServer:
+def frame_server(answer: Callable[[Frame], Awaitable[Answer]]) -> CallServer[Frame, Answer]:
     """The port of one owner; `answer` is what takes the frames."""
-
-    def __init__(self, answer: Callable[[Frame], Awaitable[Answer]]) -> None:
-        self._answer = answer
-        self._server: asyncio.Server | None = None
-        self._senders: set[_Sender] = set()
-
-    async def start(self, host: str) -> str:
-        """Take calls from now on, at a free port; returns the address."""
-        loop = asyncio.get_running_loop()
-        sender = partial(_Sender, self._answer, self._senders)
-        self._server = await loop.create_server(sender, host, ssl=_server_tls())
-        address: str = build_address(host, self._server.sockets[0].getsockname()[1])
-        return address
-
-    async def stop(self) -> None:
-        """Let the calls that are open be answered, take no more."""
-        if self._server is None:
-            return
-        self._server.close()
-        if calls := [call for sender in self._senders for call in sender.calls]:
-            await asyncio.wait(calls, timeout=STOP_WITHIN_S)
-        for sender in list(self._senders):
-            sender.close()
+    return CallServer(FRAMES, answer)
 
 
-class FrameChannel:
-    """See ingress.outbox.Channel; `address` is what the owner's FrameServer has returned."""
+class FrameChannel(CallChannel[Frame, Answer]):
+    """See ingress.outbox.Channel; `address` is what the owner's server has returned."""
 
     def __init__(self, address: str) -> None:
-        self._address = address
-        self._connecting: asyncio.Task[_Receiver] | None = None
+        super().__init__(FRAMES, address)
+        self._owner_address = address
 
     async def call(self, frame: Frame) -> Answer:
         """See Channel."""
         try:
-            if self._connecting is None:
-                self._connecting = asyncio.create_task(self._connect())
-            receiver = await asyncio.shield(self._connecting)
-            async with asyncio.timeout(ANSWER_WITHIN_S):
-                reply = await receiver.call(frame)
-        except (OSError, TimeoutError) as error:
-            raise StateLost(f"the replica at {self._address} is gone, and its sessions with it ({error!r})") from error
-        if isinstance(reply, LockstepError):
-            raise reply
-        return reply
-
-    async def close(self) -> None:
-        """See Channel."""
-        if self._connecting is not None:
-            self._connecting.cancel()
-            (receiver,) = await asyncio.gather(self._connecting, return_exceptions=True)
-            if isinstance(receiver, _Receiver):
-                receiver.close()
-
-    async def _connect(self) -> "_Receiver":
-        host, port = parse_address(self._address)
-        async with asyncio.timeout(CONNECT_WITHIN_S):
-            _, receiver = await asyncio.get_running_loop().create_connection(
-                _Receiver, host, int(port), ssl=_client_tls()
-            )
-        receiver.send(TOKEN, _token().encode())
-        return receiver
-
-
-class _Messages(asyncio.BufferedProtocol):
-    """Numbered messages in both directions; `take` gets those that have come, whose bytes are good during that only."""
-
-    def __init__(self) -> None:
-        self._transport: asyncio.Transport | None = None
-        self._buffer = bytearray(BUFFER_BYTES)
-        self._end = 0
-        #: Of a message that comes.
-        self.max_bytes = MAX_BYTES
-
-    def take(self, number: int, data: memoryview) -> None:
-        """The next message."""
-        raise NotImplementedError
-
-    def send(self, number: int, data: bytes) -> None:
-        """Send a message, if there still is a connection."""
-        if self._transport is not None:
-            self._transport.writelines((HEADER.pack(number, len(data)), data))
-
-    def close(self) -> None:
-        """Nothing is sent or taken any more."""
-        if self._transport is not None:
-            self._transport.abort()
-
-    def refuse(self, reason: str) -> None:
-        """The other side is not what it should be."""
-        logger.warning("a connection is closed: %s", reason)
-        self.close()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's are not instances of it
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._transport = None
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return memoryview(self._buffer)[self._end :]
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self._end += nbytes
-        view, begin, needed = memoryview(self._buffer), 0, HEADER.size
-        while self._end - begin >= HEADER.size and self._transport is not None:
-            number, length = HEADER.unpack_from(view, begin)
-            needed = HEADER.size + length
-            if length > self.max_bytes:
-                self.refuse(f"a message of {length} bytes, where the limit is {self.max_bytes}")
-                return
-            if self._end - begin < needed:
-                break
-            self.take(number, view[begin + HEADER.size : begin + needed])
-            begin, needed = begin + needed, HEADER.size
-        if begin > 0 or needed > len(self._buffer):  # what has not come whole to the front, with room for its rest
-            rest = view[begin : self._end]
-            if needed > len(self._buffer):
-                self._buffer = bytearray(needed)
-            memoryview(self._buffer)[: len(rest)] = rest
-            self._end = len(rest)
-
-
-class _Sender(_Messages):
-    """A sender, as its owner sees it."""
-
-    def __init__(self, answer: Callable[[Frame], Awaitable[Answer]], senders: "set[_Sender]") -> None:
-        super().__init__()
-        self._answer = answer
-        self._senders = senders
-        self._is_known, self.max_bytes = False, MAX_TOKEN_BYTES
-        self.calls: set[asyncio.Task[None]] = set()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._senders.add(self)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        super().connection_lost(error)
-        self._senders.discard(self)
-        for call in self.calls:
-            call.cancel()
-
-    def take(self, number: int, data: memoryview) -> None:
-        if self._is_known:
-            call = asyncio.get_running_loop().create_task(self._run(number, decode_frame(data)))
-            self.calls.add(call)
-            call.add_done_callback(self.calls.discard)
-        elif number == TOKEN and _is_token(bytes(data).decode(errors="replace")):
-            self._is_known, self.max_bytes = True, MAX_BYTES
-        else:
-            self.refuse("its first message is not Ray's token")
-
-    async def _run(self, number: int, frame: Frame) -> None:
-        try:
-            reply: Answer | LockstepError = await self._answer(frame)
-        except LockstepError as error:
-            reply = error
-        except Exception:
-            logger.exception("a frame of %r failed", frame.sender)
-            reply = LockstepError("an unexpected error: the server's log has it")
-        self.send(number, encode_reply(reply))
-
-
-class _Receiver(_Messages):
-    """An owner, as its sender sees it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._numbers = count(TOKEN + 1)
-        self._waiting: dict[int, asyncio.Future[Answer | LockstepError]] = {}
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        connection = transport.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, LOST_AFTER_S // 3)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, LOST_AFTER_S // 3)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LOST_AFTER_S * 1000)
-
-    async def call(self, frame: Frame) -> Answer | LockstepError:
-        """What the owner answers. Raises ConnectionError."""
-        if self._transport is None:
-            raise ConnectionError("the connection is lost")
-        number = next(self._numbers)
-        waiting = self._waiting[number] = asyncio.get_running_loop().create_future()
-        self.send(number, encode_frame(frame))
-        try:
-            reply: Answer | LockstepError = await waiting
-            return reply
-        finally:
-            del self._waiting[number]
-
-    def take(self, number: int, data: memoryview) -> None:
-        waiting = self._waiting.get(number)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(decode_reply(data))
-
-    def connection_lost(self, error: Exception | None) -> None:
-        super().connection_lost(error)
-        for waiting in self._waiting.values():
-            if not waiting.done():
-                waiting.set_exception(ConnectionError(f"the connection is lost: {error or 'it was closed'}"))
-
-
-def _token() -> str:
-    """Ray's, as a header has it; empty where it has none."""
-    if not is_token_auth_enabled():
-        return ""
-    return str(next(iter(AuthenticationTokenLoader.instance().get_token_for_http_header().values()), ""))
-
-
-def _is_token(said: str) -> bool:
-    return bool(not is_token_auth_enabled() or (said and validate_request_token(said)))
-
-
-def _server_tls() -> ssl.SSLContext | None:
-    """Where Ray uses TLS, with its certificates: both sides have to have them."""
-    tls = _tls(ssl.PROTOCOL_TLS_SERVER)
-    if tls is not None:
-        tls.verify_mode = ssl.CERT_REQUIRED
-    return tls
-
-
-def _client_tls() -> ssl.SSLContext | None:
-    return _tls(ssl.PROTOCOL_TLS_CLIENT)
-
-
-def _tls(protocol: "ssl._SSLMethod") -> ssl.SSLContext | None:
-    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
-        return None
-    context = ssl.SSLContext(protocol)
-    context.load_cert_chain(os.environ["RAY_TLS_SERVER_CERT"], os.environ["RAY_TLS_SERVER_KEY"])
-    context.load_verify_locations(os.environ["RAY_TLS_CA_CERT"])
-    return context
+            return await super().call(frame)
+        except OSError as error:
+            raise StateLost(
+                f"the replica at {self._owner_address} is gone, and its sessions with it ({error!r})"
+            ) from error

@@ -11,7 +11,7 @@ import ray
 from ray import serve
 
 from serve_app.config import AppConfig
-from serve_app.deployments.frame_channel import FrameServer
+from serve_app.deployments.frame_channel import frame_server
 from serve_app.deployments.metrics import EngineMetrics
 from serve_app.deployments.registration import Registration
 from serve_app.deployments.transport import RayDirectory, ReplicaActor
@@ -46,7 +46,7 @@ class Recurrent:
         self._engine = build_engine(config, owner=context.replica_id.unique_id)
         lease = Lease()
         self._serving = AsyncEngine(self._engine, config.engine.threads if config.engine.pin_threads else 0, lease)
-        self._frames = FrameServer(self._serving.frame)
+        self._frames = frame_server(self._serving.frame)
         self._parts.push_async_callback(self._frames.stop)
         self._parts.push_async_callback(self._serving.stop)  # first: its last answers have the states of all sessions
         self._directory = RayDirectory(context.app_name)

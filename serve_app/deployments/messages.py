@@ -1,0 +1,317 @@
+"""Calls between processes of the cluster over TCP, straight to a port of the process that answers.
+
+A message is its number, its length and bytes; the answer to a message has its number. A call through Ray takes longer:
+it puts what is larger than 100 KB into the object store, and changes threads several times on either side; one through
+gRPC's own server for Python costs 300 µs on each. Who may call is who has Ray's token, which the first message is, over
+TLS where Ray uses it. How to get these is no public interface: the version of Ray is pinned.
+"""
+
+import asyncio
+import contextvars
+import logging
+import os
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from struct import Struct
+from typing import Generic, TypeVar, cast
+
+from ray._common.network_utils import build_address, parse_address  # type: ignore[attr-defined]
+from ray._private.authentication.authentication_utils import is_token_auth_enabled, validate_request_token
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+from serve_app.errors import LockstepError
+
+logger = logging.getLogger(__name__)
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+ANSWER_WITHIN_S = 60.0
+CONNECT_WITHIN_S = 10.0
+STOP_WITHIN_S = 1.0
+PROBE_S = 0.5
+LOST_AFTER_S = 15
+"""Without a sign of life from the other machine."""
+MAX_BYTES = 2**31
+"""Of a message. Frames are cut where they are made."""
+MAX_TOKEN_BYTES = 65536
+BUFFER_BYTES = 256 * 1024
+HEADER = Struct("<QQ")
+TOKEN = 0
+"""The number of the first message."""
+
+
+async def is_listening(address: str) -> bool:
+    """Whether the process may live that was to be reached there: False only when its machine says that it does not."""
+    host, port = parse_address(address)
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), PROBE_S)
+    except ConnectionRefusedError:
+        return False
+    except (OSError, TimeoutError):
+        return True
+    writer.close()
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Codec(Generic[Q, A]):
+    """Questions and answers ↔ bytes; those that are read are good only while they are decoded."""
+
+    encode: Callable[[Q], bytes]
+    decode: Callable[[memoryview], Q]
+    encode_reply: Callable[[A | LockstepError], bytes]
+    decode_reply: Callable[[memoryview], A | LockstepError]
+
+
+class CallServer(Generic[Q, A]):
+    """A port where `answer` takes what is asked; what it raises, the caller is told."""
+
+    def __init__(self, codec: Codec[Q, A], answer: Callable[[Q], Awaitable[A]]) -> None:
+        self._codec = codec
+        self._answer = answer
+        self._server: asyncio.Server | None = None
+        self._callers: set[_Caller[Q, A]] = set()
+
+    async def start(self, host: str) -> str:
+        """Take calls from now on, at a free port; returns the address."""
+        loop = asyncio.get_running_loop()
+        caller = partial(_Caller, self._codec, self._answer, self._callers)
+        self._server = await loop.create_server(caller, host, ssl=_server_tls())
+        address: str = build_address(host, self._server.sockets[0].getsockname()[1])
+        return address
+
+    async def stop(self) -> None:
+        """Let the calls that are open be answered, take no more."""
+        if self._server is None:
+            return
+        self._server.close()
+        if calls := [call for caller in self._callers for call in caller.calls]:
+            await asyncio.wait(calls, timeout=STOP_WITHIN_S)
+        for caller in list(self._callers):
+            caller.close()
+
+
+class CallChannel(Generic[Q, A]):
+    """The way to the CallServer at an address. Once it is lost it stays so."""
+
+    def __init__(self, codec: Codec[Q, A], address: str) -> None:
+        self._codec = codec
+        self._address = address
+        self._connecting: asyncio.Task[_Answerer[Q, A]] | None = None
+
+    async def call(self, question: Q) -> A:
+        """The answer. Raises what the other side does, OSError where it cannot be reached (TimeoutError is one)."""
+        if self._connecting is None:
+            self._connecting = asyncio.get_running_loop().create_task(self._connect(), context=contextvars.Context())
+        answerer = await asyncio.shield(self._connecting)
+        async with asyncio.timeout(ANSWER_WITHIN_S):
+            reply = await answerer.call(question)
+        if isinstance(reply, LockstepError):
+            raise reply
+        return reply
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing can be asked here any more."""
+        tried = self._connecting
+        return tried is not None and tried.done() and (tried.exception() is not None or tried.result().is_closed)
+
+    async def close(self) -> None:
+        """Ask nothing any more. May be called twice."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+            (answerer,) = await asyncio.gather(self._connecting, return_exceptions=True)
+            if isinstance(answerer, _Answerer):
+                answerer.close()
+
+    async def _connect(self) -> "_Answerer[Q, A]":
+        host, port = parse_address(self._address)
+        loop, answerer = asyncio.get_running_loop(), partial(_Answerer, self._codec)
+        async with asyncio.timeout(CONNECT_WITHIN_S):
+            _, connected = await loop.create_connection(answerer, host, int(port), ssl=_client_tls())
+        connected.send(TOKEN, _token().encode())
+        return connected
+
+
+class _Messages(asyncio.BufferedProtocol):
+    """Numbered messages in both directions; `take` gets those that have come, whose bytes are good during that only."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray(BUFFER_BYTES)
+        self._end = 0
+        #: Of a message that comes.
+        self.max_bytes = MAX_BYTES
+
+    def take(self, number: int, data: memoryview) -> None:
+        """The next message."""
+        raise NotImplementedError
+
+    def send(self, number: int, data: bytes) -> None:
+        """Send a message, if there still is a connection."""
+        if self._transport is not None:
+            self._transport.writelines((HEADER.pack(number, len(data)), data))
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether there is no connection (any more)."""
+        return self._transport is None
+
+    def close(self) -> None:
+        """Nothing is sent or taken any more."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def refuse(self, reason: str) -> None:
+        """The other side is not what it should be."""
+        logger.warning("a connection is closed: %s", reason)
+        self.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are not instances of it
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return memoryview(self._buffer)[self._end :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._end += nbytes
+        view, begin, needed = memoryview(self._buffer), 0, HEADER.size
+        while self._end - begin >= HEADER.size and self._transport is not None:
+            number, length = HEADER.unpack_from(view, begin)
+            needed = HEADER.size + length
+            if length > self.max_bytes:
+                self.refuse(f"a message of {length} bytes, where the limit is {self.max_bytes}")
+                return
+            if self._end - begin < needed:
+                break
+            self.take(number, view[begin + HEADER.size : begin + needed])
+            begin, needed = begin + needed, HEADER.size
+        if begin > 0 or needed > len(self._buffer):  # what has not come whole to the front, with room for its rest
+            rest = view[begin : self._end]
+            if needed > len(self._buffer):
+                self._buffer = bytearray(needed)
+            memoryview(self._buffer)[: len(rest)] = rest
+            self._end = len(rest)
+
+
+class _Caller(_Messages, Generic[Q, A]):
+    """One who calls, as the server sees it."""
+
+    def __init__(self, codec: Codec[Q, A], answer: Callable[[Q], Awaitable[A]], callers: "set[_Caller[Q, A]]") -> None:
+        super().__init__()
+        self._codec = codec
+        self._answer = answer
+        self._callers = callers
+        self._is_known, self.max_bytes = False, MAX_TOKEN_BYTES
+        self.calls: set[asyncio.Task[None]] = set()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._callers.add(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self._callers.discard(self)
+        for call in self.calls:
+            call.cancel()
+
+    def take(self, number: int, data: memoryview) -> None:
+        if self._is_known:
+            call = asyncio.get_running_loop().create_task(self._run(number, self._codec.decode(data)))
+            self.calls.add(call)
+            call.add_done_callback(self.calls.discard)
+        elif number == TOKEN and _is_token(bytes(data).decode(errors="replace")):
+            self._is_known, self.max_bytes = True, MAX_BYTES
+        else:
+            self.refuse("its first message is not Ray's token")
+
+    async def _run(self, number: int, question: Q) -> None:
+        try:
+            reply: A | LockstepError = await self._answer(question)
+        except LockstepError as error:
+            reply = error
+        except Exception:
+            logger.exception("a call failed")
+            reply = LockstepError("an unexpected error: the server's log has it")
+        self.send(number, self._codec.encode_reply(reply))
+
+
+class _Answerer(_Messages, Generic[Q, A]):
+    """Who answers, as callers see it."""
+
+    def __init__(self, codec: Codec[Q, A]) -> None:
+        super().__init__()
+        self._codec = codec
+        self._numbers = count(TOKEN + 1)
+        self._waiting: dict[int, asyncio.Future[A | LockstepError]] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, LOST_AFTER_S // 3)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, LOST_AFTER_S // 3)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LOST_AFTER_S * 1000)
+
+    async def call(self, question: Q) -> A | LockstepError:
+        """What is answered. Raises ConnectionError."""
+        if self._transport is None:
+            raise ConnectionError("the connection is lost")
+        number = next(self._numbers)
+        waiting = self._waiting[number] = asyncio.get_running_loop().create_future()
+        self.send(number, self._codec.encode(question))
+        try:
+            reply: A | LockstepError = await waiting
+            return reply
+        finally:
+            del self._waiting[number]
+
+    def take(self, number: int, data: memoryview) -> None:
+        waiting = self._waiting.get(number)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(self._codec.decode_reply(data))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(ConnectionError(f"the connection is lost: {error or 'it was closed'}"))
+
+
+def _token() -> str:
+    """Ray's, as a header has it; empty where it has none."""
+    if not is_token_auth_enabled():
+        return ""
+    return str(next(iter(AuthenticationTokenLoader.instance().get_token_for_http_header().values()), ""))
+
+
+def _is_token(said: str) -> bool:
+    return bool(not is_token_auth_enabled() or (said and validate_request_token(said)))
+
+
+def _server_tls() -> ssl.SSLContext | None:
+    """Where Ray uses TLS, with its certificates: both sides have to have them."""
+    tls = _tls(ssl.PROTOCOL_TLS_SERVER)
+    if tls is not None:
+        tls.verify_mode = ssl.CERT_REQUIRED
+    return tls
+
+
+def _client_tls() -> ssl.SSLContext | None:
+    return _tls(ssl.PROTOCOL_TLS_CLIENT)
+
+
+def _tls(protocol: "ssl._SSLMethod") -> ssl.SSLContext | None:
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        return None
+    context = ssl.SSLContext(protocol)
+    context.load_cert_chain(os.environ["RAY_TLS_SERVER_CERT"], os.environ["RAY_TLS_SERVER_KEY"])
+    context.load_verify_locations(os.environ["RAY_TLS_CA_CERT"])
+    return context
