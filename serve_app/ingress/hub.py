@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from functools import partial
 from typing import Protocol
 from uuid import uuid4
@@ -24,7 +24,7 @@ from serve_app.errors import (
     UnknownSession,
     from_wire,
 )
-from serve_app.frame import ABORT, Frame, Open
+from serve_app.frame import ABORT, Frame, Notice, Open
 from serve_app.ingress.keeper import Keeper
 from serve_app.ingress.outbox import Channel, Outbox
 from serve_app.session import Session, State
@@ -122,7 +122,7 @@ class Hub:
         self._num_outboxes = 0
         self._sessions: dict[str, Session] = {}
         self._ended: dict[str, list[int]] = {}
-        self._moves: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._resuming: set[str] = set()
         self._keeper = Keeper(directory, self.sender, self._superseded)
@@ -164,6 +164,25 @@ class Hub:
             except LockstepError:
                 self._ended.setdefault(grant.owner.name, []).append(grant.epoch)
                 raise
+
+    async def begin(self, name: str, model: str) -> Session:
+        """As `open`, without waiting for the owner: what is submitted goes there with the opening.
+
+        What the owner refuses it with ends the session. Raises what the directory refuses it with.
+        """
+        ended, self._ended = self._ended, {}
+        grant = await self._directory.open(name, self.sender, model, ended)
+        session, outbox = await self._session_at(grant)
+        session.begin_at(0)
+        self._take_in(session, grant.owner, resumable=False, kept=0)
+        self._start(self._confirm(session, outbox.open(session, Open(grant.epoch, grant.session))))
+        return session
+
+    async def _confirm(self, session: Session, opening: Awaitable[Notice]) -> None:
+        try:
+            await opening
+        except LockstepError as error:
+            self._lost(session.owner, session, error)
 
     async def resume(self, name: str, acked: int, rewind: int = 0) -> Session:
         """Go on with a session whose client has lost its way in, this one or another.
@@ -302,7 +321,7 @@ class Hub:
     async def stop(self) -> None:
         """Give everything up; sessions that are still open fail."""
         await self._keeper.stop()
-        tasks = [*self._moves, *filter(None, [self._watching])]
+        tasks = [*self._tasks, *filter(None, [self._watching])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -369,9 +388,13 @@ class Hub:
         if not session.can_move or not isinstance(error, StateLost | Unavailable):
             self._give_up(owner, session, error)
             return
-        move = asyncio.get_running_loop().create_task(self._move(owner, session, error), context=contextvars.Context())
-        self._moves.add(move)
-        move.add_done_callback(self._moves.discard)
+        self._start(self._move(owner, session, error))
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        """In a context of its own: it must not die with the request that it is begun in."""
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _move(self, owner: str, session: Session, error: LockstepError) -> None:
         """Open the session at another owner, from its last checkpoint on; wait for one while there is none."""

@@ -3,8 +3,8 @@
 import asyncio
 import contextvars
 import logging
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine
 from typing import Protocol
 
 import numpy as np
@@ -68,7 +68,7 @@ class Outbox:
         self._lost = lost
         self._sessions: dict[int, Session] = {}
         self._opening: dict[int, asyncio.Future[Notice]] = {}
-        self._opens: list[Open] = []
+        self._opens: dict[int, Open] = {}
         self._pending: dict[int, Session] = {}  # an ordered set
         self._acks: dict[int, Session] = {}
         self._exports: set[int] = set()
@@ -80,20 +80,27 @@ class Outbox:
         self._heard_at = 0.0
         self._error: LockstepError | None = None
 
-    async def open(self, session: Session, ask: Open) -> Notice:
-        """Let the owner take the session in; what it says. Raises what it refuses with, StateLost when it is gone."""
+    def open(self, session: Session, ask: Open) -> Coroutine[None, None, Notice]:
+        """Let the owner take the session in; what it says. Raises what it refuses with, StateLost when it is gone.
+
+        What is submitted before this is awaited goes with the opening.
+        """
         if self._error is not None:
             raise self._error
         self._sessions[session.epoch] = session
         opened = self._opening[session.epoch] = asyncio.get_running_loop().create_future()
-        self._opens.append(ask)
+        self._opens[session.epoch] = ask
         self._schedule()
+        return self._confirm(session, opened)
+
+    async def _confirm(self, session: Session, opened: asyncio.Future[Notice]) -> Notice:
         try:
-            notice: Notice = await opened
+            notice = await opened
             if session.epoch not in self._sessions:  # lost since that was said, and nobody else sees to it
                 raise StateLost(f"owner {self._owner!r} is gone, or stopping")
             return notice
         except asyncio.CancelledError:
+            self._opening.pop(session.epoch, None)
             if session.stays:
                 self._sessions.pop(session.epoch, None)  # its client resumes it elsewhere
             else:
@@ -101,11 +108,14 @@ class Outbox:
             raise
         finally:
             self._opening.pop(session.epoch, None)
+            session.offer()
 
     def notify(self, session: Session) -> None:
         """See Carrier."""
         if self._error is not None:
             return  # it was lost, and whoever heard of that sees to it
+        if session.epoch in self._opening and session.epoch not in self._opens:
+            return  # what did not go with the opening waits until that has arrived
         self._pending[session.epoch] = session
         self._schedule()
 
@@ -196,15 +206,16 @@ class Outbox:
 
     def _next_frame(self, sent: list[tuple[Session, int]]) -> Frame:
         """A share of what is pending, up to the frame's size; `sent` gets the sessions with inputs, and up to where."""
-        opens, self._opens = self._opens, []
+        opens, self._opens = self._opens, {}
+        first = deque(epoch for epoch in opens if epoch in self._pending)
         exports, self._exports = self._exports, set()
         entries: list[tuple[int, Entry]] = []
         room = self._max_timesteps
         share = max(MIN_SHARE, -(-(len(self._frame_of) + len(self._pending)) // MAX_FRAMES))
         self._last_frame += 1
-        while self._pending and room > 0 and len(entries) < share:
-            epoch, session = next(iter(self._pending.items()))
-            del self._pending[epoch]
+        while self._pending and room > 0 and (first or len(entries) < share):
+            epoch = first.popleft() if first else next(iter(self._pending))
+            session = self._pending.pop(epoch)
             entry = session.take(room)
             room -= len(entry.x)
             entries.append((epoch, entry))
@@ -213,6 +224,8 @@ class Outbox:
                 self._land(session)  # an abort does not wait for what went before
                 self._frame_of[epoch] = self._last_frame
                 self._frames[self._last_frame] += 1
+        for epoch in first:
+            del self._pending[epoch]  # no room: see `notify`
         taken = {epoch for epoch, _ in entries}
         for epoch in list(self._acks)[:MAX_ACKS]:
             session = self._acks[epoch]
@@ -227,7 +240,7 @@ class Outbox:
         ).reshape(-1, len(COLUMNS)).T  # fmt: skip
         empty = np.empty((0, *self._spec.input.shape), self._spec.input.dtype)
         x = np.concatenate([empty, *(entry.x for _, entry in entries)])
-        return Frame(self._owner, self._sender, np.ascontiguousarray(columns), x, tuple(opens), tuple(exports))
+        return Frame(self._owner, self._sender, np.ascontiguousarray(columns), x, tuple(opens.values()), tuple(exports))
 
     async def _run(self, frame: Frame, sent: list[tuple[Session, int]]) -> None:
         try:
@@ -293,7 +306,7 @@ class Outbox:
         if notice.error is None:
             opening.set_result(notice)
             return
-        del self._sessions[notice.epoch]
+        self._land(self._sessions.pop(notice.epoch))
         opening.set_exception(from_wire(dict(notice.error)))
 
     def _settle(self, session: Session) -> None:

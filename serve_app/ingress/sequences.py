@@ -185,7 +185,7 @@ class Sequence:
                 if not before.ends:
                     before.abort()
                 await before.closed()
-            session = await self._hub.open(self._name, model)
+            session = await self._hub.begin(self._name, model)
         except LockstepError as error:
             self._end(error)
             return
