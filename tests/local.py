@@ -43,7 +43,7 @@ class LocalCluster:
         self._running: dict[str, AsyncEngine] = {}
         self._dying: list[asyncio.Task[None]] = []
         self._config = config
-        self._owners: dict[str, Owner] = {}
+        self.owners: dict[str, Owner] = {}
         for model in models:
             self.add(model)
 
@@ -55,10 +55,10 @@ class LocalCluster:
         session = config.session
         limits = SessionLimits(session.max_segment_timesteps, session.max_window_timesteps, session.nan == "refuse")
         checkpoints = session.checkpoint_timesteps > 0
-        self._owners[name] = Owner(
+        self.owners[name] = Owner(
             name, name, engine.spec, limits, session.max_sessions, config.frame.max_bytes, checkpoints
         )
-        self.directory.register(self._owners[name])
+        self.directory.register(self.owners[name])
 
     @property
     def alive(self) -> list[str]:
@@ -73,7 +73,7 @@ class LocalCluster:
         """A directory starts (again), and all that live register, as they do on Ray."""
         self.actor = DirectoryActor("app", self._is_listening)
         for name in self._running:
-            await self.actor.register(self._owners[name], self._config.durability)
+            await self.actor.register(self.owners[name], self._config.durability)
 
     async def _is_listening(self, owner: str) -> bool:
         return owner in self._running

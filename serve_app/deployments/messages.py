@@ -165,6 +165,7 @@ class _Messages(asyncio.BufferedProtocol):
         """Nothing is sent or taken any more."""
         if self._transport is not None:
             self._transport.abort()
+            self._transport = None
 
     def refuse(self, reason: str) -> None:
         """The other side is not what it should be."""

@@ -165,7 +165,7 @@ class Hub:
                 self._ended.setdefault(grant.owner.name, []).append(grant.epoch)
                 raise
 
-    async def begin(self, name: str, model: str) -> Session:
+    async def begin(self, name: str, model: str | None) -> Session:
         """As `open`, without waiting for the owner: what is submitted goes there with the opening.
 
         What the owner refuses it with ends the session. Raises what the directory refuses it with.
