@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from bench import report
 from bench.closed_loop import SEED, Call, Inputs, Load, check_outputs, raw_rate, run_load
-from bench.naive import CHECKED, NUM_SESSIONS, NaiveConfig, build, load_naive, local_serve, tuned
+from bench.naive import CHECKED, NUM_SESSIONS, NaiveConfig, deployment, load_naive, local_serve, tuned
 from clients.client import connect
 from clients.session import Session
 from serve_app import app
@@ -56,7 +56,7 @@ def main(seconds: float, rounds: int, json_file: Path | None) -> None:
         lockstep = app.build({"model": {"name": "rnn", "seed": SEED}, "engine.device": "cpu"})
         serve.run(lockstep, name="lockstep", route_prefix=None)
         for name, config in configs.items():
-            serve.run(build(config), name=name, route_prefix=None)
+            serve.run(deployment(config), name=name, route_prefix=None)
         for num_timesteps in SUFFIXES:
             for _ in range(rounds):
                 measured.setdefault(num_timesteps, []).append(measure(configs, num_timesteps, seconds))

@@ -145,8 +145,8 @@ class Naive:
             self._states.put.remote(sessions, stacked)
 
 
-def build(config: NaiveConfig) -> Application:
-    """The application."""
+def deployment(config: NaiveConfig) -> Application:
+    """The application, or a part of one that calls it."""
     env = {}
     if config.throughput_optimized:
         env = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000"}
@@ -185,23 +185,24 @@ def local_serve() -> Iterator[None]:
 
 async def load_naive(app: str, config: NaiveConfig, inputs: Inputs, seconds: float, warm_up_s: float) -> Load:
     """Load the application with NUM_SESSIONS new sessions; what a few of them get is checked."""
-    caller, prefix = _caller(app, config), uuid4().hex
+    calls, prefix = caller(app, config), uuid4().hex
     names = [f"{prefix}-{i}" for i in range(NUM_SESSIONS)]
 
     def call_of(session: str) -> Call:
         def call(x: np.ndarray) -> Awaitable[np.ndarray]:
-            response: Awaitable[np.ndarray] = caller.remote(session, x)
+            response: Awaitable[np.ndarray] = calls.remote(session, x)
             return response
 
         return call
 
     load, kept = await run_load([call_of(name) for name in names], inputs, seconds, warm_up_s, keep=CHECKED)
     check_outputs(kept, inputs)
-    await asyncio.gather(*(caller.close.remote(name) for name in names))
+    await asyncio.gather(*(calls.close.remote(name) for name in names))
     return load
 
 
-def _caller(app: str, config: NaiveConfig) -> Any:
+def caller(app: str, config: NaiveConfig) -> Any:
+    """A handle with the options that the configuration says."""
     handle: Any = DeploymentHandle("Naive", app)  # of our own: the one that Serve gives out is initialized before
     if config.handle == "same_loop":
         handle._init(_run_router_in_separate_loop=False)
@@ -279,7 +280,7 @@ def sweep(seconds: float, json_file: Path | None) -> None:
     points: list[Point] = []
 
     def measure(config: NaiveConfig) -> None:
-        serve.run(build(config), name="naive", route_prefix=None)
+        serve.run(deployment(config), name="naive", route_prefix=None)
         load = asyncio.run(load_naive("naive", config, Inputs(1), seconds, warm_up_s=1.0))
         points.append(Point(config, load))
         click.echo(f"{load.rate:6.0f} segments/s  {config}", err=True)

@@ -7,7 +7,8 @@ answered. Servers and perf_analyzer share this machine; each server runs alone, 
 `steps`: 64 sequences, 1 timestep each, against Triton 2.36 with the `oldest` strategy: 2.51 crashes with it at 64
 streams, and with the `direct` strategy runs of this model did not end. `ragged`: 32 sequences, lengths uniform in
 1 … 16, against its default, which merges only requests of equal length, and against its ragged batching with padding in
-the model.
+the model. Lockstep takes them at the gRPC port of its ingress; beside that stand the way through HAProxy and the tuned
+naive application of bench.naive behind Serve's own proxy.
 """
 
 import csv
@@ -26,13 +27,16 @@ import click
 import numpy as np
 
 from bench.peers.fetch import fetch_analyzer
-from bench.peers.servers import MODEL, Server, lockstep, triton
+from bench.peers.servers import MODEL, Server, lockstep, naive, triton
 from bench.report import json_option, save, show_hardware, table
 
 Start = Callable[[], AbstractContextManager[Server]]
 OURS = "Lockstep"
+NAIVE = "plain Ray Serve"
 STEPS: Mapping[str, Start] = {
     OURS: lockstep,
+    "Lockstep behind HAProxy": partial(lockstep, "haproxy"),
+    NAIVE: naive,
     "Triton 2.36": partial(triton, "2.36", "oldest"),
 }
 RAGGED: Mapping[str, Start] = {
@@ -47,7 +51,7 @@ MAX_TIMESTEPS = 16
 def measure(start: Start, options: list[str], seconds: float) -> dict[str, float]:
     """One run of perf_analyzer against a server of its own."""
     with start() as server:
-        analyze(server, options, 1.0)  # warms everything up
+        analyze(server, options, seconds)  # warms everything up
         count, cpu_s = server.count(), server.cpu_s()
         rate, p50_ms, p99_ms = analyze(server, options, seconds)
         answered, used_s = server.count() - count, server.cpu_s() - cpu_s
@@ -116,18 +120,19 @@ def main(seconds: float, runs: int, json_file: Path | None) -> None:
         click.echo(f"\n{kind}\n{table(head, [(name, *result.values()) for name, result in results.items()])}")
         for name, result in results.items():
             figures |= {f"{kind}_{figure}: {name}": value for figure, value in result.items()}
-    ours, others = steps[OURS], [result for name, result in steps.items() if name != OURS]
+    ours, others = steps[OURS], [result for name, result in steps.items() if name.startswith("Triton")]
     figures |= {
         "vs_triton_best": ours["per_s"] / max(other["per_s"] for other in others),
         "vs_triton_best_p99": min(other["p99_ms"] for other in others) / ours["p99_ms"],
         "vs_triton_cpu": ours["per_cpu_s"] / max(other["per_cpu_s"] for other in others),
     }
+    figures["vs_naive_grpc"] = ours["per_s"] / steps[NAIVE]["per_s"]
     _, default, padded = (result["per_s"] for result in ragged.values())
     figures |= {
         "vs_triton_ragged_default": ragged[OURS]["per_s"] / default,
         "vs_triton_ragged_padded": ragged[OURS]["per_s"] / padded,
     }
-    for name in ("vs_triton_best", "vs_triton_best_p99", "vs_triton_cpu", "vs_triton_ragged_default",
+    for name in ("vs_triton_best", "vs_triton_best_p99", "vs_triton_cpu", "vs_naive_grpc", "vs_triton_ragged_default",
                  "vs_triton_ragged_padded"):  # fmt: skip
         click.echo(f"{name}: {figures[name]:.2f}")
     save(figures, json_file)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import psutil
@@ -68,23 +68,34 @@ class Server:
 
 
 @contextmanager
-def lockstep(
-    *, haproxy: bool = True, proxied: bool = False, application: str = "serve_app.app:build", **args: object
-) -> Iterator[Server]:
-    """Lockstep with the model of MODEL, its ingress at a port of its own, and behind HAProxy or Serve's own proxy.
+def lockstep(way: Literal["own", "haproxy", "proxy"] = "own") -> Iterator[Server]:
+    """Lockstep with the model of MODEL: at the gRPC port of its ingress, behind HAProxy, or Serve's own proxy."""
+    port = free_port()
+    args = {
+        "model": {"name": "rnn", "cell": "lstm", **MODEL},
+        "engine": {"slots": 1024, "max_batch_size": 256},
+        "grpc": {"port": port},
+    }
+    with _application(
+        "serve_app.app:build", args, haproxy=way != "proxy", port=port if way == "own" else None
+    ) as server:
+        yield server
 
-    args: of the application, instead.
-    """
-    http, rpc, own = free_port(), free_port(), free_port()
-    model = {"name": "rnn", "cell": "lstm", **MODEL}
+
+@contextmanager
+def naive() -> Iterator[Server]:
+    """The naive application (bench.peers.naive) behind Serve's own proxy."""
+    with _application("bench.peers.naive:build", {}, haproxy=False) as server:
+        yield server
+
+
+@contextmanager
+def _application(import_path: str, args: dict[str, Any], *, haproxy: bool, port: int | None = None) -> Iterator[Server]:
+    """An application as our launcher starts it. port: of its gRPC, where it is not that of Serve."""
+    http, rpc = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="lb", dir="/tmp") as folder:
         config = Path(folder) / "config.yaml"
-        served = {
-            "name": "lockstep",
-            "route_prefix": "/",
-            "import_path": application,
-            "args": args or {"model": model, "engine": {"slots": 1024, "max_batch_size": 256}, "grpc": {"port": own}},
-        }
+        served = {"name": "lockstep", "route_prefix": "/", "import_path": import_path, "args": args}
         config.write_text(
             yaml.dump(
                 {
@@ -102,7 +113,7 @@ def lockstep(
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         }
         command = [sys.executable, "-m", "serve_app", "--haproxy" if haproxy else "--no-haproxy", str(config)]
-        with _running(command, environment, rpc if args or proxied else own, "rnn", Path(folder) / "log") as server:
+        with _running(command, environment, port or rpc, "rnn", Path(folder) / "log") as server:
             yield server
 
 

@@ -1,4 +1,7 @@
-"""Triton's clients against the application as its launcher starts it: behind HAProxy, and behind Serve's own proxy."""
+"""Triton's clients against the application as its launcher starts it.
+
+Behind HAProxy, behind Serve's own proxy, and past both, at the ingress's own gRPC port.
+"""
 
 import os
 import signal
@@ -46,16 +49,16 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["--haproxy", "--no-haproxy"])
 def application(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, repository: Path
-) -> Iterator[tuple[str, str]]:
-    """gRPC and HTTP address of an application in a Ray of its own."""
+) -> Iterator[dict[str, str]]:
+    """Addresses of an application in a Ray of its own: of gRPC through Serve, and past it, and of HTTP."""
     folder = tmp_path_factory.mktemp("ray")
-    http, rpc = free_port(), free_port()
+    http, rpc, own = free_port(), free_port(), free_port()
     config = folder / "config.yaml"
     application = {
         "name": "lockstep",
         "route_prefix": "/",
         "import_path": "serve_app.app:build",
-        "args": {"model": MODEL, "engine": {"slots": 256, "max_batch_size": 64}},
+        "args": {"model": MODEL, "engine": {"slots": 256, "max_batch_size": 64}, "grpc": {"port": own}},
     }
     config.write_text(
         yaml.dump(
@@ -80,8 +83,8 @@ def application(
             cwd=repository, env=environment, stdout=out, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
-            wait_until(lambda: answers_http(http) and answers_grpc(rpc), running, log)
-            yield f"127.0.0.1:{rpc}", f"127.0.0.1:{http}"
+            wait_until(lambda: answers_http(http) and answers_grpc(rpc) and answers_grpc(own), running, log)
+            yield {name: f"127.0.0.1:{port}" for name, port in (("serve", rpc), ("own", own), ("http", http))}
         finally:
             running.send_signal(signal.SIGTERM)
             running.wait(60)
@@ -111,11 +114,13 @@ def answers_grpc(port: int) -> bool:
         return bool(ready.ready)
 
 
-def test_tritons_clients(application: tuple[str, str], expected: Path, repository: Path) -> None:
-    names = {"LOCKSTEP_GRPC": application[0], "LOCKSTEP_HTTP": application[1], "LOCKSTEP_EXPECTED": str(expected)}
+@pytest.mark.parametrize("way", ["serve", "own"])
+def test_tritons_clients(application: dict[str, str], way: str, expected: Path, repository: Path) -> None:
+    addresses = {"LOCKSTEP_GRPC": application[way], "LOCKSTEP_HTTP": application["http"]}
     command = [str(repository / CLIENTS), "-m", "pytest", "-q", "-c", "/dev/null", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, str(repository / "tests/tritonclient/check_clients.py")],
-        env={**os.environ, **names}, capture_output=True, text=True, timeout=150, check=False,
+        env={**os.environ, **addresses, "LOCKSTEP_EXPECTED": str(expected)},
+        capture_output=True, text=True, timeout=150, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
