@@ -14,7 +14,8 @@ class HandleTransport:
     """See client.Transport. `app` is the Serve application's name."""
 
     def __init__(self, app: str) -> None:
-        self._hub = Hub(RayDirectory(app), ack_on_receipt=True)
+        self._directory = RayDirectory(app)
+        self._hub = Hub(self._directory, ack_on_receipt=True)
 
     async def open(
         self,
@@ -33,3 +34,4 @@ class HandleTransport:
     async def stop(self) -> None:
         """See Transport."""
         await self._hub.stop()
+        await self._directory.close()

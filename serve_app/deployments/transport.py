@@ -122,6 +122,11 @@ class RayDirectory:
         """See DirectoryClient."""
         return FrameChannel(owner.address)
 
+    async def close(self) -> None:
+        """Nothing is asked for any more."""
+        if self._straight is not None:
+            await self._straight.close()
+
     async def _open_all(self, asks: Sequence[Ask]) -> Sequence[Grant | LockstepError]:
         """Straight to the directory's own port: a sequence of few timesteps costs less than a call through Ray."""
         if self._straight is None or self._straight.is_lost:
