@@ -96,6 +96,10 @@ class RayDirectory:
         """See DirectoryClient."""
         return await _result(self.actor.drop.remote(session))
 
+    async def migrate(self, session: str, to: str | None) -> Grant:
+        """See DirectoryClient."""
+        return await _result(self.actor.migrate.remote(session, to))
+
     async def models(self) -> dict[str, ModelSpec]:
         """See DirectoryClient."""
         return await _result(self.actor.models.remote())

@@ -27,6 +27,7 @@ class Mailbox:
     notices: deque[Notice] = field(default_factory=deque)
     calls: deque[tuple[Ticket, float]] = field(default_factory=deque)  # with the time by which each is answered
     num_sessions: int = 0
+    leaving: set[int] = field(default_factory=set)  # epochs of sessions to be given back with the next call
 
     @property
     def has_mail(self) -> bool:
