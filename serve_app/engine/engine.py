@@ -77,6 +77,7 @@ class Engine:
         self._mail: dict[int, Mailbox] = {}
         self._last_sender = 0
         self._parted: set[int] = set()
+        self._left: set[str] = set()  # senders that might be gone, at the last look
         self._exports: set[int] = set()  # epochs of sessions whose states are wanted
         self._expire_at = 0.0
         self.answer_within_s = config.frame.answer_within_s
@@ -222,27 +223,28 @@ class Engine:
         state = tuple(np.concatenate(leaves) for leaves in zip(*parts, strict=True))
         return Checkpoints(self._sessions.epoch[known], self._sessions.progress[known], state)
 
-    def drop_all(self, now: float) -> list[Ticket]:
-        """Forget all sessions, and who has sent to them: others have them. Returns the calls that wait."""
+    def drop_all(self, now: float) -> None:
+        """Forget all sessions, since others may have them; who still sends to one is told that it is elsewhere."""
         while self._flights:
             self._complete(self._flights.popleft(), now)
         for row in np.flatnonzero(self._sessions.status != Status.FREE).tolist():
+            self._notify(row, Notice(int(self._sessions.epoch[row]), "moving"))
             self._end(row, ELSEWHERE)
-        waiting = [ticket for mailbox in self._mail.values() for ticket, _ in mailbox.calls]
-        for sender in self._mail:
-            self._checkpoints.forget(sender)
-        self._mail.clear()
-        self._mailboxes.clear()
-        self._exports.clear()
-        return waiting
+        for mailbox in self._mail.values():
+            mailbox.marked.clear()
+            self._checkpoints.forget(mailbox.sender)
 
     def expire(self, now: float) -> None:
-        """End sessions that have been idle for too long. Looks at most every tenth of that time."""
+        """End sessions that have been idle for too long, forget who is gone. Looks at most every tenth of that time."""
         if now >= self._expire_at:
             timeout_s = self._config.session.idle_timeout_s
             self._expire_at = now + timeout_s / 10
             for row in self._sessions.idle_since(now - timeout_s).tolist():
                 self._end(row, "idle")
+            left = {name for name, sender in self._mailboxes.items() if self._mail[sender].is_left}
+            for name in left & self._left:
+                del self._mail[self._mailboxes.pop(name)]
+            self._left = left
 
     @property
     def ready(self) -> bool:

@@ -44,6 +44,11 @@ class Mailbox:
         """Whether nobody would miss it."""
         return not (self.num_sessions or self.calls or self.has_mail)
 
+    @property
+    def is_left(self) -> bool:
+        """Whether its sender has nothing here, and does not call for what there is to tell."""
+        return not (self.num_sessions or self.calls)
+
     def mark(self, rows: np.ndarray) -> None:
         """These rows (distinct) have outputs to send."""
         if len(rows):

@@ -276,13 +276,14 @@ class Outbox:
             session = self._sessions.get(notice.epoch)
             if opening is not None and not opening.done() and notice.kind in ("opened", "refused"):
                 self._opened(notice, opening)
+            elif session is not None and session.end_reason is not None:
+                if notice.kind != "moving" or session.has_all_acked:
+                    self._forget(session)  # the owner has given its outputs up
             elif session is not None and notice.kind == "moving":
                 del self._sessions[notice.epoch]
                 self._land(session)
                 if opening is None:
                     self._lost(session, Unavailable(f"owner {self._owner!r} is stopping"))
-            elif session is not None and session.end_reason is not None:
-                self._forget(session)  # the owner has given its outputs up
             elif session is not None:
                 session.notice(
                     notice.kind, dict(notice.error) if notice.error else None, notice.reason, notice.progress
