@@ -21,6 +21,10 @@ class Registry(Protocol):
         """Make an owner known; which incarnation of the directory that is."""
         ...
 
+    async def unregister(self, owner: str) -> None:
+        """The owner takes nothing any more."""
+        ...
+
     async def report(self, owner: str, ended: list[int]) -> tuple[int, bool]:
         """The owner is alive, and these sessions have ended; the incarnation, and whether it knows the owner."""
         ...
@@ -55,6 +59,13 @@ class Registration:
         asked_at = clock.now()
         self._incarnation = await self._directory.register(self._owner, self._durability)
         self._lease.renew(asked_at)
+
+    async def leave(self) -> None:
+        """Take nothing any more; what is here is given back under a last lease, unless there is none now."""
+        asked_at, held = clock.now(), self._lease.holds
+        await self._directory.unregister(self._owner.name)
+        if held:
+            self._lease.renew(asked_at)
 
     async def renew(self, ended: list[int]) -> None:
         """Say that the owner lives, and which sessions have ended since. Raises Unavailable, keeping what was said."""

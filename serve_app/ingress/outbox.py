@@ -280,7 +280,8 @@ class Outbox:
                 if notice.kind != "moving" or session.has_all_acked:
                     self._forget(session)  # the owner has given its outputs up
             elif session is not None and notice.kind == "moving":
-                del self._sessions[notice.epoch]
+                for each in (self._sessions, self._pending, self._acks):
+                    each.pop(notice.epoch, None)
                 self._land(session)
                 if opening is None:
                     self._lost(session, Unavailable(f"owner {self._owner!r} is stopping"))
@@ -294,7 +295,7 @@ class Outbox:
         if notice.error is None:
             opening.set_result(notice)
             return
-        del self._sessions[notice.epoch]
+        self._sessions.pop(notice.epoch, None)  # it may have been said before that it is moving
         opening.set_exception(from_wire(dict(notice.error)))
 
     def _settle(self, session: Session) -> None:
