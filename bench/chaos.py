@@ -1,14 +1,14 @@
 """Kills under load, and whether anybody noticed: `python -m bench.chaos [--seconds S] [--json FILE]`.
 
 Sessions of the 2x256 LSTM send segments at a steady rate, by a handle client, and some of them by WebSockets through
-Serve's proxy, to replicas on the nodes of a local cluster. Every few seconds something is killed with SIGKILL: a
-replica, the ingress, both at once, a whole worker node, the actor of the session directory, the Serve controller; or a
-replica is stopped by SIGSTOP for a while. Every output of every session is compared with the bare module's, and each
-timestep has to come once, in order. Gaps are from when a segment was due to when all of its outputs were there, the
-longest of each session within the seconds after a kill: of sessions whose owner was hit, or whose way in (`gap_…`), and
-of all others (`others_…`). Who owns a session by WebSocket is not known to its client: it is in neither, unless it was
-its ingress that was killed. There is one ingress, so all of these wait until Serve has started another; checkpoints are
-kept in a folder, since what dies meanwhile may be the directory.
+HAProxy and two ingresses, to replicas on the nodes of a local cluster. Every few seconds something is killed with
+SIGKILL: a replica, an ingress, both at once, a whole worker node, the session directory, that and a replica, HAProxy,
+the Serve controller; or a replica is stopped by SIGSTOP for longer than its lease. Every output of every session is
+compared with the bare module's, and each timestep has to come once, in order. Gaps are from when a segment was due to
+when all of its outputs were there, the longest of each session within the seconds after a kill: of sessions that have
+got another owner since, or another connection (`gap_…`), and of all others (`others_…`). Who owns a session by
+WebSocket is not known to its client: it is in neither, unless its connection broke. Checkpoints are kept in a folder,
+since what dies may be the directory.
 """
 
 import asyncio
@@ -38,6 +38,7 @@ from bench.closed_loop import INPUT, SEED, TOLERANCE, plain_module
 from bench.report import json_option, save, show_hardware, table
 from clients.client import Client, connect
 from clients.session import Session
+from serve_app.__main__ import end_haproxy, find_haproxy, haproxy_env
 from serve_app.app import build
 from serve_app.deployments.transport import NAMESPACE, SERVE_NAMESPACE
 
@@ -45,11 +46,16 @@ SEGMENT, PERIOD_S = 5, 0.5
 KEPT = 8
 """Columns of an output that are compared."""
 HUNG_S = 10.0
-STOPPED_S = 3.0
+STOPPED_S = 5.0
 WATCHED_S = 8.0
 """After a kill."""
-KINDS = ("replica", "ingress", "stopped replica", "node", "ingress and replica", "controller", "directory")
+KINDS = (
+    "replica", "ingress", "node", "directory", "ingress and replica", "stopped replica", "proxy",
+    "directory and replica", "controller",
+)  # fmt: skip
 RESUME_WITHIN_S = 60.0
+HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
+"""Besides the one for clients: others on this machine may have Ray's own."""
 
 
 @dataclass
@@ -76,12 +82,8 @@ class Line:
         found += [time.monotonic() - due for _, due in self.due if begin <= due < end]
         return max(found, default=0.0)
 
-    def hit(self, kind: str, at: float, late: float) -> bool:
-        """Whether a kill was of its owner: it has got another since; or waited, for one that was stopped."""
-        if self.by_socket:
-            return "ingress" in kind
-        if kind == "stopped replica":
-            return late >= STOPPED_S / 2
+    def hit(self, at: float) -> bool:
+        """Whether a kill was of its owner, or its way in: it has got another since."""
         return any(at <= then < at + WATCHED_S for then, _ in self.epochs[1:])
 
 
@@ -123,10 +125,10 @@ def wrong(line: Line) -> bool:
 
 
 class Killer:
-    """Knows what there is to kill."""
+    """Knows what there is to kill. `haproxy`: the folder with the files of the one in front."""
 
-    def __init__(self, cluster: Cluster, nodes: list[Any], cpus: int, rng: random.Random) -> None:
-        self._cluster, self._nodes, self._cpus, self._rng = cluster, nodes, cpus, rng
+    def __init__(self, cluster: Cluster, nodes: list[Any], cpus: int, haproxy: str, rng: random.Random) -> None:
+        self._cluster, self._nodes, self._cpus, self._haproxy, self._rng = cluster, nodes, cpus, haproxy, rng
 
     def kill(self, kind: str) -> None:
         """Kill one of that kind, and see that another can come."""
@@ -135,7 +137,10 @@ class Killer:
             self._cluster.remove_node(node, allow_graceful=False)
             self._nodes.append(self._cluster.add_node(num_cpus=self._cpus))
             return
-        processes = [psutil.Process(self._process(what)) for what in kind.split(" and ")]
+        if kind == "proxy":
+            processes = find_haproxy(self._haproxy)
+        else:
+            processes = [psutil.Process(self._process(what)) for what in kind.split(" and ")]
         for process in processes:
             if kind == "stopped replica":
                 process.suspend()
@@ -159,19 +164,21 @@ class Killer:
         return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=30))
 
     def _ingress(self) -> str:
-        """The name of the one that there is, or will be in a moment."""
+        """The name of one that there is, or will be in a moment."""
         while True:
             names = [str(actor["name"]) for actor in ray.util.list_named_actors(all_namespaces=True)]
             if found := [name for name in names if name.startswith("SERVE_REPLICA::lockstep#Ingress#")]:
-                return found[0]
+                return self._rng.choice(found)
             time.sleep(0.1)
 
 
 @contextmanager
 def local_cluster(num_nodes: int, cpus: int, http_port: int | None = None) -> Iterator[tuple[Cluster, list[Any]]]:
-    """A head, where the driver and Serve's controller are, and its proxy if it has a port; and worker nodes."""
+    """A head, where the driver and Serve's controller are, and HAProxy if it has a port; and worker nodes."""
     with TemporaryDirectory(prefix="lc", dir="/tmp") as folder:
         (Path(folder) / "ray").mkdir()
+        if http_port is not None:
+            os.environ |= {**haproxy_env(Path(folder)), **{key: str(free_port()) for key in HAPROXY_PORTS}}
         os.environ["RAY_TMPDIR"] = folder  # Ray writes there which cluster is the current one
         health = {
             "health_check_period_ms": 500,
@@ -191,6 +198,7 @@ def local_cluster(num_nodes: int, cpus: int, http_port: int | None = None) -> It
             serve.shutdown()  # type: ignore[no-untyped-call]
             ray.shutdown()
             cluster.shutdown()  # type: ignore[no-untyped-call]
+            end_haproxy(folder)
 
 
 def free_port() -> int:
@@ -244,9 +252,9 @@ def main(
         local_cluster(num_nodes=2, cpus=replicas, http_port=port) as (cluster, nodes),
     ):
         model = {"name": "rnn", "seed": SEED}
-        arguments = {"model": model, "engine.device": "cpu", "replicas": replicas, "durability.store": store}
-        serve.run(build(arguments), name="lockstep", route_prefix="/")
-        killer = Killer(cluster, nodes, replicas, random.Random(seed))
+        arguments = {"model": model, "engine.device": "cpu", "replicas": replicas, "ingress_replicas": 2}
+        serve.run(build({**arguments, "durability.store": store}), name="lockstep", route_prefix="/")
+        killer = Killer(cluster, nodes, replicas, os.environ["RAY_TMPDIR"], random.Random(seed))
         kills = run(killer, lines, f"ws://127.0.0.1:{port}", tuple(kinds.split(",")), seconds)
     figures = figures_of(lines, kills)
     rows = [(name, value) for name, value in figures.items()]
@@ -268,8 +276,8 @@ def figures_of(lines: list[Line], kills: list[tuple[str, float]]) -> dict[str, f
     for kind in dict.fromkeys(kind for kind, _ in kills):
         times = [at for each, at in kills if each == kind]
         found = [(line, at, line.longest(at - PERIOD_S, at + WATCHED_S)) for at in times for line in lines]
-        hit = [late for line, at, late in found if line.hit(kind, at, late)]
-        others = [late for line, at, late in found if not (line.by_socket or line.hit(kind, at, late))]
+        hit = [late for line, at, late in found if line.hit(at)]
+        others = [late for line, at, late in found if not (line.by_socket or line.hit(at))]
         name = kind.replace(" ", "_")
         figures |= {f"kills_{name}": len(times), f"hit_{name}": len(hit)}
         for what, delays in (("gap", hit), ("others", others)):

@@ -104,7 +104,7 @@ async def load(lines: list[Line], until: float) -> None:
 def run(lines: list[Line], replicas: int, seconds: float) -> dict[str, tuple[float, float]]:
     """All sessions; scale down and up, drain; when each began and ended."""
     windows: dict[str, tuple[float, float]] = {}
-    with local_cluster(num_nodes=2, cpus=replicas) as (cluster, nodes):
+    with local_cluster(num_nodes=2, cpus=2 * replicas) as (cluster, nodes):
         scale(replicas)
         until = time.monotonic() + seconds
         with ThreadPoolExecutor(1) as threads:
@@ -124,7 +124,10 @@ def run(lines: list[Line], replicas: int, seconds: float) -> dict[str, tuple[flo
                 time.sleep(0.5)
             time.sleep(SETTLED_S / 2)
             windows["node"] = began, time.monotonic()
+            left = owners_by_node(known)[node]
             loading.result()
+    if left:
+        raise RuntimeError(f"{left} replicas with sessions were on the node after {DRAIN_WITHIN_S:.0f} s of its drain")
     return windows
 
 

@@ -83,6 +83,15 @@ def drop(address: str, names: tuple[str, ...]) -> None:
     _run(_drop(address, names))
 
 
+@sessions.command()
+@address_option
+@click.option("--to", help="The replica that is to have them, as `list` says it; else one with room.")
+@click.argument("names", metavar="SESSION…", nargs=-1, required=True)
+def migrate(address: str, to: str | None, names: tuple[str, ...]) -> None:
+    """Have sessions go on at another replica, with their states. Their clients do not notice."""
+    _run(_migrate(address, to, names))
+
+
 async def _list(address: str, after: str, limit: int) -> None:
     answer = await http.call(address, "GET", "/v1/sessions", after=after, limit=str(limit))
     for described in answer.values["sessions"]:
@@ -105,6 +114,13 @@ async def _drop(address: str, names: tuple[str, ...]) -> None:
     for session in names:
         answer = await http.call(address, "DELETE", _path(session), abort="true")
         click.echo(f"{session}: {answer.values['reason']}")
+
+
+async def _migrate(address: str, to: str | None, names: tuple[str, ...]) -> None:
+    target = {} if to is None else {"to": to}
+    for session in names:
+        answer = await http.call(address, "POST", f"{_path(session)}/migrate", **target)
+        click.echo(f"{session}: leaves {answer.values['owner']}")
 
 
 def _path(session: str) -> str:

@@ -33,7 +33,7 @@ class Session:
 
     @property
     def epoch(self) -> int:
-        """Another when the session has got another owner; by handle only."""
+        """Higher when the session has got another owner; over a WebSocket, when it has got another connection."""
         return self._line.epoch
 
     @property

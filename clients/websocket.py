@@ -224,6 +224,7 @@ class WebSocketCarrier:
                 await asyncio.sleep(delay_s * random.uniform(0.5, 1))
                 delay_s = min(2 * delay_s, MAX_RETRY_DELAY_S)
             else:
+                session.epoch += 1
                 session.resumed(opened.number("next") or 0, opened.number("rewind") or 0)
                 return
 

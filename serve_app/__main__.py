@@ -47,6 +47,7 @@ def haproxy_env(folder: Path) -> dict[str, str]:
     prefix = "RAY_SERVE_HAPROXY"
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.2",  # after three in vain it is started again
         f"{prefix}_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         f"{prefix}_SOCKET_PATH": str(folder / "admin.sock"),
         f"{prefix}_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
@@ -57,16 +58,21 @@ def haproxy_env(folder: Path) -> dict[str, str]:
 
 def end_haproxy(folder: str) -> None:
     """End the HAProxy whose files lie there, if Ray has left it behind."""
-    left = [
-        process
-        for process in psutil.process_iter(["name", "cmdline"])
-        if process.info["name"] == "haproxy" and any(folder in part for part in process.info["cmdline"] or ())
-    ]
+    left = find_haproxy(folder)
     for process in left:
         process.terminate()
     _, left = psutil.wait_procs(left, STOP_WITHIN_S)
     for process in left:
         process.kill()
+
+
+def find_haproxy(folder: str) -> list[psutil.Process]:
+    """The processes of the HAProxy whose files lie there."""
+    return [
+        process
+        for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"] == "haproxy" and any(folder in part for part in process.info["cmdline"] or ())
+    ]
 
 
 if __name__ == "__main__":

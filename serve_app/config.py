@@ -198,8 +198,9 @@ class BatchingConfig:
 class AppConfig:
     """The tree of one model. `replicas`: replicas of the model; `num_gpus`: GPUs that each gets from Ray.
 
-    `batching`: of a stateless model only; it has no use for session, frame and durability. `durability` and `grpc`
-    are those of the application.
+    `ingress_replicas`: ways in, for clients without Ray; they, `grpc` and `durability` are common to all models.
+
+    `batching`: of a stateless model only; it has no use for session, frame and durability.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -211,9 +212,10 @@ class AppConfig:
     batching: BatchingConfig | None = None
     replicas: int = 1
     num_gpus: float = 0.0
+    ingress_replicas: int = 1
 
     def __post_init__(self) -> None:
-        _at_least("", self, 1, "replicas")
+        _at_least("", self, 1, "replicas", "ingress_replicas")
 
 
 def load_config(args: Mapping[str, Any]) -> AppConfig:
@@ -245,7 +247,7 @@ def load_models(args: Mapping[str, Any]) -> dict[str, AppConfig]:
 
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_-]+")
-_OF_ALL = ("durability", "grpc")
+_OF_ALL = ("durability", "grpc", "ingress_replicas")
 
 
 def _of_models(name: str, section: Any, top: Mapping[str, Any]) -> AppConfig:

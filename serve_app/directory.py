@@ -129,6 +129,7 @@ class Directory:
         self._first_epoch = self._last_epoch = incarnation << 24
         self._owners: dict[str, Owner] = {}
         self._heard: dict[str, float] = {}  # when of each owner
+        self._targets: dict[str, str] = {}  # where sessions are to move
         self._suspects: set[str] = set()  # owners that somebody cannot reach, until they are heard of
         self._asked_at = self._awake_since = -math.inf
         self._sessions: dict[str, Record] = {}
@@ -223,7 +224,12 @@ class Directory:
         if record is not None and record.owner in serving and len(serving) > 1:
             del serving[record.owner]  # its sender cannot reach it
         load = {name: len(self._held[name]) for name in serving}
-        chosen = choose_owner(load, {name: owner.max_sessions for name, owner in serving.items()})
+        limits = {name: owner.max_sessions for name, owner in serving.items()}
+        target = self._targets.pop(session, "")
+        if load.get(target, math.inf) < limits.get(target, 0):
+            chosen: str | None = target
+        else:
+            chosen = choose_owner(load, limits)
         if chosen is None:
             raise TooManySessions(
                 f"{sum(load.values())} sessions are open, all that the replicas take: try again later, or raise "
@@ -280,6 +286,29 @@ class Directory:
         """So many of them at most, by name, from the first that comes after `after` on."""
         names = (session for session in self._sessions if session > after)
         return [self.describe(session) for session in heapq.nsmallest(limit, names)]
+
+    def migrate(self, session: str, to: str | None) -> Grant:
+        """The grant of a session that its owner is to give back: it then goes to `to`, or where there is most room.
+
+        Raises UnknownSession, NotOwner (it waits to be resumed), InvalidInput (it cannot go there, or nowhere at all),
+        Unavailable (there is no other owner).
+        """
+        grant = self.grant_of(session)
+        if grant is None:
+            raise NotOwner(f"session {session!r} waits to be resumed: it is nowhere now")
+        spec = grant.owner.spec
+        if not grant.owner.checkpoints:
+            raise InvalidInput(f"session {session!r} cannot move: set session.checkpoint_timesteps, which is 0")
+        others = sorted(
+            self._serving(session, spec.name, Claim(grant.epoch, spec.fingerprint)).keys() - {grant.owner.name}
+        )
+        if not others:
+            raise Unavailable(f"no other replica of model {spec.name!r} is ready: try again, or raise replicas")
+        if to is not None and to not in others:
+            raise InvalidInput(f"session {session!r} cannot go to {to!r}, choose one of: {', '.join(others)}")
+        if to is not None:
+            self._targets[session] = to
+        return grant
 
     def grant_of(self, session: str) -> Grant | None:
         """The grant that a session runs under, None while it waits to be resumed. Raises UnknownSession."""
@@ -442,6 +471,7 @@ class Directory:
 
     def _forget(self, session: str) -> None:
         record = self._sessions.pop(session)
+        self._targets.pop(session, None)
         del self._held[record.owner][record.epoch]
         self._kept.discard(key := key_of(session))
         self._waiting.pop(key, None)

@@ -14,6 +14,8 @@ NO_CLOSE = -1
 """`close` of a session that stays open."""
 ABORT = -2
 """`close` of a session that ends at once, whatever is pending."""
+MOVE = -3
+"""`close` of a session that its owner is to give back to its sender, with its state, to go on elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class Frame:
     `x` is [sum(length), *features].
     `start`, `length`: the timesteps that entry brings; length 0 brings none and asks for outputs again from `start` on.
     `acked`: the sender holds the outputs below. `rewind`: failed steps of the session that the sender knows of.
-    `close`: close when everything below this timestep has been accepted, or NO_CLOSE, or ABORT.
+    `close`: close when everything below this timestep has been accepted, or NO_CLOSE, ABORT or MOVE.
     `exports`: epochs of sessions whose states the sender wants now, however long the last has been sent ago.
     """
 

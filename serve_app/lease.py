@@ -3,7 +3,7 @@
 import math
 import time
 
-LEASE_S = 2.5
+LEASE_S = 2.0
 MARGIN_S = 0.5
 """The directory gives an owner up so much later than the owner stops."""
 

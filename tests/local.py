@@ -129,6 +129,9 @@ class LocalCluster:
     async def drop(self, session: str) -> Grant | None:
         return await self.actor.drop(session)
 
+    async def migrate(self, session: str, to: str | None) -> Grant:
+        return await self.actor.migrate(session, to)
+
     async def models(self) -> dict[str, ModelSpec]:
         self._report()
         return await self.actor.models()

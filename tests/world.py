@@ -8,7 +8,8 @@ delivery is chosen. The event loop has no clock and no threads but those here: t
 import asyncio
 import heapq
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -223,7 +224,9 @@ class World:
             if not owner.is_stopped and not owner.is_leaving:
                 found += [f"stop {name}", f"sleep {name}", f"drain {name}"]
                 found += [f"fail {name}"] * (not owner.model.fails)
-        found += [f"break {name}" for name, client in self.clients.items() if client.connection is not None]
+        for name, client in self.clients.items():
+            if client.connection is not None:
+                found += [f"break {name}", f"migrate {name}"]
         others = [name for name, call in self.calls.items() if call.to in self.owners and not self._is_stuck(call)]
         return found + [f"give up {name}" for name in others]
 
@@ -433,6 +436,9 @@ class Registry:
         self.register = partial(world.ask, owner, "register")
         self.report = partial(world.ask, owner, "report")
 
+    async def is_down(self) -> bool:
+        return False  # it starts again at once
+
 
 class Replica:
     """An engine, and what a deployment does for it."""
@@ -513,9 +519,7 @@ class Replica:
         self.reports = False
 
     async def fence(self) -> None:
-        for call in self.engine.drop_all(self.world.loop.now):
-            assert isinstance(call, Call)
-            call.answer(_gone("it was away for longer than its lease"))
+        self.engine.drop_all(self.world.loop.now)
 
     def kill(self) -> None:
         self.world.fail(self.name)
@@ -569,7 +573,7 @@ class Ingress:
         self.connections: list[Connection] = []
 
     def __getattr__(self, method: str) -> Callable[..., asyncio.Future[Any]]:
-        if method not in ("attach", "gone", "release", "keep", "fetch", "lost", "models"):
+        if method not in ("attach", "gone", "migrate", "release", "keep", "fetch", "lost", "models"):
             raise AttributeError(method)
         return partial(self.world.ask, self.name, method)
 
@@ -788,6 +792,12 @@ class Client:
         assert self.connection is not None
         self.connection.leave(1006)
 
+    def migrate(self) -> None:
+        """Somebody, by some ingress, has the session moved."""
+        assert self.session is not None
+        ingress = self.world.ingresses[min(self.world.ingresses)]
+        self.world.loop.create_task(_tried(ingress.hub.migrate(self.session.name)))
+
     def _give_up_if_lost(self, session: Session) -> None:
         """Nothing was kept of the session before all that held it was gone."""
         world = self.world
@@ -827,6 +837,11 @@ class Client:
             self.is_over = True
         elif self.connection is None:
             self._give_up_if_lost(session)
+
+
+async def _tried(work: Coroutine[Any, Any, Any]) -> None:
+    with suppress(LockstepError):
+        await work
 
 
 setattr(Client, "break", Client.leave)

@@ -35,6 +35,7 @@ def build(args: Mapping[str, Any]) -> Application:
     configs = load_models(args)
     ingress = serve.deployment(
         name="Ingress",
+        num_replicas=next(iter(configs.values())).ingress_replicas,
         max_ongoing_requests=MAX_CALLS,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=10,

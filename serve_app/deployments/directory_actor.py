@@ -100,6 +100,11 @@ class DirectoryActor:
             self._drop(self._directory.ended("", [self._directory.lookup(session).epoch]))
         return grant
 
+    async def migrate(self, session: str, to: str | None) -> Grant:
+        """See Directory.migrate."""
+        await self._recall([session])
+        return self._directory.migrate(session, to)
+
     async def report(self, owner: str, ended: list[int]) -> tuple[int, bool]:
         """See Registry."""
         self._directory.tick(now := lease.now())

@@ -67,7 +67,7 @@ class Recurrent:
         )
         self._registration = Registration(self._directory, self._owner, config.durability, lease, self._serving.fence)
         await self._registration.register()
-        self._parts.push_async_callback(self._directory.unregister, self._owner.name)
+        self._parts.push_async_callback(self._registration.leave)
         self._reporter = asyncio.create_task(self._report())
         self._parts.callback(self._reporter.cancel)
 

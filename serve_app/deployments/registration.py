@@ -1,12 +1,17 @@
 """An owner's standing at the directory: registered, under a lease."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from serve_app import lease as clock
 from serve_app.config import DurabilityConfig
 from serve_app.directory import Owner
+from serve_app.errors import Unavailable
 from serve_app.lease import Lease
+
+ANSWERED_WITHIN_S = 0.5
+"""By a directory that lives, mostly."""
 
 
 class Registry(Protocol):
@@ -16,8 +21,16 @@ class Registry(Protocol):
         """Make an owner known; which incarnation of the directory that is."""
         ...
 
+    async def unregister(self, owner: str) -> None:
+        """The owner takes nothing any more."""
+        ...
+
     async def report(self, owner: str, ended: list[int]) -> tuple[int, bool]:
         """The owner is alive, and these sessions have ended; the incarnation, and whether it knows the owner."""
+        ...
+
+    async def is_down(self) -> bool:
+        """Whether the last incarnation is known to be dead."""
         ...
 
 
@@ -25,7 +38,7 @@ class Registration:
     """`renew` has to be called several times within a lease.
 
     A directory that has given the owner up has let others have its sessions: `fence` drops what is left of them. One
-    that has started again has not.
+    that has started again has not. While there is none a lease that holds goes on: nobody gives the owner up.
     """
 
     def __init__(
@@ -47,9 +60,33 @@ class Registration:
         self._incarnation = await self._directory.register(self._owner, self._durability)
         self._lease.renew(asked_at)
 
+    async def leave(self) -> None:
+        """Take nothing any more; what is here is given back under a last lease, unless there is none now."""
+        asked_at, held = clock.now(), self._lease.holds
+        await self._directory.unregister(self._owner.name)
+        if held:
+            self._lease.renew(asked_at)
+
     async def renew(self, ended: list[int]) -> None:
         """Say that the owner lives, and which sessions have ended since. Raises Unavailable, keeping what was said."""
         self._ended += ended
+        asking = asyncio.ensure_future(self._renew())
+        try:
+            while not (await asyncio.wait([asking], timeout=ANSWERED_WITHIN_S))[0]:
+                await self._go_on_alone()
+            asking.result()
+        except Unavailable:
+            await self._go_on_alone()
+            raise
+        finally:
+            asking.cancel()
+
+    async def _go_on_alone(self) -> None:
+        asked_at = clock.now()
+        if self._lease.holds and await self._directory.is_down():
+            self._lease.renew(asked_at)
+
+    async def _renew(self) -> None:
         asked_at, told = clock.now(), self._ended
         incarnation, is_known = await self._directory.report(self._owner.name, told)
         self._ended = self._ended[len(told) :]

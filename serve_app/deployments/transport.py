@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 import ray
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+from ray._private.state import actors
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.serve._private.common import RequestMetadata
 
@@ -39,6 +41,7 @@ class RayDirectory:
             "lifetime": "detached",
             "get_if_exists": True,
             "num_cpus": 0,
+            "resources": {HEAD_NODE_RESOURCE_NAME: 0.001},  # where Serve's controller is, and replicas seldom are
             "max_restarts": -1,
         }
         self.actor: Any = ray.remote(DirectoryActor).options(**options).remote(app)
@@ -86,6 +89,11 @@ class RayDirectory:
         """See DirectoryClient."""
         return await _result(self.actor.gone.remote(owners))
 
+    async def is_down(self) -> bool:
+        """See Registry: the cluster's own table says so."""
+        found = await asyncio.to_thread(actors, self.actor._actor_id.hex())
+        return bool(found) and found["State"] in ("RESTARTING", "DEAD")
+
     async def describe(self, session: str) -> Described:
         """See DirectoryClient."""
         return await _result(self.actor.describe.remote(session))
@@ -97,6 +105,10 @@ class RayDirectory:
     async def drop(self, session: str) -> Grant | None:
         """See DirectoryClient."""
         return await _result(self.actor.drop.remote(session))
+
+    async def migrate(self, session: str, to: str | None) -> Grant:
+        """See DirectoryClient."""
+        return await _result(self.actor.migrate.remote(session, to))
 
     async def models(self) -> dict[str, ModelSpec]:
         """See DirectoryClient."""

@@ -25,7 +25,7 @@ from serve_app.engine.state_pool import StatePool
 from serve_app.engine.stats import Stats, StepRecord
 from serve_app.engine.timesteps import EVERYTHING, TimestepStore
 from serve_app.errors import ConfigError, InvalidInput, LockstepError, NotOwner, StepFailed
-from serve_app.frame import ABORT, Answer, Checkpoints, Frame, Notice, Open
+from serve_app.frame import ABORT, MOVE, Answer, Checkpoints, Frame, Notice, Open
 from serve_app.models.fingerprint import fingerprint
 from serve_app.models.interface import RecurrentModel
 from serve_app.policy.batching import powers_of_two
@@ -33,8 +33,8 @@ from serve_app.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
-FENCED = "fenced"
-"""Why a session is not here any more that goes on elsewhere: this owner was away for longer than its lease."""
+ELSEWHERE = "elsewhere"
+"""Where a session goes on that is not here any more: it was given back, or this owner was away for too long."""
 
 
 class Engine:
@@ -77,6 +77,7 @@ class Engine:
         self._mail: dict[int, Mailbox] = {}
         self._last_sender = 0
         self._parted: set[int] = set()
+        self._left: set[str] = set()  # senders that might be gone, at the last look
         self._exports: set[int] = set()  # epochs of sessions whose states are wanted
         self._expire_at = 0.0
         self.answer_within_s = config.frame.answer_within_s
@@ -148,6 +149,8 @@ class Engine:
 
         for name, sender in list(self._mailboxes.items()):
             mailbox = self._mail[sender]
+            if mailbox.leaving and mailbox.calls:
+                answers.append(self._give_back(mailbox, now))
             while mailbox.due(now) or (mailbox.calls and self._checkpoints.is_awaited(sender)):
                 ticket, _ = mailbox.calls.popleft()
                 answer = mailbox.write_answer(
@@ -177,16 +180,36 @@ class Engine:
                 self._parted.add(sender)
                 ticket, _ = mailbox.calls.popleft()
                 rows = np.flatnonzero((self._sessions.sender == sender) & (self._sessions.status == Status.OPEN))
-                moving = [Notice(epoch, "moving") for epoch in self._sessions.epoch[rows].tolist()]
-                answer = mailbox.write_answer(self._sessions, self._outputs, self.spec.outputs, EVERYTHING, 0, _never)
-                notices = (*answer.notices, *moving)
-                answers.append((ticket, replace(answer, notices=notices, checkpoints=self._states_of(rows))))
+                answers.append((ticket, self._parting(mailbox, rows)))
         return answers
 
     @property
     def parted(self) -> bool:
         """Whether `farewell` has told all who have sessions."""
         return all(sender in self._parted for sender, mailbox in self._mail.items() if mailbox.num_sessions)
+
+    def _give_back(self, mailbox: Mailbox, now: float) -> tuple[Ticket, Answer]:
+        """The oldest call of a sender, and its answer, with those of its sessions that are to go on elsewhere."""
+        while self._flights:
+            self._complete(self._flights.popleft(), now)
+        leaving = np.array([self._sessions.row_of(epoch) for epoch in mailbox.leaving], np.int64)
+        mailbox.leaving.clear()
+        rows = leaving[leaving >= 0]
+        rows = rows[(self._sessions.status[rows] == Status.OPEN) & (self._sessions.sender[rows] == mailbox.sender)]
+        self._scheduler.drop(rows)
+        self._inputs.drop(rows)
+        self._sessions.next[rows] = self._sessions.progress[rows]
+        ticket, _ = mailbox.calls.popleft()
+        answer = self._parting(mailbox, rows)
+        for row in rows.tolist():
+            self._end(row, ELSEWHERE)
+        return ticket, answer
+
+    def _parting(self, mailbox: Mailbox, rows: np.ndarray) -> Answer:
+        """All there is for a sender, and the states of `rows`, which it is to go on with elsewhere."""
+        moving = [Notice(epoch, "moving") for epoch in self._sessions.epoch[rows].tolist()]
+        answer = mailbox.write_answer(self._sessions, self._outputs, self.spec.outputs, EVERYTHING, 0, _never)
+        return replace(answer, notices=(*answer.notices, *moving), checkpoints=self._states_of(rows))
 
     def _states_of(self, rows: np.ndarray) -> Checkpoints | None:
         """The states of all of `rows` that have run or came with one; no step is on its way."""
@@ -200,31 +223,28 @@ class Engine:
         state = tuple(np.concatenate(leaves) for leaves in zip(*parts, strict=True))
         return Checkpoints(self._sessions.epoch[known], self._sessions.progress[known], state)
 
-    def drop_all(self, now: float) -> list[Ticket]:
-        """Forget all sessions, and who has sent to them: others have them. Returns the calls that wait.
-
-        They have not ended: the directory is told nothing.
-        """
+    def drop_all(self, now: float) -> None:
+        """Forget all sessions, since others may have them; who still sends to one is told that it is elsewhere."""
         while self._flights:
             self._complete(self._flights.popleft(), now)
         for row in np.flatnonzero(self._sessions.status != Status.FREE).tolist():
-            self._end(row, FENCED)
-        waiting = [ticket for mailbox in self._mail.values() for ticket, _ in mailbox.calls]
-        for sender in self._mail:
-            self._checkpoints.forget(sender)
-        self._mail.clear()
-        self._mailboxes.clear()
-        self._exports.clear()
-        self.stats.ended_epochs.clear()
-        return waiting
+            self._notify(row, Notice(int(self._sessions.epoch[row]), "moving"))
+            self._end(row, ELSEWHERE)
+        for mailbox in self._mail.values():
+            mailbox.marked.clear()
+            self._checkpoints.forget(mailbox.sender)
 
     def expire(self, now: float) -> None:
-        """End sessions that have been idle for too long. Looks at most every tenth of that time."""
+        """End sessions that have been idle for too long, forget who is gone. Looks at most every tenth of that time."""
         if now >= self._expire_at:
             timeout_s = self._config.session.idle_timeout_s
             self._expire_at = now + timeout_s / 10
             for row in self._sessions.idle_since(now - timeout_s).tolist():
                 self._end(row, "idle")
+            left = {name for name, sender in self._mailboxes.items() if self._mail[sender].is_left}
+            for name in left & self._left:
+                del self._mail[self._mailboxes.pop(name)]
+            self._left = left
 
     @property
     def ready(self) -> bool:
@@ -443,17 +463,23 @@ class Engine:
         """End what this frame aborts or lets close; free what it has acknowledged to the end."""
         for row in rows[(frame.close == ABORT) & (rows >= 0)].tolist():
             self._end(row, "aborted")
+        for row in rows[(frame.close == MOVE) & (rows >= 0)].tolist():
+            self._mail[int(self._sessions.sender[row])].leaving.add(int(self._sessions.epoch[row]))
         for row in self._sessions.due_to_close(known).tolist():
             self._end(row, "closed")
         for row in known[self._sessions.status[known] == Status.ENDED].tolist():
             if self._sessions.has_all_acked(row):
-                self._free(row)
+                self._free(row, "closed")
 
     def _end(self, row: int, reason: str) -> None:
-        """End a session. Closed in order, its outputs are kept until acknowledged; else they are given up."""
+        """End a session. Closed in order, its outputs are kept until acknowledged; else they are given up.
+
+        One that goes on elsewhere is just forgotten here: neither its sender nor the directory is told.
+        """
         rows = np.array([row])
         progress = int(self._sessions.progress[row])
-        self._notify(row, Notice(int(self._sessions.epoch[row]), "ended", reason=reason, progress=progress))
+        if reason != ELSEWHERE:
+            self._notify(row, Notice(int(self._sessions.epoch[row]), "ended", reason=reason, progress=progress))
         if self._sessions.status[row] == Status.OPEN:
             self._scheduler.drop(rows)
             self._inputs.drop(rows)
@@ -465,13 +491,14 @@ class Engine:
             self.stats.ends[reason] += 1
             self._tell_model(self._sessions.names[row], reason)
         if reason != "closed" or self._sessions.has_all_acked(row):
-            self._free(row)
+            self._free(row, reason)
 
-    def _free(self, row: int) -> None:
+    def _free(self, row: int, reason: str) -> None:
         mailbox = self._mail[int(self._sessions.sender[row])]
         mailbox.num_sessions -= 1
         self._outputs.drop(np.array([row]))
-        self.stats.ended_epochs.append(int(self._sessions.epoch[row]))  # not before: somebody may come for its outputs
+        if reason != ELSEWHERE:  # not told before: somebody may come for its outputs
+            self.stats.ended_epochs.append(int(self._sessions.epoch[row]))
         self._sessions.sender[row] = 0
         self._sessions.free(row)
 
@@ -487,7 +514,7 @@ class Engine:
     def _refuse(self, verdict: int, frame: Frame, i: int, row: int) -> Notice:
         epoch = int(frame.epoch[i])
         stone = self._sessions.tombstones.get(epoch) if verdict in (Verdict.UNKNOWN, Verdict.ENDED) else None
-        if stone is not None and stone.reason == FENCED:
+        if stone is not None and stone.reason == ELSEWHERE:
             return Notice(epoch, "moving")
         if stone is not None:
             return Notice(epoch, "ended", reason=stone.reason, progress=stone.progress)

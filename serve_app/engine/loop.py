@@ -9,7 +9,7 @@ from serve_app.engine.cores import pin_thread
 from serve_app.engine.engine import Engine
 from serve_app.engine.mailbox import Ticket
 from serve_app.engine.runner import inference_mode
-from serve_app.errors import LockstepError, StateLost, Unavailable
+from serve_app.errors import LockstepError, Unavailable
 from serve_app.frame import Answer, Frame
 from serve_app.lease import Freehold, Lease
 
@@ -102,23 +102,16 @@ class EngineLoop:
                 self._arrived.wait(max(0.0, wait_s))
         replies = self._receive()
         if self._fenced is not None:
-            replies += self._drop_all()
+            logger.warning("this replica was away for longer than its lease: its sessions have gone on elsewhere")
+            self._engine.drop_all(time.monotonic())
+            self._fenced.set()
+            self._fenced = None
         if self._lease.holds:
             self._engine.step(time.monotonic())
             self._engine.expire(time.monotonic())
         if self._lease.holds:
             replies += self._engine.answers(time.monotonic())
         self._reply(replies)
-
-    def _drop_all(self) -> list[tuple[Ticket, Answer | LockstepError]]:
-        """See `fence`; returns what those who wait are told."""
-        assert self._fenced is not None
-        logger.warning("this replica was away for longer than its lease: its sessions have gone on elsewhere")
-        gone = StateLost("this replica was away for longer than its lease: its sessions have gone on elsewhere")
-        tickets = self._engine.drop_all(time.monotonic())
-        self._fenced.set()
-        self._fenced = None
-        return [(ticket, gone) for ticket in tickets]
 
     def _part(self) -> None:
         """Hand all sessions back to their senders, with calls that are here or come soon."""

@@ -27,6 +27,7 @@ class Mailbox:
     notices: deque[Notice] = field(default_factory=deque)
     calls: deque[tuple[Ticket, float]] = field(default_factory=deque)  # with the time by which each is answered
     num_sessions: int = 0
+    leaving: set[int] = field(default_factory=set)  # epochs of sessions to be given back with the next call
 
     @property
     def has_mail(self) -> bool:
@@ -42,6 +43,11 @@ class Mailbox:
     def idle(self) -> bool:
         """Whether nobody would miss it."""
         return not (self.num_sessions or self.calls or self.has_mail)
+
+    @property
+    def is_left(self) -> bool:
+        """Whether its sender has nothing here, and does not call for what there is to tell."""
+        return not (self.num_sessions or self.calls)
 
     def mark(self, rows: np.ndarray) -> None:
         """These rows (distinct) have outputs to send."""

@@ -10,7 +10,7 @@ import numpy as np
 from fastapi import APIRouter, FastAPI, Query, Request, Response, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 
@@ -112,6 +112,11 @@ class DescribedBody(BaseModel):
     sender: str
     epoch: int
     resumable: bool
+
+
+class MigratedBody(BaseModel):
+    session: str
+    owner: str = Field(description="the replica that it leaves")
 
 
 class SessionsBody(BaseModel):
@@ -218,6 +223,16 @@ async def list_sessions(
     """The sessions of all clients of the application, by id."""
     sessions = await _hub(request).sessions(after, limit)
     return _answer(request, {"sessions": [session._asdict() for session in sessions]})
+
+
+@router.post("/sessions/{session:path}/migrate", response_model=MigratedBody)
+async def migrate_session(
+    request: Request,
+    session: str,
+    to: Annotated[str | None, Query(description="the replica that is to have it; any other, if left out")] = None,
+) -> Response:
+    """Have a session go on at another replica, state and all. Its client does not notice."""
+    return _answer(request, {"session": session, "owner": await _hub(request).migrate(session, to)})
 
 
 @router.delete("/sessions/{session:path}", response_model=EndedBody)

@@ -24,7 +24,7 @@ from serve_app.errors import (
     UnknownSession,
     from_wire,
 )
-from serve_app.frame import ABORT, Frame, Notice, Open
+from serve_app.frame import ABORT, MOVE, Frame, Notice, Open
 from serve_app.ingress.keeper import Keeper
 from serve_app.ingress.outbox import Channel, Outbox
 from serve_app.session import Session, State
@@ -100,6 +100,10 @@ class DirectoryClient(Protocol):
 
     async def drop(self, session: str) -> Grant | None:
         """The grant under which an owner is to end a session; None where that is all."""
+        ...
+
+    async def migrate(self, session: str, to: str | None) -> Grant:
+        """The grant under which an owner is to give a session back, for another."""
         ...
 
     async def models(self) -> dict[str, ModelSpec]:
@@ -296,10 +300,23 @@ class Hub:
     async def drop(self, name: str) -> None:
         """Abort a session of whatever sender, which hears of it. Raises UnknownSession, NotOwner while it moves."""
         grant = await self._directory.drop(name)
-        if grant is None:
-            return
+        if grant is not None:
+            await self._tell_owner(grant, ABORT)
+
+    async def migrate(self, name: str, to: str | None = None) -> str:
+        """Have a session of whatever sender go on at another owner, `to` or any; returns at which it was.
+
+        It moves with its state, in a moment: nothing runs again. Raises UnknownSession, NotOwner (it moves already, or
+        waits to be resumed), InvalidInput where it cannot go, Unavailable.
+        """
+        grant = await self._directory.migrate(name, to)
+        await self._tell_owner(grant, MOVE)
+        return grant.owner.name
+
+    async def _tell_owner(self, grant: Grant, close: int) -> None:
+        """Ask an owner for something, beside whoever sends to the session."""
         channel = self._directory.connect(grant.owner)
-        columns = np.array([[0], [grant.epoch], [0], [0], [ABORT], [0]], np.int64)
+        columns = np.array([[0], [grant.epoch], [0], [0], [close], [0]], np.int64)
         none = np.empty((0, *grant.owner.spec.input.shape), grant.owner.spec.input.dtype)
         try:
             answer = await channel.call(Frame(grant.owner.name, uuid4().hex, columns, none))
@@ -400,7 +417,7 @@ class Hub:
         """Open the session at another owner, from its last checkpoint on; wait for one while there is none."""
         session.carrier = NOWHERE
         deadline, name = time.monotonic() + MOVE_WITHIN_S, owner
-        is_lost = True
+        is_lost = isinstance(error, StateLost)  # else it has given the session back
         try:
             while session.can_move:
                 try:

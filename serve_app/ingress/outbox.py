@@ -289,13 +289,15 @@ class Outbox:
             session = self._sessions.get(notice.epoch)
             if opening is not None and not opening.done() and notice.kind in ("opened", "refused"):
                 self._opened(notice, opening)
+            elif session is not None and session.end_reason is not None:
+                if notice.kind != "moving" or session.has_all_acked:
+                    self._forget(session)  # the owner has given its outputs up
             elif session is not None and notice.kind == "moving":
-                del self._sessions[notice.epoch]
+                for each in (self._sessions, self._pending, self._acks):
+                    each.pop(notice.epoch, None)
                 self._land(session)
                 if opening is None:
                     self._lost(session, Unavailable(f"owner {self._owner!r} is stopping"))
-            elif session is not None and session.end_reason is not None:
-                self._forget(session)  # the owner has given its outputs up
             elif session is not None:
                 session.notice(
                     notice.kind, dict(notice.error) if notice.error else None, notice.reason, notice.progress
@@ -306,7 +308,8 @@ class Outbox:
         if notice.error is None:
             opening.set_result(notice)
             return
-        self._land(self._sessions.pop(notice.epoch))
+        if (refused := self._sessions.pop(notice.epoch, None)) is not None:  # or it was said before that it is moving
+            self._land(refused)
         opening.set_exception(from_wire(dict(notice.error)))
 
     def _settle(self, session: Session) -> None:

@@ -28,7 +28,7 @@ NORMAL, RESTART, TAKEN_OVER = 1000, 1012, 4409
 RESUME_WITHIN_S = 30.0
 """A session whose connection has broken is kept for so long."""
 HANG_UP_WITHIN_S = 2.0
-"""So long it is waited for a client that can resume to hang up when it has been told of the end."""
+"""So long it is waited for a client that can resume to hang up when it has been told of the end: then it has all."""
 MAX_UNREADABLE = 8
 """After so many messages in a row that cannot be decoded, the other side speaks something else."""
 
@@ -82,18 +82,15 @@ async def converse(websocket: WebSocket, hub: Hub) -> None:
             return
         left = asyncio.Event()
         session.leave = leave = left.set
-        broken = False
+        hung_up = False  # the client has, in order
         try:
             await talk.send("opened", **describe_session(session))
             code = await _first(_listen(talk, session), _speak(talk, session), _wait(left))
         except WebSocketDisconnect as error:
-            broken = error.code != NORMAL
-            raise
-        except asyncio.CancelledError:
-            broken = True
+            hung_up = error.code == NORMAL
             raise
         finally:
-            if session.stays and broken:
+            if session.stays and not hung_up:
                 asyncio.get_running_loop().call_later(RESUME_WITHIN_S, _give_up, session, leave)
             elif not left.is_set():  # nobody will ask for the session again
                 _give_up(session, leave)
@@ -267,7 +264,7 @@ async def _tell_end(talk: Conversation, session: Session, error: LockstepError |
     told = {"error": error.to_wire()} if error is not None and not isinstance(error, SessionEnded) else {}
     await talk.send("ended", reason=session.end_reason, progress=session.progress, **told)
     if session.stays:
-        await asyncio.sleep(HANG_UP_WITHIN_S)  # then it has all that was sent; else it comes back for that
+        await asyncio.sleep(HANG_UP_WITHIN_S)  # one that has not hung up by then may come back for what was sent
     return 1000 if error is None or session.end_reason == "aborted" else 4000 + error.http
 
 

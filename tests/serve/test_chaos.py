@@ -22,5 +22,5 @@ def test_nothing_is_lost_doubled_wrong_or_hung(repository: Path, tmp_path: Path)
     }  # fmt: skip
     kinds = ("replica", "ingress", "ingress_and_replica", "node", "directory")
     assert all(figures[f"kills_{kind}"] >= 1 for kind in kinds)
-    assert figures["hit_replica"] >= 1 and figures["hit_ingress"] >= 20
+    assert figures["hit_replica"] >= 1 and figures["hit_ingress"] >= 1
     assert figures["timesteps"] > 10_000

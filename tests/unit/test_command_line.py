@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 from clients.__main__ import main
 from clients.websocket import open_websocket
 from serve_app.errors import UnknownSession
+from tests.fakes import SumModel
 from tests.unit.test_durable import ingresses
 from tests.unit.test_websocket import ones
 
@@ -34,6 +35,23 @@ async def test_sessions_are_listed_shown_and_dropped() -> None:
         assert (dropped.exit_code, dropped.output) == (0, "a/b: aborted\n")
         assert await session.closed() == "aborted"
         assert (await run("sessions", "list", "--address", first, "--after", "a/b")).output == ""
+
+
+async def test_a_session_is_moved_to_another_replica() -> None:
+    async with ingresses() as system:
+        first, second = system.alive
+        system.cluster.add(SumModel())
+        session = await open_websocket(first, session="a")
+        await session.wait(session.submit(np.array(ones(3))))
+        owner = system.hubs[first].get("a").owner
+        to = "owner-1" if owner == "owner-0" else "owner-0"
+        moved = await run("sessions", "migrate", "a", "--to", to, "--address", second)
+        assert (moved.exit_code, moved.output) == (0, f"a: leaves {owner}\n")
+        await session.wait(session.submit(np.array(ones(3))))
+        assert system.hubs[first].get("a").owner == to
+        assert sum(engine.stats.timesteps for engine in system.cluster.engines.values()) == 6
+        refused = await run("sessions", "migrate", "a", "--to", "nowhere", "--address", second)
+        assert refused.exit_code == 1 and f"cannot go to 'nowhere', choose one of: {owner}" in refused.output
 
 
 async def test_a_session_that_waits_is_dropped_with_its_checkpoint() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from serve_app import directory as directory_module
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
-from serve_app.errors import StateLost, StepFailed, Unavailable
+from serve_app.errors import InvalidInput, StateLost, StepFailed, Unavailable, UnknownSession
 from serve_app.frame import Answer, Frame, Notice
 from serve_app.ingress import hub as hub_module
 from serve_app.ingress import outbox as outbox_module
@@ -427,3 +427,49 @@ async def test_sessions_of_an_owner_that_stands_still_go_on_when_its_lease_is_ov
         for session in sessions:
             session.submit(np.ones((3, 2), np.int64))
         assert await asyncio.gather(*(session.wait() for session in sessions)) == [6] * 4
+
+
+async def test_a_session_is_moved_by_hand_and_nothing_runs_again() -> None:
+    """While it runs, with others at the same owner; there and back."""
+    async with local(SumModel(), SumModel(), SumModel(), config=CONFIG) as (cluster, hub):
+        sessions = [await hub.open(f"{i}") for i in range(6)]
+        readers = [asyncio.create_task(collect(session, acknowledge=False)) for session in sessions]
+        session, x = sessions[0], numbers(1, 200)
+        first = session.owner
+        for at in range(0, 200, 4):
+            for each in sessions:
+                each.submit(x[at : at + 4])
+            if at in (80, 120):
+                to = "owner-2" if session.owner != "owner-2" else None
+                assert await hub.migrate("0", to) == session.owner
+                while session.owner == first:
+                    await asyncio.sleep(0.001)
+                assert to in (None, session.owner)
+                first = session.owner
+            await session.wait()
+        await asyncio.gather(*(each.wait() for each in sessions))
+        ran = sum(engine.stats.timesteps for engine in cluster.engines.values())
+        assert ran == 6 * 200
+        for each, reader in zip(sessions, readers, strict=True):
+            each.close()
+            np.testing.assert_array_equal(await reader, x.cumsum(0))
+        for engine in cluster.engines.values():
+            engine.check()
+            assert engine.gauges()["retained_bytes"] == 0
+
+
+async def test_who_cannot_move_is_told_why() -> None:
+    fixed = dataclasses.replace(CONFIG, session=dataclasses.replace(CONFIG.session, checkpoint_timesteps=0))
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        await hub.open("a")
+        with pytest.raises(UnknownSession):
+            await hub.migrate("b")
+        with pytest.raises(Unavailable, match="no other replica"):
+            await hub.migrate("a")
+        cluster.add(SumModel())
+        with pytest.raises(InvalidInput, match="cannot go to 'owner-0', choose one of: owner-1"):
+            await hub.migrate("a", "owner-0")
+    async with local(SumModel(), SumModel(), config=fixed) as (_, hub):
+        await hub.open("a")
+        with pytest.raises(InvalidInput, match="checkpoint_timesteps"):
+            await hub.migrate("a")
