@@ -74,6 +74,7 @@ bench-gpu: venv
 	$(BIN)/python -m bench.evict --json bench/results/evict_cuda.json
 	$(BIN)/python -m bench.s9422 --json bench/results/s9422_cuda.json
 	$(BIN)/python -m bench.checkpoint --device cuda --json bench/results/checkpoint_cuda.json
+	$(BIN)/python -m bench.bert --device cuda --json bench/results/bert_cuda.json
 	$(BIN)/python -m bench.fused_rnn --device cuda --json bench/results/fused_rnn_cuda.json
 	$(BIN)/python -m bench.performance
 

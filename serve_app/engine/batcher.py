@@ -17,6 +17,7 @@ from serve_app.engine.batch_runner import BatchRunner, Outputs, Row
 from serve_app.engine.engine import choose_device
 from serve_app.errors import ConfigError, InferenceFailed, LockstepError, TimedOut, Unavailable
 from serve_app.models import registry
+from serve_app.policy.batching import pad_batch
 from serve_app.policy.request_queue import Level, RequestQueue, Waiting
 from serve_app.rows import BatchedSpec, RowsRequest, RowsResult, check_rows
 from serve_app.segment import Timing
@@ -105,7 +106,8 @@ class Batcher:
         asked = _Request(self._loop.create_future(), [None] * len(rows))
         asked.rows = [_Asked(asked, i, row) for i, row in enumerate(rows)]
         priority = request.priority or self.spec.default_priority
-        self._queue.add(asked.rows, [row.length for row in rows], time.monotonic(), priority, request.timeout_s)
+        lengths = [self._runner.padded_length(row.length) for row in rows]
+        self._queue.add(asked.rows, lengths, time.monotonic(), priority, request.timeout_s)
         self.stats.requests += 1
         self._turn_soon()
         try:
@@ -205,7 +207,7 @@ def _stacked(rows: Sequence[Outputs]) -> Outputs:
 
 
 def build_batcher(config: AppConfig) -> Batcher:
-    """Load the configured model and run it once in each size that there may be, with engine.threads torch threads.
+    """Load the configured model and make it ready for each size that there may be, with engine.threads torch threads.
 
     Raises ConfigError, and what the model fails with.
     """
@@ -214,8 +216,12 @@ def build_batcher(config: AppConfig) -> Batcher:
         raise ConfigError(f"model={config.model.name} has no section batching: a stateless model needs one")
     torch.set_num_threads(config.engine.threads)
     model = registry.load_stateless(config.model)
-    runner = BatchRunner(model, choose_device(config.engine.device), DTYPES[batching.dtype])
-    runner.warm_up(sorted({1, *batching.preferred_batch_sizes, batching.max_batch_size}))
+    device = choose_device(config.engine.device)
+    runner = BatchRunner(model, device, DTYPES[batching.dtype])
+    sizes = {1, *batching.preferred_batch_sizes, batching.max_batch_size}
+    if device.type == "cuda":
+        sizes |= {min(pad_batch(n), batching.max_batch_size) for n in range(1, batching.max_batch_size)}
+    runner.warm_up(sorted(sizes), batching.graph_lengths, batching.instances)
     spec = BatchedSpec(
         config.model.served_name,
         dict(model.inputs),

