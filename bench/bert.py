@@ -1,6 +1,6 @@
 """BERT in dynamic batches, against batches of one, against the bare model, and rows of their own length against padded.
 
-    python -m bench.bert [--device cuda] [--json FILE]
+    python -m bench.bert [--device cuda] [--study] [--json FILE]
 
 BERT for question answering with random weights: base in fp16 on a GPU, mini (4 layers of 256) in fp32 on a CPU. Rows
 are handed to a `Batcher` in this process, which is what a replica has, OUTSTANDING of them at any time; a batch has at
@@ -16,7 +16,7 @@ rows/s of rows as long as sentences of docs/, to rows/s when each has the maximu
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -24,48 +24,27 @@ import click
 import numpy as np
 import torch
 
+from bench import bert_study
 from bench.batched import sentence_lengths
+from bench.bert_study import VOCABULARY, Setting
 from bench.report import ROOT, json_option, save, show_hardware, table, use_replica_env
-from serve_app.config import AppConfig, BatchingConfig, EngineConfig, ModelConfig
+from serve_app.config import AppConfig, load_config
 from serve_app.engine.batcher import DTYPES, Batcher, build_batcher
 from serve_app.engine.cuda_runner import capture
 from serve_app.models import registry
 from serve_app.rows import RowsRequest
 
 OUTSTANDING = 64
-VOCABULARY = 30_000
 WARM_UP_S = 0.5
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.2, "fp16": 0.03}
 """Of the largest difference of a score in a batch and alone, to the root of the scores' mean square."""
 SIZE = {"cpu": "mini", "cuda": "base"}
+SECOND_SIZE, SECOND_LENGTH = {"cpu": "mini", "cuda": "large"}, 384
+"""Of the study."""
 DTYPE = {"cpu": "fp32", "cuda": "fp16"}
 
 Scores = dict[int, np.ndarray]
 """Of rows, by their index."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What is served: model size, tokens of a row at most, device, dtype."""
-
-    size: str
-    length: int
-    device: str
-    dtype: str
-
-    def config(self, max_batch: int, instances: int, *, ragged: bool = False) -> AppConfig:
-        """An application's configuration; on a GPU rows are padded to `length`, or if ragged to parts of it."""
-        options = {"weights": "random", "size": self.size, "head": "answer", "input": "tokens"}
-        return AppConfig(
-            model=ModelConfig("bert", {**options, "max_length": self.length}),
-            engine=EngineConfig(device=self.device),
-            batching=BatchingConfig(
-                max_batch_size=max_batch,
-                instances=instances,
-                dtype=self.dtype,  # type: ignore[arg-type]
-                graph_lengths=() if ragged else (self.length,),
-            ),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +55,11 @@ class Load:
     p50_ms: float
     p99_ms: float
     mean_batch: float
+
+
+def config_of(setting: Setting, max_batch: int, instances: int, *, ragged: bool = False) -> AppConfig:
+    """See Setting.args."""
+    return load_config(setting.args({"max_batch_size": max_batch, "instances": instances}, ragged=ragged))
 
 
 def rows_of(lengths: Sequence[int]) -> list[RowsRequest]:
@@ -129,7 +113,7 @@ def measure(
 def raw_s(setting: Setting, batch: int, seconds: float) -> float:
     """Seconds of the bare model for so many rows of full length: the median; on a GPU of a CUDA graph's replays."""
     device = torch.device(setting.device)
-    model = registry.load_stateless(setting.config(1, 1).model)
+    model = registry.load_stateless(config_of(setting, 1, 1).model)
     assert isinstance(model, torch.nn.Module)
     model.to(device, DTYPES[setting.dtype]).eval()
     ids = torch.randint(1, VOCABULARY, (batch, setting.length), device=device)
@@ -166,12 +150,14 @@ def figures_of(
     """The figures, and the loads that they come from."""
     full, ragged = rows_of([setting.length] * OUTSTANDING * 4), rows_of(lengths)
     max_batch = OUTSTANDING // instances
-    ((single, _),) = measure(setting.config(1, instances), full, [OUTSTANDING], seconds)
-    (dynamic, _), (low, _) = measure(setting.config(max_batch, instances), full, [OUTSTANDING, 1], seconds)
+    ((single, _),) = measure(config_of(setting, 1, instances), full, [OUTSTANDING], seconds)
+    (dynamic, _), (low, _) = measure(config_of(setting, max_batch, instances), full, [OUTSTANDING, 1], seconds)
     batch = round(dynamic.mean_batch)
     raw, raw_one = raw_s(setting, batch, seconds / 4), raw_s(setting, 1, seconds / 4)
-    ((short, together),) = measure(setting.config(max_batch, instances, ragged=True), ragged, [OUTSTANDING], seconds)
-    ((_, alone),) = measure(setting.config(1, 1, ragged=True), ragged, [1], min(2.0, seconds))
+    ((short, together),) = measure(
+        config_of(setting, max_batch, instances, ragged=True), ragged, [OUTSTANDING], seconds
+    )
+    ((_, alone),) = measure(config_of(setting, 1, 1, ragged=True), ragged, [1], min(2.0, seconds))
     figures = {
         "bert_dynamic_vs_1": dynamic.rate / single.rate,
         "bert_vs_raw": dynamic.rate * raw / batch,
@@ -191,14 +177,17 @@ def figures_of(
 @click.option("--length", default=128, show_default=True, help="Tokens of a row at most.")
 @click.option("--instances", default="1,2", show_default=True, help="The figures are of the last.")
 @click.option("--seconds", default=5.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Of each.")
+@click.option("--study", is_flag=True, help="Instead, DeepLearningExamples' study over gRPC: see bench.bert_study.")
 @json_option
 def main(
+    *,
     device: str,
     size: str | None,
     dtype: str | None,
     length: int,
     instances: str,
     seconds: float,
+    study: bool,
     json_file: Path | None,
 ) -> None:
     """Measure, print, and write the figures."""
@@ -206,6 +195,10 @@ def main(
     show_hardware()
     torch.set_num_threads(1)
     setting = Setting(size or SIZE[device], length, device, dtype or DTYPE[device])
+    if study:
+        second = replace(setting, size=SECOND_SIZE[device], length=SECOND_LENGTH)
+        bert_study.run([setting, second], seconds, json_file)
+        return
     lengths = [min(length, each) for each in sentence_lengths(ROOT / "docs")]
     figures: dict[str, float] = {}
     runs: dict[str, object] = {}

@@ -68,8 +68,10 @@ class Server:
 
 
 @contextmanager
-def lockstep(*, haproxy: bool = True, application: str = "serve_app.app:build", **args: object) -> Iterator[Server]:
-    """Lockstep with the model of MODEL, behind HAProxy or Serve's own proxy; or another application."""
+def lockstep(
+    *, haproxy: bool = True, application: str = "serve_app.app:build", served_as: str = "rnn", **args: object
+) -> Iterator[Server]:
+    """Lockstep with the model of MODEL, behind HAProxy or Serve's own proxy; or another application, or its `args`."""
     http, rpc = free_port(), free_port()
     model = {"name": "rnn", "cell": "lstm", **MODEL}
     with tempfile.TemporaryDirectory(prefix="lb", dir="/tmp") as folder:
@@ -97,7 +99,7 @@ def lockstep(*, haproxy: bool = True, application: str = "serve_app.app:build", 
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         }
         command = [sys.executable, "-m", "serve_app", "--haproxy" if haproxy else "--no-haproxy", str(config)]
-        with _running(command, environment, rpc, "rnn", Path(folder) / "log") as server:
+        with running(command, environment, rpc, served_as, Path(folder) / "log") as server:
             yield server
 
 
@@ -133,28 +135,29 @@ sequence_batching {{ max_sequence_idle_microseconds: 2000000 {STRATEGIES[strateg
             f"--backend-directory={binaries / 'backends'}", f"--grpc-port={port}", "--allow-http=false",
             "--allow-metrics=false", "--disable-auto-complete-config", "--exit-timeout-secs=1",
         ]  # fmt: skip
-        with _running(command, environment, port, "lstm", Path(folder) / "log") as server:
+        with running(command, environment, port, "lstm", Path(folder) / "log") as server:
             yield server
 
 
 @contextmanager
-def _running(command: list[str], environment: dict[str, str], port: int, model: str, log: Path) -> Iterator[Server]:
+def running(command: list[str], environment: dict[str, str], port: int, model: str, log: Path) -> Iterator[Server]:
+    """The server that a command starts, from when its model is ready. Raises RuntimeError with what it has logged."""
     before = set(psutil.pids())
     with log.open("w") as out:
-        running = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        program = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + START_WITHIN_S
         while not _ready(port, model):
-            if running.poll() is not None or time.monotonic() > deadline:
+            if program.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{command[0]} has not started:\n{log.read_text()}")
             time.sleep(0.2)
-        process = psutil.Process(running.pid)
+        process = psutil.Process(program.pid)
         tree = {process.pid, *(child.pid for child in process.children(recursive=True))}
         fresh = [psutil.Process(pid) for pid in psutil.pids() if pid not in before | tree]
         yield Server(port, model, process, fresh)
     finally:
-        running.send_signal(signal.SIGTERM)
-        running.wait(60)
+        program.send_signal(signal.SIGTERM)
+        program.wait(60)
 
 
 def _ready(port: int, model: str) -> bool:
