@@ -59,7 +59,7 @@ bench: venv
 	$(BIN)/python -m bench.checkpoint --json bench/results/checkpoint_cpu.json
 	$(BIN)/python -m bench.batched --json bench/results/batched_cpu.json
 	$(BIN)/python -m bench.bert --json bench/results/bert_cpu.json
-	$(BIN)/python -m bench.bert --study --seconds 2 --json bench/results/bert_study_cpu.json
+	$(BIN)/python -m bench.bert --study --seconds 1.5 --json bench/results/bert_study_cpu.json
 	$(BIN)/python -m bench.tune configs/lstm.yaml --delay-ms 200 --lengths 1,10,100 --sweep --json bench/results/tune_cpu.json
 	$(BIN)/python -m bench.fused_rnn --device cpu --json bench/results/fused_rnn_cpu.json
 	$(BIN)/python -m bench.readme
@@ -78,7 +78,7 @@ bench-gpu: venv
 	$(BIN)/python -m bench.s9422 --json bench/results/s9422_cuda.json
 	$(BIN)/python -m bench.checkpoint --device cuda --json bench/results/checkpoint_cuda.json
 	$(BIN)/python -m bench.bert --device cuda --json bench/results/bert_cuda.json
-	$(BIN)/python -m bench.bert --device cuda --study --seconds 2 --json bench/results/bert_study_cuda.json
+	$(BIN)/python -m bench.bert --device cuda --study --seconds 1.5 --json bench/results/bert_study_cuda.json
 	$(BIN)/python -m bench.fused_rnn --device cuda --json bench/results/fused_rnn_cuda.json
 	$(BIN)/python -m bench.performance
 

@@ -1,8 +1,8 @@
-"""A stateless model behind the Open Inference Protocol over gRPC, in one process and without Ray, to be measured.
+"""Stateless models behind the Open Inference Protocol over gRPC, in one process and without Ray, to be measured.
 
     python -m bench.bert_server PORT CONFIG
 
-CONFIG: the configuration of an application with one stateless model, in JSON. It runs until it is told to end.
+CONFIG: the configuration of an application with stateless models, in JSON. It runs until it is told to end.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import grpc
 
-from serve_app.config import load_config
+from serve_app.config import load_models
 from serve_app.engine.batcher import Batcher, build_batcher
 from serve_app.ingress.hub import Hub
 from serve_app.ingress.oip import InferenceServer
@@ -23,19 +23,19 @@ from serve_app.rows import BatchedSpec, RowsRequest, RowsResult
 from serve_app.spec import ModelSpec
 
 
-class Alone:
-    """The one model (see BatchedModels)."""
+class Local:
+    """The models, in this process (see BatchedModels)."""
 
-    def __init__(self, batcher: Batcher) -> None:
-        self._batcher = batcher
+    def __init__(self, batchers: Mapping[str, Batcher]) -> None:
+        self._batchers = batchers
 
     def specs(self) -> Mapping[str, BatchedSpec | None]:
         """See BatchedModels."""
-        return {self._batcher.spec.name: self._batcher.spec}
+        return {name: batcher.spec for name, batcher in self._batchers.items()}
 
     async def infer(self, model: str, request: RowsRequest) -> RowsResult:
         """See BatchedModels."""
-        return await self._batcher.infer(request)
+        return await self._batchers[model].infer(request)
 
 
 class NoSessions(Hub):
@@ -52,8 +52,8 @@ class NoSessions(Hub):
 async def main(port: str, config: str) -> None:
     """Serve until a signal comes."""
     service = InferenceService()
-    batcher = build_batcher(load_config(json.loads(config)))
-    service.inference = InferenceServer(NoSessions(), Alone(batcher))
+    batchers = {name: build_batcher(model) for name, model in load_models(json.loads(config)).items()}
+    service.inference = InferenceServer(NoSessions(), Local(batchers))
     server = grpc.aio.server()
     oip_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     server.add_insecure_port(f"127.0.0.1:{port}")
@@ -62,7 +62,8 @@ async def main(port: str, config: str) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     await ended.wait()
     await server.stop(grace=None)
-    await batcher.stop()
+    for batcher in batchers.values():
+        await batcher.stop()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The study of BERT on Triton in NVIDIA's DeepLearningExamples, with Lockstep: its configurations, loads and figures.
 
-Requests of 1 or 8 rows go over gRPC by the Open Inference Protocol, each client's next when the last is answered; every
-configuration has a server of its own, in turn. Where the time of a request goes: the client makes and writes the
-message, and reads the answer (measured there); the server says how long it had the request, how much of that it
-waited for its batch and how much the batch took; what is left is gRPC and the network, both ways.
+Requests of 1 or 8 rows go over gRPC by the Open Inference Protocol, each client's next when the last is answered. The
+configurations are models of one application, of which one is asked at a time. Where the time of a request goes: the
+client makes and writes the message, and reads the answer (measured there); the server says how long it had the request,
+how much of that it waited for its batch and how much the batch took; what is left is gRPC and the network, both ways.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from serve_app.ingress.protos import oip_pb2 as pb
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 VOCABULARY = 30_000
-WARM_UP_S = 1.0
+WARM_UP_S = 0.5
 WITH_RAY = importlib.util.find_spec("ray") is not None
 PARTS = ("client send", "network", "server receive and send", "queue", "compute", "client receive")
 COLORS = ("tab:purple", "tab:gray", "tab:brown", "tab:orange", "tab:green", "tab:pink")
@@ -57,13 +57,13 @@ class Setting:
             "model": {"name": "bert", **options, "max_length": self.length},
             "engine": {"device": self.device},
             "batching": {"dtype": self.dtype, **lengths, **batching},
-            "num_gpus": 1 if self.device == "cuda" else 0,
         }
 
 
 class Kind(NamedTuple):
     """A configuration: rows of a request, how they are batched, and how many requests are outstanding."""
 
+    title: str
     rows: int
     batching: Mapping[str, Any]
     outstanding: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
@@ -71,22 +71,15 @@ class Kind(NamedTuple):
 
 PREFERRED = {"max_batch_size": 8, "preferred_batch_sizes": [4, 8], "max_queue_delay_s": 0.005}
 KINDS: Mapping[str, Kind] = {
-    "static, 1 row": Kind(1, {"max_batch_size": 1}),
-    "static, 8 rows": Kind(8, {"max_batch_size": 8}, (1, 2, 4, 6, 8)),
-    "dynamic, 4 and 8 preferred, 5 ms": Kind(1, PREFERRED),
-    "dynamic, 64 at most, no delay": Kind(1, {"max_batch_size": 64}),
-    "static, 1 row, 4 instances": Kind(1, {"max_batch_size": 1, "instances": 4}),
-    "dynamic, 4 and 8 preferred, 5 ms, 4 instances": Kind(1, {**PREFERRED, "instances": 4}),
+    "static_1": Kind("static batching, batch size 1", 1, {"max_batch_size": 1}),
+    "static_8": Kind("static batching, batch size 8", 8, {"max_batch_size": 8}, (1, 2, 4, 6, 8)),
+    "dynamic": Kind("dynamic batching, 4 and 8 preferred, 5 ms", 1, PREFERRED),
+    "no_delay": Kind("dynamic batching, 64 at most, no delay", 1, {"max_batch_size": 64}),
+    "static_1_x4": Kind("static, batch size 1, 4 instances", 1, {"max_batch_size": 1, "instances": 4}),
+    "dynamic_x4": Kind("dynamic, 4 and 8 preferred, 5 ms, 4 instances", 1, {**PREFERRED, "instances": 4}),
 }
-FIGURES: Mapping[int, tuple[str, str]] = {
-    3: ("static, 1 row", "Batch size 1"),
-    4: ("static, 8 rows", "Batch size 8"),
-    5: ("static, 1 row", "Static batching"),
-    6: ("dynamic, 4 and 8 preferred, 5 ms", "Dynamic batching, 4 and 8 preferred, delay of 5 ms"),
-    7: ("static, 1 row", "1 instance of the model"),
-    8: ("static, 1 row, 4 instances", "4 instances of the model"),
-}
-"""The study's, by number: what each shows. 1 and 2 show all, for either length."""
+FIGURES = {3: "static_1", 4: "static_8", 5: "static_1", 6: "dynamic", 7: "static_1", 8: "static_1_x4"}
+"""The study's, by number: what each shows. 1 and 2 show all, in either setting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +102,23 @@ class Study(NamedTuple):
     points: Mapping[str, Sequence[Point]]
 
 
-def request(rows: int, length: int) -> pb.ModelInferRequest:
+def request(model: str, rows: int, length: int) -> pb.ModelInferRequest:
     """One of so many rows of full length, of random tokens."""
     ids = np.random.default_rng().integers(1, VOCABULARY, (rows, length))
     tensor = {"name": "input_ids", "datatype": "INT64", "shape": ids.shape}
-    return pb.ModelInferRequest(model_name="bert", inputs=[tensor], raw_input_contents=[ids.tobytes()])
+    return pb.ModelInferRequest(model_name=model, inputs=[tensor], raw_input_contents=[ids.tobytes()])
 
 
-async def measure(port: int, rows: int, length: int, outstanding: int, seconds: float) -> Point:
+async def measure(port: int, model: str, length: int, outstanding: int, seconds: float) -> Point:
     """So many clients for `seconds`, after WARM_UP_S."""
+    rows = KINDS[model].rows
     took: list[tuple[float, ...]] = []  # of each request: all its seconds, then those of each part
     batches: list[int] = []
     began = time.monotonic() + WARM_UP_S
 
     async def client(call: Any) -> None:
         while (start := time.monotonic()) < began + seconds:
-            message = request(rows, length).SerializeToString()
+            message = request(model, rows, length).SerializeToString()
             sent = time.monotonic()
             answer = await call(message)
             arrived = time.monotonic()
@@ -152,24 +146,25 @@ async def measure(port: int, rows: int, length: int, outstanding: int, seconds: 
 
 
 @contextmanager
-def served(config: Mapping[str, Any]) -> Iterator[Server]:
-    """A server of that configuration: an application of Ray Serve, or where that is not there, gRPC alone."""
+def served(models: Mapping[str, Mapping[str, Any]]) -> Iterator[Server]:
+    """A server of these models: an application of Ray Serve, or where that is not there, the same over gRPC alone."""
+    name = next(iter(models))
     if WITH_RAY:
-        with lockstep(served_as="bert", **config) as server:
+        with lockstep(served_as=name, num_cpus=len(models) + 1, models=models) as server:
             yield server
         return
     port = free_port()
-    command = [sys.executable, "-m", "bench.bert_server", str(port), json.dumps(config)]
+    command = [sys.executable, "-m", "bench.bert_server", str(port), json.dumps({"models": models})]
     with (
         tempfile.TemporaryDirectory() as folder,
-        running(command, dict(os.environ), port, "bert", Path(folder) / "log") as server,
+        running(command, dict(os.environ), port, name, Path(folder) / "log") as server,
     ):
         yield server
 
 
 def run(settings: Sequence[Setting], seconds: float, json_file: Path | None) -> None:
     """Measure each setting in turn, print, write tables into the file and pictures into a folder beside it."""
-    found = [Study(setting, {kind: points_of(setting, kind, seconds) for kind in KINDS}) for setting in settings]
+    found = [Study(setting, points_of(setting, seconds)) for setting in settings]
     figures = figures_of(found[0].points)
     click.echo(table(["figure", ""], list(figures.items())))
     tables = {
@@ -180,13 +175,20 @@ def run(settings: Sequence[Setting], seconds: float, json_file: Path | None) -> 
         draw(json_file.with_suffix(""), found)
 
 
-def points_of(setting: Setting, kind: str, seconds: float) -> list[Point]:
-    """At a server of its own."""
-    rows, batching, outstanding = KINDS[kind]
-    with served(setting.args(batching)) as server:
-        points = [asyncio.run(measure(server.port, rows, setting.length, n, seconds)) for n in outstanding]
-    click.echo(f"\n{setting.name}: {kind}; ms\n{shown(points)}")
-    return points
+def points_of(setting: Setting, seconds: float) -> dict[str, list[Point]]:
+    """Each configuration in turn, as the application's models."""
+    models = {name: setting.args(kind.batching) for name, kind in KINDS.items()}
+    if setting.device == "cuda":
+        models = {name: {**args, "num_gpus": 1 / len(models)} for name, args in models.items()}
+    found = {}
+    with served(models) as server:
+        for name, kind in KINDS.items():
+            found[name] = [
+                asyncio.run(measure(server.port, name, setting.length, outstanding, seconds))
+                for outstanding in kind.outstanding
+            ]
+            click.echo(f"\n{setting.name}: {kind.title}; ms\n{shown(found[name])}")
+    return found
 
 
 def shown(points: Sequence[Point]) -> str:
@@ -206,8 +208,9 @@ def draw(folder: Path, studies: Sequence[Study]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number, study in enumerate(studies, 1):
         _draw_all(folder / f"figure{number}.png", study.setting.name, study.points)
-    for number, (kind, title) in FIGURES.items():
-        _draw_parts(folder / f"figure{number}.png", f"{title}: {studies[0].setting.name}", studies[0].points[kind])
+    for number, kind in FIGURES.items():
+        title = f"{KINDS[kind].title}: {studies[0].setting.name}"
+        _draw_parts(folder / f"figure{number}.png", title, studies[0].points[kind])
 
 
 def _draw_all(file: Path, title: str, by_kind: Mapping[str, Sequence[Point]]) -> None:
@@ -215,7 +218,7 @@ def _draw_all(file: Path, title: str, by_kind: Mapping[str, Sequence[Point]]) ->
 
     picture, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for name, points in by_kind.items():
-        axes.plot([p.mean_ms for p in points], [p.rows_per_s for p in points], "o-", label=name)
+        axes.plot([p.mean_ms for p in points], [p.rows_per_s for p in points], "o-", label=KINDS[name].title)
     axes.set(xlabel="mean time of a request, ms", ylabel="rows/s", xscale="log", title=title)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -250,10 +253,10 @@ def figures_of(by_kind: Mapping[str, Sequence[Point]]) -> dict[str, float]:
     def best(kind: str) -> float:
         return by_kind[kind][-1].rows_per_s
 
-    single = best("static, 1 row")
+    single = best("static_1")
     return {
-        "bert_study_8_vs_1": best("static, 8 rows") / single,
-        "bert_study_dynamic_vs_1": best("dynamic, 4 and 8 preferred, 5 ms") / single,
-        "bert_study_no_delay_vs_1": best("dynamic, 64 at most, no delay") / single,
-        "bert_study_4_instances_vs_1": best("static, 1 row, 4 instances") / single,
+        "bert_study_8_vs_1": best("static_8") / single,
+        "bert_study_dynamic_vs_1": best("dynamic") / single,
+        "bert_study_no_delay_vs_1": best("no_delay") / single,
+        "bert_study_4_instances_vs_1": best("static_1_x4") / single,
     }

@@ -1,5 +1,6 @@
 """Servers to be measured side by side: Lockstep, and Triton in its configurations. Each runs alone, then stops."""
 
+import json
 import os
 import signal
 import socket
@@ -69,9 +70,17 @@ class Server:
 
 @contextmanager
 def lockstep(
-    *, haproxy: bool = True, application: str = "serve_app.app:build", served_as: str = "rnn", **args: object
+    *,
+    haproxy: bool = True,
+    application: str = "serve_app.app:build",
+    served_as: str = "rnn",
+    num_cpus: int = 0,
+    **args: object,
 ) -> Iterator[Server]:
-    """Lockstep with the model of MODEL, behind HAProxy or Serve's own proxy; or another application, or its `args`."""
+    """Lockstep with the model of MODEL, behind HAProxy or Serve's own proxy; or another application, or its `args`.
+
+    served_as: a model that is waited for. num_cpus: what Ray takes this machine for (0: what it is).
+    """
     http, rpc = free_port(), free_port()
     model = {"name": "rnn", "cell": "lstm", **MODEL}
     with tempfile.TemporaryDirectory(prefix="lb", dir="/tmp") as folder:
@@ -97,6 +106,7 @@ def lockstep(
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            **({"RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": num_cpus})} if num_cpus else {}),
         }
         command = [sys.executable, "-m", "serve_app", "--haproxy" if haproxy else "--no-haproxy", str(config)]
         with running(command, environment, rpc, served_as, Path(folder) / "log") as server:

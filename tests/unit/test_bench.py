@@ -150,9 +150,11 @@ def test_the_bert_bench_writes_all_figures(tmp_path: Path) -> None:
 def test_the_parts_of_a_request_over_grpc_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bert_study, "WITH_RAY", False)
     monkeypatch.setattr(bert_study, "WARM_UP_S", 0.05)
-    kind = bert_study.Kind(2, {"max_batch_size": 4}, (1, 3))
-    monkeypatch.setattr(bert_study, "KINDS", {"some": kind})
-    points = bert_study.points_of(bert_study.Setting("mini", 8, "cpu", "fp32"), "some", 0.3)
+    kinds = {name: bert_study.Kind(name, 2, {"max_batch_size": size}, (1, 3)) for name, size in (("a", 2), ("b", 4))}
+    monkeypatch.setattr(bert_study, "KINDS", kinds)
+    by_kind = bert_study.points_of(bert_study.Setting("mini", 8, "cpu", "fp32"), 0.3)
+    points = by_kind["b"]
+    assert {point.mean_batch for point in by_kind["a"]} == {2.0}
     assert [point.outstanding for point in points] == [1, 3]
     for point in points:
         assert sum(point.parts_ms.values()) == pytest.approx(point.mean_ms)
