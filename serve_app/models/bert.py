@@ -38,10 +38,10 @@ class Bert(torch.nn.Module):
             raise ConfigError(f"model.max_length={max_length} is more than the {limit} positions of the model")
         self.network = network
         self.max_length = max_length
-        takes_types = "token_type_ids" in inspect.signature(network.forward).parameters
-        names = ("input_ids", "attention_mask", *["token_type_ids"] * takes_types)
-        self.prepared = {name: TensorSpec((-1,), "int64") for name in names}
-        self.inputs = self.prepared if tokenizer is None else {"text": TensorSpec((), "object")}
+        tokens = {name: TensorSpec((-1,), "int64") for name in ("input_ids", *self.optional)}
+        self.inputs = tokens if tokenizer is None else {"text": TensorSpec((), "object")}
+        takes = inspect.signature(network.forward).parameters  # not all have types of tokens
+        self.prepared = {name: tensor for name, tensor in tokens.items() if name in takes}
         self._tokenizer = tokenizer
 
     def prepare(self, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
