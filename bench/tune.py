@@ -55,6 +55,8 @@ RECURRENT: Space = {
 WARM_UP_S = 0.3
 FINALISTS, TURNS = 5, 3
 WORST = 1e3
+MIN_CALLS = 2
+"""That a sender has on their way, as an outbox has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,26 +223,31 @@ def recurrent_load(config: AppConfig, work: Workload) -> Load:
     x = rng.standard_normal((work.outstanding, max(work.lengths), *shape)).astype(dtype)
     sent = np.zeros(work.outstanding)
     delays: list[float] = []
-    timesteps = 0
+    timesteps, calls = 0, 0  # that wait for an answer
 
-    def feed(sessions: np.ndarray) -> None:
-        lengths = rng.choice(work.lengths, len(sessions))
-        for length in np.unique(lengths):
-            chosen = sessions[lengths == length]
-            group.send(chosen, x[chosen, :length])
-        sent[sessions] = time.monotonic()
+    def send(sessions: np.ndarray, length: int) -> None:
+        nonlocal calls
+        group.send(sessions, x[sessions, :length])
+        calls += 1
 
-    feed(np.arange(work.outstanding))
     began = time.monotonic() + WARM_UP_S
     while (now := time.monotonic()) < began + work.seconds:
-        engine.step(now)
-        done = sum(group.take(answer) for _, answer in engine.answers(time.monotonic()))
-        now = time.monotonic()
         idle = np.flatnonzero(group.on_their_way == 0)
-        if now >= began:
-            timesteps += done
-            delays += (now - sent[idle]).tolist()
-        feed(idle)
+        lengths = rng.choice(work.lengths, len(idle))
+        for length in np.unique(lengths):
+            send(idle[lengths == length], length)
+        sent[idle] = now
+        if calls < MIN_CALLS:
+            send(np.arange(work.outstanding), 0)  # what has come is acknowledged
+        engine.step(now)
+        for _, answer in engine.answers(time.monotonic()):
+            calls -= 1
+            busy = group.on_their_way > 0
+            done = group.take(answer)
+            now = time.monotonic()
+            if now >= began:
+                timesteps += done
+                delays += (now - sent[busy & (group.on_their_way == 0)]).tolist()
     return Load(timesteps / work.seconds, _p99_ms(delays))
 
 
