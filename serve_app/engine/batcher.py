@@ -221,7 +221,13 @@ def build_batcher(config: AppConfig) -> Batcher:
     sizes = {1, *batching.preferred_batch_sizes, batching.max_batch_size}
     if device.type == "cuda":
         sizes |= {min(pad_batch(n), batching.max_batch_size) for n in range(1, batching.max_batch_size)}
-    runner.warm_up(sorted(sizes), batching.graph_lengths, batching.instances)
+    try:
+        runner.warm_up(sorted(sizes), batching.graph_lengths, batching.instances)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"model={config.model.name} with batching.max_batch_size={batching.max_batch_size} is too large for "
+            f"{device}: lower that, or the model's max_length: {error}"
+        ) from error
     spec = BatchedSpec(
         config.model.served_name,
         dict(model.inputs),

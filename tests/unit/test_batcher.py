@@ -196,3 +196,14 @@ async def test_a_model_without_what_it_needs() -> None:
     for name, message in (("tests.fakes:SumModel", "has no inputs"), ("tests.stateless:Nothing", "has no Nothing")):
         with pytest.raises(ConfigError, match=message):
             build_batcher(AppConfig(ModelConfig(name), batching=BatchingConfig()))
+
+
+async def test_a_model_that_is_too_large_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(model: MaskedSum, inputs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(MaskedSum, "forward", forward)
+    message = r"batching.max_batch_size=64 is too large for cpu: lower that, or the model's max_length: CUDA out of"
+    with pytest.raises(ConfigError, match=message):
+        async with served():
+            pass
