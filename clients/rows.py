@@ -9,7 +9,7 @@ import numpy as np
 
 from clients.open_inference import error_of
 from serve_app.errors import InvalidInput
-from serve_app.ingress.oip import DATATYPES, DTYPES, LENGTH_BYTES, write_tensor
+from serve_app.ingress.oip import DATATYPES, DTYPES, write_tensor
 from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.protos import oip_pb2_grpc
 
@@ -29,7 +29,7 @@ class RowsClient:
         self._stub: Any = oip_pb2_grpc.GRPCInferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def infer(self, model: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs [rows, *shape] by name, for inputs [rows, *shape]; elements of dtype object are bytes.
+        """Outputs [rows, *shape] by name, for inputs [rows, *shape]; elements of an input of dtype object are bytes.
 
         Raises what the server refuses it with, Unavailable.
         """
@@ -42,20 +42,10 @@ class RowsClient:
         except grpc.aio.AioRpcError as error:
             raise error_of(error, self._address) from error
         return {
-            output.name: (_bytes(raw) if output.datatype == "BYTES" else np.frombuffer(raw, DTYPES[output.datatype]))
-            .reshape(output.shape)
+            output.name: np.frombuffer(raw, DTYPES[output.datatype]).reshape(output.shape)
             for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
-        }  # fmt: skip
+        }
 
     async def stop(self) -> None:
         """Close the connection."""
         await self._channel.close()
-
-
-def _bytes(raw: bytes) -> np.ndarray:
-    values, at = [], 0
-    while at < len(raw):
-        start = at + LENGTH_BYTES
-        at = start + int.from_bytes(raw[at:start], "little")
-        values.append(raw[start:at])
-    return np.array(values, object)
