@@ -4,6 +4,8 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,8 @@ import pytest
 import torch
 
 from serve_app.config import AppConfig, BatchingConfig, EngineConfig, ModelConfig, PriorityConfig
+from serve_app.engine.batch_graphs import BatchGraphs
+from serve_app.engine.batch_runner import BatchRunner
 from serve_app.engine.batcher import Batcher, build_batcher
 from serve_app.errors import ConfigError, InferenceFailed, InvalidInput, Overloaded, TimedOut, Unavailable
 from serve_app.rows import RowsRequest
@@ -207,3 +211,39 @@ async def test_a_model_that_is_too_large_says_what_to_do(monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match=message):
         async with served():
             pass
+
+
+class ByHand(BatchGraphs):
+    """Graphs that are none: their inputs are filled and their outputs taken as those of CUDA graphs."""
+
+    def __init__(self, runner: BatchRunner, sizes: list[int], lengths: list[int]) -> None:
+        self._sizes, self._lengths, self._free = sizes, lengths, SimpleQueue()
+        self.used: list[tuple[int, int]] = []
+        self._free.put({(size, length): self._graph(runner, size, length) for size in sizes for length in lengths})
+
+    def _graph(self, runner: BatchRunner, size: int, length: int) -> Any:
+        inputs = {name: np.full((size, length), 9, np.int64) for name in ("ids", "mask")}
+
+        def run(rows: int) -> list[np.ndarray]:
+            self.used.append((size, length))
+            return [
+                y.numpy()[:rows] for y in runner._compute({name: torch.from_numpy(x) for name, x in inputs.items()})
+            ]
+
+        return SimpleNamespace(inputs=inputs, run=run)
+
+
+async def test_batches_are_padded_to_the_next_graph_and_run_without_where_there_is_none() -> None:
+    runner, rng = BatchRunner(MaskedSum(), torch.device("cpu"), torch.float32), random.Random(0)
+    runner._graphs = graphs = ByHand(runner, [1, 2, 4], [8, 16])
+    assert [runner.padded_length(length) for length in (1, 8, 9, 17)] == [8, 8, 16, 17]
+    for count, length, expected in ((1, 3, (1, 8)), (2, 8, (2, 8)), (3, 9, (4, 16)), (4, 17, None), (5, 4, None)):
+        graphs.used.clear()
+        ids = [[rng.randint(0, 600) for _ in range(rng.randint(1, length))] for _ in range(count - 1)]
+        ids.append([rng.randint(0, 600) for _ in range(length)])
+        rows = [runner.rows({"ids": np.array([row])}, 1)[0] for row in ids]
+        found = runner.run(rows)
+        assert graphs.used == ([expected] if expected else [])
+        for row, result in zip(ids, found, strict=True):
+            assert isinstance(result, dict)
+            assert (result["total"], result["sums"].tolist()) == (sum(row), np.cumsum(row).tolist())
