@@ -73,7 +73,7 @@ async def drive(batcher: Batcher, rows: Sequence[RowsRequest], outstanding: int,
     scores: Scores = {}
     delays: list[float] = []
     began = time.monotonic() + WARM_UP_S
-    batches = 0, 0
+    batches = batcher.stats.rows, batcher.stats.batches
 
     async def one(index: int) -> None:
         nonlocal batches
