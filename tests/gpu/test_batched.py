@@ -34,9 +34,9 @@ class Halves(torch.nn.Module):
 
 
 def rows(runner: BatchRunner, count: int) -> list[Row]:
-    """Of all lengths up to 96, and some over that, for which there is no graph."""
+    """Of all lengths up to 96, and one over that, for which there is no graph."""
     rng, made = np.random.default_rng(0), []
-    for length in rng.integers(1, 110, count):
+    for length in (*rng.integers(1, 97, count - 1), 105):
         ids = rng.integers(1, 1000, (1, length))
         made += runner.rows({"ids": ids, "mask": np.ones_like(ids)}, 1)
     return made
@@ -60,7 +60,7 @@ def test_graphs_from_several_threads_give_what_the_cpu_gives(
     batches = [made[a:b] for a, b in zip([0, *cuts[:-1]], cuts, strict=True) if made[a:b]]
     with ThreadPoolExecutor(2) as threads:
         found = [result for results in threads.map(there.run, batches) for result in results]
-    assert sum(replays) > 60
+    assert sum(replays) > 100
     for row, result in zip(made, found, strict=True):
         (expected,) = here.run([row])
         assert isinstance(result, dict) and isinstance(expected, dict)
