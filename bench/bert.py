@@ -4,8 +4,9 @@
 
 BERT for question answering with random weights: base in fp16 on a GPU, mini (4 layers of 256) in fp32 on a CPU. Rows
 are handed to a `Batcher` in this process, which is what a replica has, OUTSTANDING of them at any time; a batch has at
-most as many as let each instance of the model have one. All figures are of one run. It needs transformers, and no Ray;
-on a machine without network, unpack the wheels of `pip download transformers` into a folder that is in PYTHONPATH.
+most as many as let each instance of the model have what it may have on its way. All figures are of one run. It needs
+transformers, and no Ray; on a machine without network, unpack the wheels of `pip download transformers` into a folder
+that is in PYTHONPATH.
 
 `bert_dynamic_vs_1`: rows/s in batches as they come, to rows/s in batches of one. `bert_vs_raw`: the former to the rate
 of the bare model at the same mean batch, on a GPU replayed as one CUDA graph on inputs that lie on the device.
@@ -29,6 +30,7 @@ from bench.batched import sentence_lengths
 from bench.bert_study import VOCABULARY, Setting
 from bench.report import ROOT, json_option, save, show_hardware, table, use_replica_env
 from serve_app.config import AppConfig, load_config
+from serve_app.engine.batch_graphs import DEPTH
 from serve_app.engine.batcher import DTYPES, Batcher, build_batcher
 from serve_app.engine.cuda_runner import capture
 from serve_app.models import registry
@@ -149,7 +151,7 @@ def figures_of(
 ) -> tuple[dict[str, float], dict[str, Load]]:
     """The figures, and the loads that they come from."""
     full, ragged = rows_of([setting.length] * OUTSTANDING * 4), rows_of(lengths)
-    max_batch = OUTSTANDING // instances
+    max_batch = OUTSTANDING // (instances * (DEPTH if setting.device == "cuda" else 1))
     ((single, _),) = measure(config_of(setting, 1, instances), full, [OUTSTANDING], seconds)
     (dynamic, _), (low, _) = measure(config_of(setting, max_batch, instances), full, [OUTSTANDING, 1], seconds)
     batch = round(dynamic.mean_batch)
@@ -175,7 +177,7 @@ def figures_of(
 @click.option("--size", type=click.Choice(["mini", "base", "large"]), help="base on a GPU, mini on a CPU.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="fp16 on a GPU, fp32 on a CPU.")
 @click.option("--length", default=128, show_default=True, help="Tokens of a row at most.")
-@click.option("--instances", default="1,2", show_default=True, help="The figures are of the last.")
+@click.option("--instances", default="1,2", show_default=True, help="The figures are of the first.")
 @click.option("--seconds", default=5.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Of each.")
 @click.option("--study", is_flag=True, help="Instead, DeepLearningExamples' study over gRPC: see bench.bert_study.")
 @json_option
@@ -203,12 +205,13 @@ def main(
     figures: dict[str, float] = {}
     runs: dict[str, object] = {}
     for count in map(int, instances.split(",")):
-        figures, loads = figures_of(setting, count, seconds, lengths)
-        runs[f"instances={count}"] = {"figures": figures, "loads": {n: as_row(load) for n, load in loads.items()}}
+        found, loads = figures_of(setting, count, seconds, lengths)
+        figures = figures or found
+        runs[f"instances={count}"] = {"figures": found, "loads": {n: as_row(load) for n, load in loads.items()}}
         click.echo(f"\nBERT {setting.size}, {setting.dtype}, {length} tokens, {count} instances of the model")
         head = ["", "rows/s", "p50 ms", "p99 ms", "rows of a batch"]
         click.echo(table(head, [[name, *as_row(load).values()] for name, load in loads.items()]))
-        click.echo(table(["figure", ""], list(figures.items())))
+        click.echo(table(["figure", ""], list(found.items())))
     workload = {**as_row(setting), "mean_length_ragged": float(np.mean(lengths)), "outstanding": OUTSTANDING}
     save(figures, json_file, runs=runs, workload=workload)
     if not figures["bert_batched_error"] <= TOLERANCE[setting.dtype]:

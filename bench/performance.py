@@ -354,7 +354,7 @@ def _bert(report: dict[str, Any]) -> str:
     return f"""{_source(report)}BERT {work["size"]}, {work["dtype"]}, {work["length"]} tokens:
 
 {_table(head, rows)}
-With the instances of the last rows: dynamic batches against batches of one {figures["bert_dynamic_vs_1"]:.2f}
+With the instances of the first rows: dynamic batches against batches of one {figures["bert_dynamic_vs_1"]:.2f}
 `[bert_dynamic_vs_1]`, against the bare model at the same mean batch {figures["bert_vs_raw"]:.2f} `[bert_vs_raw]`, one
 row at a time over the bare model {figures["bert_low_load_over_raw_ms"]:.2f} ms `[bert_low_load_over_raw_ms]`, ragged
 rows against padded ones {figures["ragged_vs_padded"]:.2f} `[ragged_vs_padded]`.

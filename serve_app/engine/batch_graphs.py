@@ -16,14 +16,18 @@ from serve_app.spec import TensorSpec
 
 logger = logging.getLogger(__name__)
 
+DEPTH = 2
+"""Batches of an instance that are on their way."""
 Compute = Callable[[Mapping[str, torch.Tensor]], Sequence[torch.Tensor]]
 """Inputs on the device, [B, *shape] each -> outputs there."""
 
 
 class BatchGraphs:
-    """Graphs of `compute` for batches of so many rows of such lengths; `instances` of each, on streams of their own.
+    """Graphs of `compute` for batches of so many rows of such lengths, of each instance on a stream of its own.
 
-    Where there is no memory for a graph, and for what cannot be captured, there is none.
+    An instance has DEPTH of each, which run one after the other: while one runs, the inputs of the next can be filled
+    in, and the outputs of the last be taken. Where there is no memory for a graph, and for what cannot be captured,
+    there is none.
     """
 
     def __init__(
@@ -39,8 +43,8 @@ class BatchGraphs:
         self._sizes = sizes
         self._lengths = lengths
         self._free: SimpleQueue[dict[tuple[int, int], BatchGraph]] = SimpleQueue()
-        for _ in range(instances):
-            memory, stream = torch.cuda.graph_pool_handle(), _stream(device)
+        own = [(torch.cuda.graph_pool_handle(), _stream(device)) for _ in range(instances)]
+        for memory, stream in own * DEPTH:
             graphs: dict[tuple[int, int], BatchGraph] = {}
             # The largest first: the others then fit into its memory.
             for size, length in ((s, n) for s in reversed(sizes) for n in reversed(lengths)):
@@ -88,6 +92,7 @@ class BatchGraph:
         memory: Any,
     ) -> None:
         self._stream = stream
+        self._done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         pinned = {
             name: torch.zeros(
                 [size, *(length if n == ANY else n for n in spec.shape)],
@@ -116,7 +121,8 @@ class BatchGraph:
         """Outputs [rows, *shape] of the first rows. Raises torch.AcceleratorError."""
         with torch.cuda.stream(self._stream):
             self._graph.replay()
-        self._stream.synchronize()
+            self._done.record()
+        self._done.synchronize()
         return [output[:rows].copy() for output in self._outputs]
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from serve_app.engine.batch_graphs import BatchGraphs
+from serve_app.engine.batch_graphs import DEPTH, BatchGraphs
 from serve_app.engine.runner import check_outputs, inference_mode
 from serve_app.errors import InferenceFailed, InvalidInput, LockstepError, Unavailable
 from serve_app.models.stateless import StatelessModel
@@ -47,6 +47,11 @@ class BatchRunner:
         """The rows of a request's inputs, [count, ...] each. Raises InvalidInput, InferenceFailed."""
         return [self._row({name: x[i, ...] for name, x in inputs.items()}) for i in range(count)]
 
+    @property
+    def depth(self) -> int:
+        """Batches that an instance of the model may have on their way."""
+        return 1 if self._graphs is None else DEPTH
+
     def padded_length(self, length: int) -> int:
         """What a row of that length costs as much as, by itself."""
         return length if self._graphs is None else self._graphs.padded_length(length)
@@ -72,8 +77,8 @@ class BatchRunner:
         """Make ready for batches of up to the last of `sizes` rows (rising). Raises what the model fails with.
 
         Zeros are run in each size, short and as long as can be. On a GPU only in the largest; there are CUDA graphs for
-        these sizes and `lengths` (none: a quarter, half, three quarters and all of the model's max_length), for so many
-        batches that run at the same time.
+        these sizes and `lengths` (none: a quarter, half, three quarters and all of the model's max_length), of each
+        instance.
         """
         on_gpu = self._device.type == "cuda"
         with inference_mode():

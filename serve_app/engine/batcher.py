@@ -84,8 +84,10 @@ class Batcher:
             max_padding=config.max_padding,
             levels=[Level(p.max_queue_size, p.timeout_s, p.on_timeout == "delay") for p in config.priorities],
         )
-        self._free = config.instances
-        self._threads = ThreadPoolExecutor(config.instances, "lockstep-model")
+        self._instances = config.instances
+        self._max_running = config.instances * runner.depth
+        self._running = 0
+        self._threads = ThreadPoolExecutor(self._max_running, "lockstep-model")
         self._turning = False  # a turn is due with this round of the event loop
         self._timer: asyncio.TimerHandle | None = None
         self._dead: LockstepError | None = None
@@ -140,20 +142,24 @@ class Batcher:
             self.stats.timed_out_rows += 1
             waited_s = now - late.arrived
             _fail(late.item.request, TimedOut(f"the request has waited for {waited_s:.3f} s: send it again, or later"))
-        while self._free and (batch := self._queue.take(now)):
-            self._free -= 1
+        while self._running < self._max_running:
+            # What an instance has on its way beside a batch that runs should be worth it: others may still join.
+            batch = self._queue.take(now, only_full=self._running >= self._instances)
+            if not batch:
+                break
+            self._running += 1
             running = self._loop.run_in_executor(self._threads, self._runner.run, [w.item.row for w in batch])
             running.add_done_callback(partial(self._complete, batch, now))
         if self._timer is not None:
             self._timer.cancel()
-        due = self._queue.due() if self._free else self._queue.expires_at()
+        due = self._queue.due() if self._running < self._instances else self._queue.expires_at()
         self._timer = None if due == math.inf else self._loop.call_later(max(0.0, due - now), self._turn)
 
     def _complete(
         self, batch: Sequence[Waiting[_Asked]], began: float, done: "asyncio.Future[list[Outputs | LockstepError]]"
     ) -> None:
         """A batch has run."""
-        self._free += 1
+        self._running -= 1
         took_s = time.monotonic() - began
         self.stats.batches += 1
         self.stats.rows += len(batch)

@@ -58,7 +58,7 @@ def test_graphs_from_several_threads_give_what_the_cpu_gives(
     made = rows(here, 120)
     cuts = np.cumsum(np.random.default_rng(1).integers(1, 9, 60))
     batches = [made[a:b] for a, b in zip([0, *cuts[:-1]], cuts, strict=True) if made[a:b]]
-    with ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(4) as threads:
         found = [result for results in threads.map(there.run, batches) for result in results]
     assert sum(replays) > 100
     for row, result in zip(made, found, strict=True):

@@ -2,7 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 
 from serve_app.config import AppConfig, BatchingConfig, EngineConfig, ModelConfig, PriorityConfig
 from serve_app.engine.batch_graphs import BatchGraphs
-from serve_app.engine.batch_runner import BatchRunner
+from serve_app.engine.batch_runner import BatchRunner, Row
 from serve_app.engine.batcher import Batcher, build_batcher
 from serve_app.errors import ConfigError, InferenceFailed, InvalidInput, Overloaded, TimedOut, Unavailable
 from serve_app.rows import RowsRequest
@@ -186,8 +187,6 @@ async def test_weights_and_inputs_in_another_dtype() -> None:
     config = AppConfig(ModelConfig(f"{__name__}:Half"), EngineConfig(device="cpu"))
     with pytest.raises(ConfigError, match="has no section batching"):
         build_batcher(config)
-    from serve_app.engine.batch_runner import BatchRunner
-
     model = Half()
     runner = BatchRunner(model, torch.device("cpu"), torch.bfloat16)  # type: ignore[arg-type]
     (outputs,) = runner.run(runner.rows({"x": np.ones((1, 2), np.float32)}, 1))
@@ -247,3 +246,24 @@ async def test_batches_are_padded_to_the_next_graph_and_run_without_where_there_
         for row, result in zip(ids, found, strict=True):
             assert isinstance(result, dict)
             assert (result["total"], result["sums"].tolist()) == (sum(row), np.cumsum(row).tolist())
+
+
+async def test_a_second_batch_is_taken_in_beside_one_that_runs_if_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, began = threading.Event(), []
+
+    def run(runner: BatchRunner, rows: Sequence[Row]) -> list[Any]:
+        began.append(len(rows))
+        go.wait(10)
+        return [{"total": np.float32(0), "sums": np.zeros(1, np.int64)}] * len(rows)
+
+    monkeypatch.setattr(BatchRunner, "run", run)
+    monkeypatch.setattr(BatchRunner, "depth", 2)
+    async with served(max_batch_size=4) as batcher:
+        asked: list[asyncio.Task[Any]] = []
+        for more, expected in ((1, [1]), (3, [1]), (1, [1, 4]), (9, [1, 4])):
+            asked += [asyncio.create_task(batcher.infer(ask([1]))) for _ in range(more)]
+            await asyncio.sleep(0.05)
+            assert began == expected
+        go.set()
+        await asyncio.gather(*asked)
+        assert began == [1, 4, 4, 4, 1]
