@@ -95,7 +95,8 @@ tables are in the files.
 """
 TUNE = """## The tuner against a sweep
 
-`python -m bench.tune configs/lstm.yaml --delay-ms 100 --lengths 1,10,100 --sweep --json bench/results/tune_cpu.json`:
+`python -m bench.tune configs/lstm.yaml --delay-ms 100 --lengths 1,10,100 --minutes 1 --sweep
+--json bench/results/tune_cpu.json`:
 what the search found in {tune_s:.0f} s and {tune_tried:.0f} measurements, against the best of all {num_settings}
 settings.
 """
