@@ -95,10 +95,9 @@ tables are in the files.
 """
 TUNE = """## The tuner against a sweep
 
-`python -m bench.tune configs/lstm.yaml --delay-ms 100 --lengths 1,10,100 --minutes 1 --sweep
---json bench/results/tune_cpu.json`:
-what the search found in {tune_s:.0f} s and {tune_tried:.0f} measurements, against the best of all {num_settings}
-settings.
+`python -m bench.tune configs/lstm.yaml --delay-ms 100 --lengths 1,10,100 --minutes 1 --sweep` and
+`python -m bench.tune configs/bert.yaml --delay-ms 1000 --outstanding 32 --minutes 1.5 --seconds 0.5 --sweep`, with
+`--json bench/results/tune_lstm_cpu.json` and so on: what the search found against the best of all settings.
 """
 
 
@@ -171,9 +170,7 @@ def rendered() -> str:
         parts += [_source(layers), _fused_rnn_tables(layers["figures"], layers["threads"])]
     parts += [BERT, *(_bert(_load(file.name)) for file in sorted(RESULTS.glob("bert_c*.json")))]
     parts += [STUDY, *(_study(file) for file in sorted(RESULTS.glob("bert_study_*.json")))]
-    tune = _load("tune_cpu.json")
-    ratio = f"Its rate is {tune['figures']['tune_vs_sweep']:.2f} times that one's `[tune_vs_sweep]`.\n"
-    parts += [TUNE.format(num_settings=tune["num_settings"], **tune["figures"]), _source(tune), ratio]
+    parts += [TUNE, *(_tune(file) for file in sorted(RESULTS.glob("tune_*.json")))]
     return "\n".join(parts)
 
 
@@ -374,6 +371,15 @@ def _study(file: Path) -> str:
     way = "through the application on Ray Serve" if report["with_ray"] else "by a gRPC server without Ray"
     pictures = " ".join(f"[{n}](../bench/results/{file.stem}/figure{n}.png)" for n in range(1, 9))
     return f"{_source(report)}Against batch size 1, {way}: {claims}. Figures: {pictures}.\n"
+
+
+def _tune(file: Path) -> str:
+    report, model = _load(file.name), file.stem.split("_")[1]
+    figures = report["figures"]
+    return (
+        f"{_source(report)}{model}: {figures['tune_tried']:.0f} of {report['num_settings']} settings in "
+        f"{figures['tune_s']:.0f} s; {figures['tune_vs_sweep']:.2f} times the rate of the best `[tune_vs_sweep]`.\n"
+    )
 
 
 def _rate(value: float) -> str:
