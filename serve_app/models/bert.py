@@ -129,6 +129,8 @@ def _trained(folder: Path, options: BertOptions) -> Any:
     embeds = options.head == "embedding"
     make = transformers.BertModel if embeds else transformers.AutoModelForQuestionAnswering
     more = {"add_pooling_layer": False} if embeds else {}
+    transformers.utils.logging.set_verbosity_error()  # what is missing is said below
+    transformers.utils.logging.disable_progress_bar()
     try:
         network, info = make.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **more
