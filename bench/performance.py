@@ -352,10 +352,11 @@ def _bert(report: dict[str, Any]) -> str:
     return f"""{_source(report)}BERT {work["size"]}, {work["dtype"]}, {work["length"]} tokens:
 
 {_table(head, rows)}
-With the instances of the first rows: dynamic batches against batches of one {figures["bert_dynamic_vs_1"]:.2f}
-`[bert_dynamic_vs_1]`, against the bare model at the same mean batch {figures["bert_vs_raw"]:.2f} `[bert_vs_raw]`, one
-row at a time over the bare model {figures["bert_low_load_over_raw_ms"]:.2f} ms `[bert_low_load_over_raw_ms]`, ragged
-rows against padded ones {figures["ragged_vs_padded"]:.2f} `[ragged_vs_padded]`.
+With one instance, or as many as in the first rows: dynamic batches against batches of one
+{figures["bert_dynamic_vs_1"]:.2f} `[bert_dynamic_vs_1]`, against the bare model at the same mean batch
+{figures["bert_vs_raw"]:.2f} `[bert_vs_raw]`; one row at a time over the bare model
+{figures["bert_low_load_over_raw_ms"]:.2f} ms `[bert_low_load_over_raw_ms]`; ragged rows against padded ones
+{figures["ragged_vs_padded"]:.2f} `[ragged_vs_padded]`.
 """
 
 
@@ -370,7 +371,7 @@ def _study(file: Path) -> str:
     claims = ", ".join(f"{what} {report['figures'][name]:.2f} `[{name}]`" for name, what in ratios.items())
     way = "through the application on Ray Serve" if report["with_ray"] else "by a gRPC server without Ray"
     pictures = " ".join(f"[{n}](../bench/results/{file.stem}/figure{n}.png)" for n in range(1, 9))
-    return f"{_source(report)}Against batch size 1, {way}: {claims}. Figures: {pictures}.\n"
+    return f"{_source(report)}Against batch size 1, {way}: {claims}.\n\nFigures: {pictures}.\n"
 
 
 def _tune(file: Path) -> str:
@@ -393,9 +394,9 @@ def _load(file: str) -> dict[str, Any]:
 
 def _source(report: dict[str, Any]) -> str:
     hardware = report["hardware"]
+    gpu = "" if hardware["gpu"] == "none" else f"{hardware['gpu']}, "
     return (
-        f"On {hardware['gpu']}, {hardware['cpu']}, {hardware['cores']} cores; torch {hardware['torch']}; "
-        f"commit {report['commit']}.\n"
+        f"On {gpu}{hardware['cpu']}, {hardware['cores']} cores; torch {hardware['torch']}; commit {report['commit']}.\n"
     )
 
 
