@@ -20,14 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 import numpy as np
 import torch
 
-from bench import bert_study
 from bench.batched import sentence_lengths
-from bench.bert_study import VOCABULARY, Setting
 from bench.report import ROOT, json_option, save, show_hardware, table, use_replica_env
 from serve_app.config import AppConfig, load_config
 from serve_app.engine.batch_graphs import DEPTH
@@ -37,6 +36,7 @@ from serve_app.models import registry
 from serve_app.rows import RowsRequest
 
 OUTSTANDING = 64
+VOCABULARY = 30_000
 WARM_UP_S = 0.5
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.2, "fp16": 0.03}
 """Of the largest difference of a score in a batch and alone, to the root of the scores' mean square."""
@@ -47,6 +47,31 @@ DTYPE = {"cpu": "fp32", "cuda": "fp16"}
 
 Scores = dict[int, np.ndarray]
 """Of rows, by their index."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The model that is served, with random weights: its size, tokens of a row at most, device, dtype."""
+
+    size: str
+    length: int
+    device: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """As a title."""
+        return f"BERT {self.size}, {self.dtype}, {self.length} tokens"
+
+    def args(self, batching: Mapping[str, Any], *, ragged: bool = False) -> dict[str, Any]:
+        """Of an application; on a GPU rows are padded to `length`, or if ragged to parts of it."""
+        options = {"weights": "random", "size": self.size, "head": "answer", "input": "tokens"}
+        lengths = {} if ragged else {"graph_lengths": [self.length]}
+        return {
+            "model": {"name": "bert", **options, "max_length": self.length},
+            "engine": {"device": self.device},
+            "batching": {"dtype": self.dtype, **lengths, **batching},
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +223,8 @@ def main(
     torch.set_num_threads(1)
     setting = Setting(size or SIZE[device], length, device, dtype or DTYPE[device])
     if study:
+        from bench import bert_study  # and gRPC, which the rest does not need
+
         second = replace(setting, size=SECOND_SIZE[device], length=SECOND_LENGTH)
         bert_study.run([setting, second], seconds, json_file)
         return

@@ -23,41 +23,16 @@ import click
 import grpc
 import numpy as np
 
+from bench.bert import VOCABULARY, Setting
 from bench.peers.servers import Server, free_port, lockstep, running
 from bench.report import save, table
 from serve_app.ingress.protos import oip_pb2 as pb
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
-VOCABULARY = 30_000
 WARM_UP_S = 0.5
 WITH_RAY = importlib.util.find_spec("ray") is not None
 PARTS = ("client send", "network", "server receive and send", "queue", "compute", "client receive")
 COLORS = ("tab:purple", "tab:gray", "tab:brown", "tab:orange", "tab:green", "tab:pink")
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """The model that is served, with random weights: its size, tokens of a row at most, device, dtype."""
-
-    size: str
-    length: int
-    device: str
-    dtype: str
-
-    @property
-    def name(self) -> str:
-        """As a title."""
-        return f"BERT {self.size}, {self.dtype}, {self.length} tokens"
-
-    def args(self, batching: Mapping[str, Any], *, ragged: bool = False) -> dict[str, Any]:
-        """Of an application; on a GPU rows are padded to `length`, or if ragged to parts of it."""
-        options = {"weights": "random", "size": self.size, "head": "answer", "input": "tokens"}
-        lengths = {} if ragged else {"graph_lengths": [self.length]}
-        return {
-            "model": {"name": "bert", **options, "max_length": self.length},
-            "engine": {"device": self.device},
-            "batching": {"dtype": self.dtype, **lengths, **batching},
-        }
 
 
 class Kind(NamedTuple):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import bert_study, fused_rnn, report
+from bench.bert import Setting
 from bench.saturation import Event, drawn, row_of, shares
 from bench.sender import Sender
 from serve_app.config import AppConfig, EngineConfig
@@ -152,7 +153,7 @@ def test_the_parts_of_a_request_over_grpc_add_up(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(bert_study, "WARM_UP_S", 0.05)
     kinds = {name: bert_study.Kind(name, 2, {"max_batch_size": size}, (1, 3)) for name, size in (("a", 2), ("b", 4))}
     monkeypatch.setattr(bert_study, "KINDS", kinds)
-    by_kind = bert_study.points_of(bert_study.Setting("mini", 8, "cpu", "fp32"), 0.3)
+    by_kind = bert_study.points_of(Setting("mini", 8, "cpu", "fp32"), 0.3)
     points = by_kind["b"]
     assert {point.mean_batch for point in by_kind["a"]} == {2.0}
     assert [point.outstanding for point in points] == [1, 3]
@@ -166,7 +167,7 @@ def test_the_study_has_eight_pictures(tmp_path: Path) -> None:
     points = [
         bert_study.Point(n, 10.0 * n, 2.0, 2.0, 3.0, 1.0, {part: n / 6 for part in bert_study.PARTS}) for n in (1, 2, 4)
     ]
-    settings = [bert_study.Setting("mini", length, "cpu", "fp32") for length in (8, 16)]
+    settings = [Setting("mini", length, "cpu", "fp32") for length in (8, 16)]
     bert_study.draw(
         tmp_path, [bert_study.Study(setting, dict.fromkeys(bert_study.KINDS, points)) for setting in settings]
     )
