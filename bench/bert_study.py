@@ -2,8 +2,9 @@
 
 Requests of 1 or 8 rows go over gRPC by the Open Inference Protocol, each client's next when the last is answered. The
 configurations are models of one application, of which one is asked at a time. Where the time of a request goes: the
-client makes and writes the message, and reads the answer (measured there); the server says how long it had the request,
-how much of that it waited for its batch and how much the batch took; what is left is gRPC and the network, both ways.
+client measures how long it makes a message and reads an answer; the server says when it had the message, when its rows
+stood in the queue, how long they waited and their batch took, and when the answer was ready, by the machine's clock.
+What is between is the network: gRPC's own work and, with Ray, Serve's proxy.
 """
 
 import asyncio
@@ -31,8 +32,13 @@ from serve_app.ingress.protos import oip_pb2 as pb
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 WARM_UP_S = 0.5
 WITH_RAY = importlib.util.find_spec("ray") is not None
-PARTS = ("client send", "network", "server receive and send", "queue", "compute", "client receive")
-COLORS = ("tab:purple", "tab:gray", "tab:brown", "tab:orange", "tab:green", "tab:pink")
+PARTS = (
+    "client send", "network to it", "server receive", "queue", "compute", "server send", "network back",
+    "client receive",
+)  # fmt: skip
+COLORS = ("tab:purple", "tab:gray", "tab:brown", "tab:orange", "tab:green", "tab:olive", "tab:cyan", "tab:pink")
+TOLD = ("began_us", "queued_us", "queue_us", "compute_us", "total_us")
+"""By the server."""
 
 
 class Kind(NamedTuple):
@@ -102,10 +108,10 @@ async def measure(port: int, model: str, length: int, outstanding: int, seconds:
                 np.frombuffer(raw, np.float32)
             end = time.monotonic()
             if end >= began:
-                told = {name: response.parameters[name].int64_param for name in ("queue_us", "compute_us", "total_us")}
-                queue, compute, total = (us / 1e6 for us in told.values())
-                parts = sent - start, arrived - sent - total, total - queue - compute, queue, compute, end - arrived
-                took.append((end - start, *parts))
+                read, queued, queue, compute, total = (response.parameters[name].int64_param / 1e6 for name in TOLD)
+                ready, computed = read + total, queued + queue + compute
+                there = read - sent, queued - read, queue, compute, ready - computed, arrived - ready
+                took.append((end - start, sent - start, *there, end - arrived))
                 batches.append(response.parameters["batch_size"].int64_param)
 
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

@@ -31,6 +31,7 @@ class _Request:
 
     future: asyncio.Future[RowsResult]
     outputs: list[Outputs | None]
+    queued_s: float
     timing: Timing = field(default_factory=Timing)
     rows: "list[_Asked]" = field(default_factory=list)
 
@@ -105,11 +106,11 @@ class Batcher:
         if self._dead is not None:
             raise self._dead
         rows = self._runner.rows(request.inputs, check_rows(request, self.spec).rows)
-        asked = _Request(self._loop.create_future(), [None] * len(rows))
+        asked = _Request(self._loop.create_future(), [None] * len(rows), time.monotonic())
         asked.rows = [_Asked(asked, i, row) for i, row in enumerate(rows)]
         priority = request.priority or self.spec.default_priority
         lengths = [self._runner.padded_length(row.length) for row in rows]
-        self._queue.add(asked.rows, lengths, time.monotonic(), priority, request.timeout_s)
+        self._queue.add(asked.rows, lengths, asked.queued_s, priority, request.timeout_s)
         self.stats.requests += 1
         self._turn_soon()
         try:
@@ -197,7 +198,7 @@ def _deliver(asked: _Asked, outputs: Outputs, queue_us: int, compute_us: int, ba
     timing.batch_size = max(timing.batch_size, batch_size)
     rows = [row for row in request.outputs if row is not None]
     if len(rows) == len(request.outputs) and not request.future.done():
-        request.future.set_result(RowsResult(_stacked(rows), timing))
+        request.future.set_result(RowsResult(_stacked(rows), timing, int(request.queued_s * 1e6)))
 
 
 def _stacked(rows: Sequence[Outputs]) -> Outputs:

@@ -53,7 +53,7 @@ async def test_many_requests_of_any_length_equal_each_alone() -> None:
             length = rng.randint(1, 32)
             rows = [[rng.randint(0, 600) for _ in range(length)] for _ in range(rng.randint(1, 5))]
             await asyncio.sleep(rng.random() * 0.02)
-            values, timing = await batcher.infer(ask(*rows))
+            values, timing, _ = await batcher.infer(ask(*rows))
             assert values["total"].tolist() == [sum(row) for row in rows]
             assert values["sums"].tolist() == [np.cumsum(row).tolist() for row in rows]
             assert 1 <= timing.batch_size <= 16

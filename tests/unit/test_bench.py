@@ -159,7 +159,7 @@ def test_the_parts_of_a_request_over_grpc_add_up(monkeypatch: pytest.MonkeyPatch
     assert [point.outstanding for point in points] == [1, 3]
     for point in points:
         assert sum(point.parts_ms.values()) == pytest.approx(point.mean_ms)
-        assert all(part >= 0 for part in point.parts_ms.values())
+        assert all(part > -0.01 for part in point.parts_ms.values())  # the server's are whole µs
         assert 2 <= point.mean_batch <= 4
 
 
