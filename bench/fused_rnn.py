@@ -10,6 +10,7 @@ median time.
 
 import copy
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,10 +37,11 @@ CELLS: dict[str, tuple[Callable[..., RNNBase], Callable[..., RNNCellBase], dict[
 }
 TARGETS = {
     "cpu": ("cpu", torch.float32),
+    "cpu_bf16": ("cpu", torch.bfloat16),
     "cuda": ("cuda", torch.float32),
     "cuda_fp16": ("cuda", torch.float16),
 }
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 MIN_ROUNDS = 3
 
 PUBLISHED = {  # samples/s, cell by cell and fused; see docs/performance.md
@@ -72,7 +74,7 @@ PUBLISHED = {  # samples/s, cell by cell and fused; see docs/performance.md
         "gru_l5_d1_training": (27.62, 140.85),
     },
 }
-PUBLISHED_ON = {"cpu": "SKX-8180", "cuda": "P100", "cuda_fp16": ""}
+PUBLISHED_ON = {"cpu": "SKX-8180", "cpu_bf16": "", "cuda": "P100", "cuda_fp16": ""}
 
 
 class Sizes(NamedTuple):
@@ -225,17 +227,30 @@ def figures_of(setting: Setting, sizes: Sizes, target: str, seconds: float) -> d
     check(setting, {way: run() for way, run in ways.items()})  # which also warms up
     rates = {way: sizes.batch / found for way, found in measure(ways, seconds, device).items()}
     rates["speedup"] = rates["fused"] / rates["cells"]
+    if setting.mode == "inference" and dtype != torch.float32:
+        rates["error"] = rounding(setting, sizes, device, dtype)
     return {f"{name}_{what}": value for what, value in rates.items()}
+
+
+@torch.inference_mode()
+def rounding(setting: Setting, sizes: Sizes, device: str, dtype: torch.dtype) -> float:
+    """‖found - expected‖ / ‖expected‖ of the fused layers in a dtype, against fp32 with the weights as they were."""
+    layers = fused_layers(setting, sizes).to(device).eval()
+    x = torch.randn(sizes.timesteps, sizes.batch, sizes.input, device=device)
+    expected = layers(x)[0]
+    found = layers.to(dtype)(x.to(dtype))[0].float()
+    return float((found - expected).norm() / expected.norm())
 
 
 def columns(figures: Mapping[str, float], target: str) -> tuple[list[str], list[list[object]]]:
     """Head and rows of a target's table, with what was published; without columns that have nothing."""
-    head = ["cell", "layers", "directions", "", "cell by cell", "fused", "speed-up", "packed"]
+    head = ["cell", "layers", "directions", "", "cell by cell", "fused", "speed-up", "packed", "off by"]
     head += [f"{PUBLISHED_ON[target]} {what}" for what in ("cell by cell", "fused", "speed-up")]
     rows: list[list[object]] = []
-    for setting in SETTINGS:
+    for setting in (each for each in SETTINGS if f"{each.name}_{target}_fused" in figures):
         measured = [
-            figures.get(f"{setting.name}_{target}_{what}", "") for what in ("cells", "fused", "speedup", "packed")
+            figures.get(f"{setting.name}_{target}_{what}", "")
+            for what in ("cells", "fused", "speedup", "packed", "error")
         ]
         published = PUBLISHED.get(target, {}).get(setting.name)
         rows.append([*setting, *measured, *((*published, published[1] / published[0]) if published else ("",) * 3)])
@@ -248,8 +263,19 @@ def columns(figures: Mapping[str, float], target: str) -> tuple[list[str], list[
 @click.option("--seconds", default=1.0, show_default=True, help=f"Of a row; at least {MIN_ROUNDS} rounds are run.")
 @click.option("--threads", type=int, help="On the CPU, instead of as many as torch takes by itself.")
 @click.option("--quick", is_flag=True, help=f"{QUICK_SIZES} instead of {SIZES}, to see that it runs.")
+@click.option("--layers", type=click.Choice(["1", "5"]), help="Only those, instead of both.")
+@click.option("--add", is_flag=True, help="Keep what the file has of other rows.")
 @json_option
-def main(device: str | None, seconds: float, threads: int | None, quick: bool, json_file: Path | None) -> None:
+def main(
+    *,
+    device: str | None,
+    seconds: float,
+    threads: int | None,
+    quick: bool,
+    layers: str | None,
+    add: bool,
+    json_file: Path | None,
+) -> None:
     """Measure fused recurrent layers against cells: LSTM, GRU, ReLU, tanh; 1 and 5 layers; 1 and 2 directions."""
     use_replica_env()
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -261,8 +287,10 @@ def main(device: str | None, seconds: float, threads: int | None, quick: bool, j
     show_hardware()
     click.echo(f"threads: {torch.get_num_threads()}")
     figures: dict[str, float] = {}
+    if add and json_file is not None and json_file.exists():
+        figures = json.loads(json_file.read_text())["figures"]
     for target in (target for target, (where, _) in TARGETS.items() if where in devices):
-        for setting in SETTINGS:
+        for setting in (each for each in SETTINGS if layers in (None, str(each.layers))):
             figures |= figures_of(setting, sizes, target, seconds)
         click.echo(f"\n{target}, {sizes}, samples/s\n{table(*columns(figures, target))}")
     save(figures, json_file, threads=torch.get_num_threads())

@@ -78,6 +78,27 @@ against `sym.RNN` (cwiki.apache.org/confluence/display/MXNET/Fused+RNN+Operators
 heading that says two directions, but an earlier version of the page, which the P100's are from, has the same ones under
 a heading that says one; so they stand at one.
 """
+BERT = """## BERT in dynamic batches
+
+`python -m bench.bert --json bench/results/bert_cpu.json`, and the same with `--device cuda`. BERT for question
+answering with random weights; rows are handed to a batcher in this process, 64 of them outstanding unless said.
+"Ragged" are rows as long as the sentences of these documents, all others have the maximum. Outputs of rows in batches
+are compared with those of each alone.
+"""
+STUDY = """## The study of BERT on Triton, again
+
+`python -m bench.bert --study --json bench/results/bert_study_cpu.json`, and the same with `--device cuda`: the
+configurations of DeepLearningExamples' study of BERT on Triton, over gRPC, with 1 to 64 requests outstanding, and its
+figures: 1 and 2 all configurations at either length; 3 and 4 batch sizes 1 and 8; 5 and 6 static and dynamic batching;
+7 and 8 one and four instances. It had 4.3 times the rate at batch size 8 on a V100, with as many rows outstanding. All
+tables are in the files.
+"""
+TUNE = """## The tuner against a sweep
+
+`python -m bench.tune configs/lstm.yaml --delay-ms 250 --lengths 1,10,100 --minutes 1 --sweep` and
+`python -m bench.tune configs/bert.yaml --delay-ms 1000 --outstanding 32 --minutes 1.5 --seconds 0.5 --sweep`, with
+`--json bench/results/tune_lstm_cpu.json` and so on: what the search found against the best of all settings.
+"""
 
 
 def _rest(figures: dict[str, float]) -> str:
@@ -147,6 +168,9 @@ def rendered() -> str:
     for file in sorted(RESULTS.glob("fused_rnn_*.json")):
         layers = _load(file.name)
         parts += [_source(layers), _fused_rnn_tables(layers["figures"], layers["threads"])]
+    parts += [BERT, *(_bert(_load(file.name)) for file in sorted(RESULTS.glob("bert_c*.json")))]
+    parts += [STUDY, *(_study(file) for file in sorted(RESULTS.glob("bert_study_*.json")))]
+    parts += [TUNE, *(_tune(file) for file in sorted(RESULTS.glob("tune_*.json")))]
     return "\n".join(parts)
 
 
@@ -305,15 +329,58 @@ def _instances_table(figures: dict[str, float]) -> str:
 def _fused_rnn_tables(figures: dict[str, float], threads: int) -> str:
     titles = {
         "cpu": f"On the CPU, {threads} threads, fp32",
+        "cpu_bf16": f"On the CPU, {threads} threads, bf16; off by, ‖found - expected‖ / ‖expected‖, from fp32",
         "cuda": "On the GPU, fp32",
         "cuda_fp16": "On the GPU, fp16",
     }
     parts = []
     for target, title in titles.items():
-        if any(f"_{target}_" in name for name in figures):
-            head, rows = fused_rnn.columns(figures, target)
+        head, rows = fused_rnn.columns(figures, target)
+        if rows:
             parts.append(f"{title}:\n\n{_table(head, [list(map(shown, row)) for row in rows])}")
     return "\n".join(parts)
+
+
+def _bert(report: dict[str, Any]) -> str:
+    work, figures = report["workload"], report["figures"]
+    rows = []
+    for setting, run in report["runs"].items():
+        instances = setting.removeprefix("instances=")
+        for name, load in run["loads"].items():
+            rows.append((instances, name, *(shown(load[key]) for key in ("rate", "p50_ms", "p99_ms", "mean_batch"))))
+    head = ("instances", "", "rows/s", "p50 ms", "p99 ms", "rows of a batch")
+    return f"""{_source(report)}BERT {work["size"]}, {work["dtype"]}, {work["length"]} tokens:
+
+{_table(head, rows)}
+With one instance, or as many as in the first rows: dynamic batches against batches of one
+{figures["bert_dynamic_vs_1"]:.2f} `[bert_dynamic_vs_1]`, against the bare model at the same mean batch
+{figures["bert_vs_raw"]:.2f} `[bert_vs_raw]`; one row at a time over the bare model
+{figures["bert_low_load_over_raw_ms"]:.2f} ms `[bert_low_load_over_raw_ms]`; ragged rows against padded ones
+{figures["ragged_vs_padded"]:.2f} `[ragged_vs_padded]`.
+"""
+
+
+def _study(file: Path) -> str:
+    report = _load(file.name)
+    ratios = {
+        "bert_study_8_vs_1": "batch size 8",
+        "bert_study_dynamic_vs_1": "dynamic batching with 4 and 8 preferred",
+        "bert_study_no_delay_vs_1": "dynamic batching without a delay",
+        "bert_study_4_instances_vs_1": "four instances",
+    }
+    claims = ", ".join(f"{what} {report['figures'][name]:.2f} `[{name}]`" for name, what in ratios.items())
+    way = "through the application on Ray Serve" if report["with_ray"] else "by a gRPC server without Ray"
+    pictures = " ".join(f"[{n}](../bench/results/{file.stem}/figure{n}.png)" for n in range(1, 9))
+    return f"{_source(report)}Against batch size 1, {way}: {claims}.\n\nFigures: {pictures}.\n"
+
+
+def _tune(file: Path) -> str:
+    report, model = _load(file.name), file.stem.split("_")[1]
+    figures = report["figures"]
+    return (
+        f"{_source(report)}{model}: {figures['tune_tried']:.0f} of {report['num_settings']} settings in "
+        f"{figures['tune_s']:.0f} s; {figures['tune_vs_sweep']:.2f} times the rate of the best `[tune_vs_sweep]`.\n"
+    )
 
 
 def _rate(value: float) -> str:
@@ -327,9 +394,9 @@ def _load(file: str) -> dict[str, Any]:
 
 def _source(report: dict[str, Any]) -> str:
     hardware = report["hardware"]
+    gpu = "" if hardware["gpu"] == "none" else f"{hardware['gpu']}, "
     return (
-        f"On {hardware['gpu']}, {hardware['cpu']}, {hardware['cores']} cores; torch {hardware['torch']}; "
-        f"commit {report['commit']}.\n"
+        f"On {gpu}{hardware['cpu']}, {hardware['cores']} cores; torch {hardware['torch']}; commit {report['commit']}.\n"
     )
 
 

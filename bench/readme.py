@@ -47,6 +47,13 @@ ROWS = [
         "speech probabilities: largest difference to the package's own model",
     ),
     ("demo_cpu.json", "delay_p50_ms", "{:.1f} ms", "delay of a segment in the demo, median"),
+    (
+        "bert_cpu.json",
+        "ragged_vs_padded",
+        "{:.1f}x",
+        "BERT, rows as long as sentences: batches by length against padding",
+    ),
+    ("tune_lstm_cpu.json", "tune_vs_sweep", "{:.2f}", "the tuner's choice against the best of an exhaustive sweep"),
 ]
 
 

@@ -86,7 +86,7 @@ class OpenInferenceTransport:
         try:
             return await getattr(self._stub, method)(request, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            raise _error(error, self._address) from error
+            raise error_of(error, self._address) from error
 
 
 class _Asked(NamedTuple):
@@ -174,7 +174,7 @@ class SequenceStream:
             async for response in self._call:
                 self._take(response)
         except grpc.aio.AioRpcError as error:
-            why = _error(error, self._address)
+            why = error_of(error, self._address)
         finally:
             for session in [*self._started.values(), *(asked.session for asked in self._asked.values())]:
                 session.fail(why)
@@ -203,7 +203,8 @@ def _tensor_spec(tensor: Any) -> TensorSpec:
     return TensorSpec(tuple(tensor.shape[1:]), DTYPES[tensor.datatype].name)
 
 
-def _error(error: grpc.aio.AioRpcError, address: str) -> LockstepError:
+def error_of(error: grpc.aio.AioRpcError, address: str) -> LockstepError:
+    """What a call has failed with."""
     if error.code() is grpc.StatusCode.NOT_FOUND:
         return UnknownModel(error.details())
     if error.code() is grpc.StatusCode.INVALID_ARGUMENT:

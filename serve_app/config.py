@@ -166,6 +166,8 @@ class BatchingConfig:
     model is free; any other when its longest waiting row has waited `max_queue_delay_s`. `max_padding`: share of a
     batch that may be padding, where rows differ in length. `priorities`: 1 is the first of them, and the highest.
     `instances`: batches that a replica runs at the same time, on the same weights. `dtype`: of weights and products.
+    `graph_lengths`: on a GPU, the lengths that rows are padded to, rising, since each needs CUDA graphs of its own
+    (none: a quarter, half, three quarters and all of the longest that the model takes).
     """
 
     max_batch_size: int = 64
@@ -176,8 +178,11 @@ class BatchingConfig:
     default_priority: int = 1
     instances: int = 1
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    graph_lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if any(a >= b for a, b in pairwise((0, *self.graph_lengths))):
+            raise ConfigError(f"batching.graph_lengths is {list(self.graph_lengths)}, it must rise from 1 or more")
         _at_least("batching", self, 1, "max_batch_size", "default_priority", "instances")
         _at_least("batching", self, 0, "max_queue_delay_s", "max_padding")
         for size in self.preferred_batch_sizes:

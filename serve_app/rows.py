@@ -48,10 +48,14 @@ class RowsRequest:
 
 
 class RowsResult(NamedTuple):
-    """The outputs of a request, each [rows, *shape], and where its time went."""
+    """The outputs of a request, each [rows, *shape], and where its time went.
+
+    queued_us: when it began to wait, on the machine's monotonic clock.
+    """
 
     values: dict[str, np.ndarray]
     timing: Timing
+    queued_us: int = 0
 
 
 @dataclass(slots=True)

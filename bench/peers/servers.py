@@ -1,5 +1,6 @@
 """Servers to be measured side by side: Lockstep, and Triton in its configurations. Each runs alone, then stops."""
 
+import json
 import os
 import signal
 import socket
@@ -76,7 +77,7 @@ def lockstep(way: Literal["own", "haproxy", "proxy"] = "own") -> Iterator[Server
         "engine": {"slots": 1024, "max_batch_size": 256},
         "grpc": {"port": port},
     }
-    with _application(
+    with application(
         "serve_app.app:build", args, haproxy=way != "proxy", port=port if way == "own" else None
     ) as server:
         yield server
@@ -85,13 +86,25 @@ def lockstep(way: Literal["own", "haproxy", "proxy"] = "own") -> Iterator[Server
 @contextmanager
 def naive() -> Iterator[Server]:
     """The naive application (bench.peers.naive) behind Serve's own proxy."""
-    with _application("bench.peers.naive:build", {}, haproxy=False) as server:
+    with application("bench.peers.naive:build", {}, haproxy=False) as server:
         yield server
 
 
 @contextmanager
-def _application(import_path: str, args: dict[str, Any], *, haproxy: bool, port: int | None = None) -> Iterator[Server]:
-    """An application as our launcher starts it. port: of its gRPC, where it is not that of Serve."""
+def application(
+    import_path: str,
+    args: dict[str, Any],
+    *,
+    haproxy: bool = True,
+    port: int | None = None,
+    served_as: str = "rnn",
+    num_cpus: int = 0,
+) -> Iterator[Server]:
+    """An application as our launcher starts it.
+
+    port: of its gRPC, where it is not that of Serve. served_as: a model that is waited for. num_cpus: what Ray takes
+    this machine for (0: what it is).
+    """
     http, rpc = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="lb", dir="/tmp") as folder:
         config = Path(folder) / "config.yaml"
@@ -111,9 +124,10 @@ def _application(import_path: str, args: dict[str, Any], *, haproxy: bool, port:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            **({"RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": num_cpus})} if num_cpus else {}),
         }
         command = [sys.executable, "-m", "serve_app", "--haproxy" if haproxy else "--no-haproxy", str(config)]
-        with _running(command, environment, port or rpc, "rnn", Path(folder) / "log") as server:
+        with running(command, environment, port or rpc, served_as, Path(folder) / "log") as server:
             yield server
 
 
@@ -149,28 +163,29 @@ sequence_batching {{ max_sequence_idle_microseconds: 2000000 {STRATEGIES[strateg
             f"--backend-directory={binaries / 'backends'}", f"--grpc-port={port}", "--allow-http=false",
             "--allow-metrics=false", "--disable-auto-complete-config", "--exit-timeout-secs=1",
         ]  # fmt: skip
-        with _running(command, environment, port, "lstm", Path(folder) / "log") as server:
+        with running(command, environment, port, "lstm", Path(folder) / "log") as server:
             yield server
 
 
 @contextmanager
-def _running(command: list[str], environment: dict[str, str], port: int, model: str, log: Path) -> Iterator[Server]:
+def running(command: list[str], environment: dict[str, str], port: int, model: str, log: Path) -> Iterator[Server]:
+    """The server that a command starts, from when its model is ready. Raises RuntimeError with what it has logged."""
     before = set(psutil.pids())
     with log.open("w") as out:
-        running = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        program = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + START_WITHIN_S
         while not _ready(port, model):
-            if running.poll() is not None or time.monotonic() > deadline:
+            if program.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{command[0]} has not started:\n{log.read_text()}")
             time.sleep(0.2)
-        process = psutil.Process(running.pid)
+        process = psutil.Process(program.pid)
         tree = {process.pid, *(child.pid for child in process.children(recursive=True))}
         fresh = [psutil.Process(pid) for pid in psutil.pids() if pid not in before | tree]
         yield Server(port, model, process, fresh)
     finally:
-        running.send_signal(signal.SIGTERM)
-        running.wait(60)
+        program.send_signal(signal.SIGTERM)
+        program.wait(60)
 
 
 def _ready(port: int, model: str) -> bool:

@@ -17,6 +17,7 @@ from serve_app.engine.batch_runner import BatchRunner, Outputs, Row
 from serve_app.engine.engine import choose_device
 from serve_app.errors import ConfigError, InferenceFailed, LockstepError, TimedOut, Unavailable
 from serve_app.models import registry
+from serve_app.policy.batching import pad_batch
 from serve_app.policy.request_queue import Level, RequestQueue, Waiting
 from serve_app.rows import BatchedSpec, RowsRequest, RowsResult, check_rows
 from serve_app.segment import Timing
@@ -30,6 +31,7 @@ class _Request:
 
     future: asyncio.Future[RowsResult]
     outputs: list[Outputs | None]
+    queued_s: float
     timing: Timing = field(default_factory=Timing)
     rows: "list[_Asked]" = field(default_factory=list)
 
@@ -83,8 +85,10 @@ class Batcher:
             max_padding=config.max_padding,
             levels=[Level(p.max_queue_size, p.timeout_s, p.on_timeout == "delay") for p in config.priorities],
         )
-        self._free = config.instances
-        self._threads = ThreadPoolExecutor(config.instances, "lockstep-model")
+        self._instances = config.instances
+        self._max_running = config.instances * runner.depth
+        self._running = 0
+        self._threads = ThreadPoolExecutor(self._max_running, "lockstep-model")
         self._turning = False  # a turn is due with this round of the event loop
         self._timer: asyncio.TimerHandle | None = None
         self._dead: LockstepError | None = None
@@ -102,10 +106,11 @@ class Batcher:
         if self._dead is not None:
             raise self._dead
         rows = self._runner.rows(request.inputs, check_rows(request, self.spec).rows)
-        asked = _Request(self._loop.create_future(), [None] * len(rows))
+        asked = _Request(self._loop.create_future(), [None] * len(rows), time.monotonic())
         asked.rows = [_Asked(asked, i, row) for i, row in enumerate(rows)]
         priority = request.priority or self.spec.default_priority
-        self._queue.add(asked.rows, [row.length for row in rows], time.monotonic(), priority, request.timeout_s)
+        lengths = [self._runner.padded_length(row.length) for row in rows]
+        self._queue.add(asked.rows, lengths, asked.queued_s, priority, request.timeout_s)
         self.stats.requests += 1
         self._turn_soon()
         try:
@@ -138,20 +143,24 @@ class Batcher:
             self.stats.timed_out_rows += 1
             waited_s = now - late.arrived
             _fail(late.item.request, TimedOut(f"the request has waited for {waited_s:.3f} s: send it again, or later"))
-        while self._free and (batch := self._queue.take(now)):
-            self._free -= 1
+        while self._running < self._max_running:
+            # What an instance has on its way beside a batch that runs should be worth it: others may still join.
+            batch = self._queue.take(now, only_full=self._running >= self._instances)
+            if not batch:
+                break
+            self._running += 1
             running = self._loop.run_in_executor(self._threads, self._runner.run, [w.item.row for w in batch])
             running.add_done_callback(partial(self._complete, batch, now))
         if self._timer is not None:
             self._timer.cancel()
-        due = self._queue.due() if self._free else self._queue.expires_at()
+        due = self._queue.due() if self._running < self._instances else self._queue.expires_at()
         self._timer = None if due == math.inf else self._loop.call_later(max(0.0, due - now), self._turn)
 
     def _complete(
         self, batch: Sequence[Waiting[_Asked]], began: float, done: "asyncio.Future[list[Outputs | LockstepError]]"
     ) -> None:
         """A batch has run."""
-        self._free += 1
+        self._running -= 1
         took_s = time.monotonic() - began
         self.stats.batches += 1
         self.stats.rows += len(batch)
@@ -189,7 +198,7 @@ def _deliver(asked: _Asked, outputs: Outputs, queue_us: int, compute_us: int, ba
     timing.batch_size = max(timing.batch_size, batch_size)
     rows = [row for row in request.outputs if row is not None]
     if len(rows) == len(request.outputs) and not request.future.done():
-        request.future.set_result(RowsResult(_stacked(rows), timing))
+        request.future.set_result(RowsResult(_stacked(rows), timing, int(request.queued_s * 1e6)))
 
 
 def _stacked(rows: Sequence[Outputs]) -> Outputs:
@@ -205,7 +214,7 @@ def _stacked(rows: Sequence[Outputs]) -> Outputs:
 
 
 def build_batcher(config: AppConfig) -> Batcher:
-    """Load the configured model and run it once in each size that there may be, with engine.threads torch threads.
+    """Load the configured model and make it ready for each size that there may be, with engine.threads torch threads.
 
     Raises ConfigError, and what the model fails with.
     """
@@ -214,8 +223,18 @@ def build_batcher(config: AppConfig) -> Batcher:
         raise ConfigError(f"model={config.model.name} has no section batching: a stateless model needs one")
     torch.set_num_threads(config.engine.threads)
     model = registry.load_stateless(config.model)
-    runner = BatchRunner(model, choose_device(config.engine.device), DTYPES[batching.dtype])
-    runner.warm_up(sorted({1, *batching.preferred_batch_sizes, batching.max_batch_size}))
+    device = choose_device(config.engine.device)
+    runner = BatchRunner(model, device, DTYPES[batching.dtype])
+    sizes = {1, *batching.preferred_batch_sizes, batching.max_batch_size}
+    if device.type == "cuda":
+        sizes |= {min(pad_batch(n), batching.max_batch_size) for n in range(1, batching.max_batch_size)}
+    try:
+        runner.warm_up(sorted(sizes), batching.graph_lengths, batching.instances)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"model={config.model.name} with batching.max_batch_size={batching.max_batch_size} is too large for "
+            f"{device}: lower that, or the model's max_length: {error}"
+        ) from error
     spec = BatchedSpec(
         config.model.served_name,
         dict(model.inputs),

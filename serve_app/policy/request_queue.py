@@ -143,15 +143,15 @@ class RequestQueue(Generic[T]):
                 refused.append(self._remove(number))
         return refused
 
-    def take(self, now: float) -> list[Waiting[T]]:
+    def take(self, now: float, *, only_full: bool = False) -> list[Waiting[T]]:
         """The next batch, which waits no longer; none when there may soon be a better one. First, `expire`."""
         if not self._entries:
             return []
         chosen: list[int] = []
-        for size in self._sizes:
+        for size in self._sizes[: 1 if only_full else None]:
             if len(self._entries) >= size and len(chosen := self._choose(size)) == size:
                 return [self._remove(number) for number in chosen]
-        if now < self._overdue_at():
+        if only_full or now < self._overdue_at():
             return []
         return [self._remove(number) for number in self._choose(self._sizes[0])]
 

@@ -90,6 +90,19 @@ def test_lstm_yaml(serve_run: Callable[..., None], repository: Path) -> None:
         assert session.wait() == 2
 
 
+def test_bert_yaml_and_the_ranking_of_sentences(
+    serve_run: Callable[..., None], repository: Path, http_port: int
+) -> None:
+    serve_run("configs/bert.yaml")
+    out = run(
+        sys.executable, "-m", "examples.ranking", "docs/operations.md",
+        "What happens to requests when the GPU does not work any more?", "--url", f"http://127.0.0.1:{http_port}",
+        repository=repository,
+    )  # fmt: skip
+    assert re.fullmatch(r"(0\.\d\d  .+\n){3}", out)
+    assert "Serve replaces the replica" in out
+
+
 def test_import_path_with_arguments(serve_run: Callable[..., None], repository: Path, http_port: int) -> None:
     serve_run("--name", "eight", "serve_app.app:build", "model=silero_vad", "model.sample_rate=8000", "engine.slots=32")
     samples = np.random.default_rng(0).normal(0, 0.1, 1000).astype(np.float32)

@@ -2,8 +2,11 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,8 @@ import pytest
 import torch
 
 from serve_app.config import AppConfig, BatchingConfig, EngineConfig, ModelConfig, PriorityConfig
+from serve_app.engine.batch_graphs import BatchGraphs
+from serve_app.engine.batch_runner import BatchRunner, Row
 from serve_app.engine.batcher import Batcher, build_batcher
 from serve_app.errors import ConfigError, InferenceFailed, InvalidInput, Overloaded, TimedOut, Unavailable
 from serve_app.rows import RowsRequest
@@ -48,7 +53,7 @@ async def test_many_requests_of_any_length_equal_each_alone() -> None:
             length = rng.randint(1, 32)
             rows = [[rng.randint(0, 600) for _ in range(length)] for _ in range(rng.randint(1, 5))]
             await asyncio.sleep(rng.random() * 0.02)
-            values, timing = await batcher.infer(ask(*rows))
+            values, timing, _ = await batcher.infer(ask(*rows))
             assert values["total"].tolist() == [sum(row) for row in rows]
             assert values["sums"].tolist() == [np.cumsum(row).tolist() for row in rows]
             assert 1 <= timing.batch_size <= 16
@@ -182,8 +187,6 @@ async def test_weights_and_inputs_in_another_dtype() -> None:
     config = AppConfig(ModelConfig(f"{__name__}:Half"), EngineConfig(device="cpu"))
     with pytest.raises(ConfigError, match="has no section batching"):
         build_batcher(config)
-    from serve_app.engine.batch_runner import BatchRunner
-
     model = Half()
     runner = BatchRunner(model, torch.device("cpu"), torch.bfloat16)  # type: ignore[arg-type]
     (outputs,) = runner.run(runner.rows({"x": np.ones((1, 2), np.float32)}, 1))
@@ -196,3 +199,71 @@ async def test_a_model_without_what_it_needs() -> None:
     for name, message in (("tests.fakes:SumModel", "has no inputs"), ("tests.stateless:Nothing", "has no Nothing")):
         with pytest.raises(ConfigError, match=message):
             build_batcher(AppConfig(ModelConfig(name), batching=BatchingConfig()))
+
+
+async def test_a_model_that_is_too_large_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(model: MaskedSum, inputs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(MaskedSum, "forward", forward)
+    message = r"batching.max_batch_size=64 is too large for cpu: lower that, or the model's max_length: CUDA out of"
+    with pytest.raises(ConfigError, match=message):
+        async with served():
+            pass
+
+
+class ByHand(BatchGraphs):
+    """Graphs that are none: their inputs are filled and their outputs taken as those of CUDA graphs."""
+
+    def __init__(self, runner: BatchRunner, sizes: list[int], lengths: list[int]) -> None:
+        self._sizes, self._lengths, self._free = sizes, lengths, SimpleQueue()
+        self.used: list[tuple[int, int]] = []
+        self._free.put({(size, length): self._graph(runner, size, length) for size in sizes for length in lengths})
+
+    def _graph(self, runner: BatchRunner, size: int, length: int) -> Any:
+        inputs = {name: np.full((size, length), 9, np.int64) for name in ("ids", "mask")}
+
+        def run(rows: int) -> list[np.ndarray]:
+            self.used.append((size, length))
+            return [
+                y.numpy()[:rows] for y in runner._compute({name: torch.from_numpy(x) for name, x in inputs.items()})
+            ]
+
+        return SimpleNamespace(inputs=inputs, run=run)
+
+
+async def test_batches_are_padded_to_the_next_graph_and_run_without_where_there_is_none() -> None:
+    runner, rng = BatchRunner(MaskedSum(), torch.device("cpu"), torch.float32), random.Random(0)
+    runner._graphs = graphs = ByHand(runner, [1, 2, 4], [8, 16])
+    assert [runner.padded_length(length) for length in (1, 8, 9, 17)] == [8, 8, 16, 17]
+    for count, length, expected in ((1, 3, (1, 8)), (2, 8, (2, 8)), (3, 9, (4, 16)), (4, 17, None), (5, 4, None)):
+        graphs.used.clear()
+        ids = [[rng.randint(0, 600) for _ in range(rng.randint(1, length))] for _ in range(count - 1)]
+        ids.append([rng.randint(0, 600) for _ in range(length)])
+        rows = [runner.rows({"ids": np.array([row])}, 1)[0] for row in ids]
+        found = runner.run(rows)
+        assert graphs.used == ([expected] if expected else [])
+        for row, result in zip(ids, found, strict=True):
+            assert isinstance(result, dict)
+            assert (result["total"], result["sums"].tolist()) == (sum(row), np.cumsum(row).tolist())
+
+
+async def test_a_second_batch_is_taken_in_beside_one_that_runs_if_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, began = threading.Event(), []
+
+    def run(runner: BatchRunner, rows: Sequence[Row]) -> list[Any]:
+        began.append(len(rows))
+        go.wait(10)
+        return [{"total": np.float32(0), "sums": np.zeros(1, np.int64)}] * len(rows)
+
+    monkeypatch.setattr(BatchRunner, "run", run)
+    monkeypatch.setattr(BatchRunner, "depth", 2)
+    async with served(max_batch_size=4) as batcher:
+        asked: list[asyncio.Task[Any]] = []
+        for more, expected in ((1, [1]), (3, [1]), (1, [1, 4]), (9, [1, 4])):
+            asked += [asyncio.create_task(batcher.infer(ask([1]))) for _ in range(more)]
+            await asyncio.sleep(0.05)
+            assert began == expected
+        go.set()
+        await asyncio.gather(*asked)
+        assert began == [1, 4, 4, 4, 1]

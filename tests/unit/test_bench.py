@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench import fused_rnn, report
+from bench import bert_study, fused_rnn, report
+from bench.bert import Setting
 from bench.saturation import Event, drawn, row_of, shares
 from bench.sender import Sender
 from serve_app.config import AppConfig, EngineConfig
@@ -133,3 +134,41 @@ def test_the_bench_of_batches_writes_its_figures(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     figures = json.loads(file.read_text())["figures"]
     assert figures.keys() == {"ragged_vs_padded", "dynamic_vs_single", "batched_max_diff"}
+
+
+def test_the_bert_bench_writes_all_figures(tmp_path: Path) -> None:
+    file = tmp_path / "bert.json"
+    command = [sys.executable, "-m", "bench.bert", "--seconds", "0.05", "--length", "16", "--instances", "2"]
+    done = subprocess.run([*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(file.read_text())
+    claimed = {"bert_dynamic_vs_1", "bert_vs_raw", "bert_low_load_over_raw_ms", "ragged_vs_padded"}
+    assert written["figures"].keys() >= claimed
+    assert written["workload"]["size"] == "mini"
+    assert written["runs"]["instances=2"]["loads"]["dynamic"]["mean_batch"] > 1
+
+
+def test_the_parts_of_a_request_over_grpc_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bert_study, "WITH_RAY", False)
+    monkeypatch.setattr(bert_study, "WARM_UP_S", 0.05)
+    kinds = {name: bert_study.Kind(name, 2, {"max_batch_size": size}, (1, 3)) for name, size in (("a", 2), ("b", 4))}
+    monkeypatch.setattr(bert_study, "KINDS", kinds)
+    by_kind = bert_study.points_of(Setting("mini", 8, "cpu", "fp32"), 0.3)
+    points = by_kind["b"]
+    assert {point.mean_batch for point in by_kind["a"]} == {2.0}
+    assert [point.outstanding for point in points] == [1, 3]
+    for point in points:
+        assert sum(point.parts_ms.values()) == pytest.approx(point.mean_ms)
+        assert all(part > -0.01 for part in point.parts_ms.values())  # the server's are whole µs
+        assert 2 <= point.mean_batch <= 4
+
+
+def test_the_study_has_eight_pictures(tmp_path: Path) -> None:
+    points = [
+        bert_study.Point(n, 10.0 * n, 2.0, 2.0, 3.0, 1.0, {part: n / 6 for part in bert_study.PARTS}) for n in (1, 2, 4)
+    ]
+    settings = [Setting("mini", length, "cpu", "fp32") for length in (8, 16)]
+    bert_study.draw(
+        tmp_path, [bert_study.Study(setting, dict.fromkeys(bert_study.KINDS, points)) for setting in settings]
+    )
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"figure{i}.png" for i in range(1, 9)]

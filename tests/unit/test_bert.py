@@ -3,34 +3,48 @@
 import asyncio
 import importlib.util
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from examples import ranking
 from serve_app.config import BatchingConfig, ModelConfig, load_config
 from serve_app.engine.batch_runner import BatchRunner
 from serve_app.engine.batcher import build_batcher
 from serve_app.errors import ConfigError, InvalidInput
 from serve_app.models import registry
-from serve_app.models.bert import PACKAGE, BertEmbedding
+from serve_app.models.bert import PACKAGE, Bert, BertAnswer, BertEmbedding, bert
+from serve_app.models.options import BertOptions
 from serve_app.rows import RowsRequest
 
+ROOT = Path(__file__).parents[2]
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed: pip install '.[bert]'"
 )
 needs_weights = pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f"{PACKAGE} is not installed")
 
 
-def tiny() -> BertEmbedding:
+def network(kind: str, **more: Any) -> Any:
     import transformers
 
     config = transformers.BertConfig(
         vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=64,
+        max_position_embeddings=64, num_labels=2,
     )  # fmt: skip
-    return BertEmbedding(transformers.BertModel(config, add_pooling_layer=False), max_length=32)
+    return getattr(transformers, kind)(config, **more)
+
+
+def tiny(head: str = "embedding") -> Bert:
+    if head == "answer":
+        return BertAnswer(network("BertForQuestionAnswering"), max_length=32)
+    return BertEmbedding(network("BertModel", add_pooling_layer=False), max_length=32)
+
+
+def options(folder: Path, **more: Any) -> BertOptions:
+    return BertOptions(**{"weights": str(folder), "input": "tokens", "max_length": 32, **more})
 
 
 def row(ids: list[int], mask: list[int] | None = None) -> dict[str, np.ndarray]:
@@ -64,9 +78,9 @@ def test_padding_that_a_client_sends_is_cut_off() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (row([1, 100]), "token id 100 is out of range: the vocabulary has 0 to 99"),
+        (row([1, 100]), "token id 100 is out of range, expected 0 to 99"),
         (row([-1]), "token id -1 is out of range"),
-        (row([1, 2], [1, 2]), "attention_mask has 2: expected 0 or 1"),
+        (row([1, 2], [1, 2]), "attention_mask 2 is out of range, expected 0 to 1"),
         (row([1, 2], [0, 0]), "attention_mask leaves no token"),
         (row([1] * 33), "length 33 arrived, the model takes 1 to 32"),
     ],
@@ -76,10 +90,61 @@ def test_tokens_that_cannot_be_run(given: dict[str, np.ndarray], message: str) -
         BatchRunner(tiny(), torch.device("cpu"), torch.float32).rows(given, 1)
 
 
+@needs_transformers
+def test_tokens_of_an_answer_have_scores_and_may_have_types() -> None:
+    runner = BatchRunner(tiny("answer"), torch.device("cpu"), torch.float32)
+    typed = {**row([5, 6, 7]), "token_type_ids": np.array([[0, 1, 1]])}
+    plain, other, longer = (runner.rows(given, 1)[0] for given in (row([5, 6, 7]), typed, row([1] * 9)))
+    found = runner.run([plain, other, longer])
+    assert all(isinstance(result, dict) for result in found)
+    assert [{name: x.shape for name, x in result.items()} for result in found if isinstance(result, dict)] == [
+        {"start": (3,), "end": (3,)}, {"start": (3,), "end": (3,)}, {"start": (9,), "end": (9,)},
+    ]  # fmt: skip
+    assert found[0]["start"].tolist() != found[1]["start"].tolist()  # type: ignore[index]
+    with pytest.raises(InvalidInput, match="token_type_ids 2 is out of range, expected 0 to 1"):
+        runner.rows({**row([5]), "token_type_ids": np.array([[2]])}, 1)
+
+
+@needs_transformers
+def test_weights_of_a_folder_are_the_ones_that_were_saved(tmp_path: Path) -> None:
+    saved = network("BertForQuestionAnswering").eval()
+    saved.save_pretrained(tmp_path)
+    loaded = bert(options(tmp_path, head="answer")).eval()
+    inputs = {"input_ids": torch.arange(8)[None], "attention_mask": torch.ones(1, 8, dtype=torch.int64)}
+    torch.testing.assert_close(loaded.forward(inputs)["start"], saved(**inputs).start_logits)
+    assert bert(options(tmp_path)).outputs["embedding"].shape == (16,)
+
+
+@needs_transformers
+def test_a_folder_that_is_not_the_whole_model_is_refused(tmp_path: Path) -> None:
+    network("BertModel").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"lacks 2 weights of a BertForQuestionAnswering, qa_outputs\.bias for one"):
+        bert(options(tmp_path, head="answer"))
+    with pytest.raises(ConfigError, match=r"has no tokenizer.json, which model.input=text needs"):
+        bert(options(tmp_path, input="text"))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="cannot be loaded: SafetensorError"):
+        bert(options(tmp_path))
+    weights.unlink()
+    with pytest.raises(ConfigError, match=r"has no model.safetensors"):
+        bert(options(tmp_path))
+
+
+@needs_transformers
+def test_random_weights_are_those_of_their_seed() -> None:
+    made = [bert(BertOptions("random", "base", input="tokens", max_length=384, seed=seed)) for seed in (0, 0, 1)]
+    first = [next(model.parameters())[1, :4].tolist() for model in made]
+    assert first[0] == first[1] != first[2]
+
+
 def test_options() -> None:
     assert load_config({"model": "bert"}).batching == BatchingConfig()
     for args, message in (
-        ({"model.size": "base"}, "model.input=text needs size=minilm, model.size is base"),
+        ({"model.size": "base"}, "model.size=base has no trained weights here: say model.weights=random, or give"),
+        ({"model.weights": "random"}, "model.weights=random needs model.size: mini, base or large"),
+        ({"model.weights": "random", "model.size": "large"}, "model.weights=random takes no text: say model.input"),
+        ({"model.head": "answer", "model.input": "tokens"}, "model.head=answer needs weights trained for it"),
         ({"model.max_length": "0"}, "model.max_length is 0"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -108,4 +173,25 @@ async def test_an_answer_is_nearer_to_its_question_than_others() -> None:
     for text, message in (("  ", "the text is empty"), ("word " * 200, "length 202 arrived, the model takes 1 to 128")):
         with pytest.raises(InvalidInput, match=message):
             await embed(text)
+    await batcher.stop()
+
+
+@needs_transformers
+@needs_weights
+async def test_the_sentence_of_a_text_that_answers_a_question() -> None:
+    there = ranking.sentences((ROOT / "docs/operations.md").read_text())
+    batcher = build_batcher(load_config({"model": "bert", "model.max_length": "256", "batching.max_batch_size": "8"}))
+
+    async def embed(text: str) -> np.ndarray:
+        found = await batcher.infer(RowsRequest({"text": np.array([text.encode()], object)}))
+        vector: np.ndarray = found.values["embedding"][0]
+        return vector
+
+    told = np.array(await asyncio.gather(*map(embed, there)))
+    for question, answer in (
+        ("How can the state of a session survive the whole cluster?", "store"),
+        ("What happens to requests when the GPU does not work any more?", "Serve replaces the replica"),
+    ):
+        best = [there[i] for i in ranking.rank(await embed(question), told)[:3]]
+        assert any(answer in sentence for sentence in best), best
     await batcher.stop()

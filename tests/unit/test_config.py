@@ -286,6 +286,7 @@ def test_a_model_with_batching_is_stateless() -> None:
         ({"model": "rnn", "batching.max_batch_size": "4"}, ["batching is given", "model=rnn has a state"]),
         ({"batching.preferred_batch_sizes": "4,65"}, ["has 65", "batching.max_batch_size=64"]),
         ({"batching.max_padding": "1"}, ["batching.max_padding is 1.0", "less than 1"]),
+        ({"batching.graph_lengths": "64,32"}, ["batching.graph_lengths is [64, 32]", "must rise"]),
         ({"batching.default_priority": "2"}, ["batching.default_priority is 2", "batching.priorities has 1"]),
         ({"batching": {"priorities": [{"timeout": 1}]}}, ["batching.priorities[0].timeout is not", "timeout_s"]),
         ({"batching.max_queue_delay": "1"}, ["batching.max_queue_delay is not", "max_queue_delay_s"]),
