@@ -6,6 +6,7 @@ import inspect
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, field, make_dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from serve_app.coerce import build_dataclass
@@ -62,10 +63,30 @@ def load_stateless(config: ModelConfig) -> "StatelessModel":
 
 def _made(config: ModelConfig) -> Any:
     if ":" in config.name:
-        make = _import(config.name)
-        return make(**_arguments(make, config.options))
+        return _own(config.name, dict(config.options))
     options = _options(config)
     return _import(BUILT_IN[config.name][1])(options)
+
+
+def _own(path: str, options: dict[str, Any]) -> Any:
+    """A class of your own, with its options; of a torch module `weights` is a file, unless it takes that itself."""
+    make = _import(path)
+    takes = inspect.signature(make).parameters.values()
+    if "weights" not in options or any(p.name == "weights" or p.kind is p.VAR_KEYWORD for p in takes):
+        return make(**_arguments(make, options))
+    import torch
+
+    from serve_app.models.weights import load_weights
+
+    weights = options.pop("weights")
+    model = make(**_arguments(make, options))
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(
+            f"model.weights={weights} is given, and model={path} is no torch module: it has no place for them"
+        )
+    if weights is not None:
+        load_weights(model, Path(weights))
+    return model
 
 
 def _options(config: ModelConfig) -> Any:
