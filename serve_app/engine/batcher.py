@@ -214,7 +214,7 @@ def build_batcher(config: AppConfig) -> Batcher:
         raise ConfigError(f"model={config.model.name} has no section batching: a stateless model needs one")
     torch.set_num_threads(config.engine.threads)
     model = registry.load_stateless(config.model)
-    runner = BatchRunner(model, choose_device(config.engine.device), DTYPES[batching.dtype])
+    runner = BatchRunner(model, choose_device(config.engine.device, model), DTYPES[batching.dtype])
     runner.warm_up(sorted({1, *batching.preferred_batch_sizes, batching.max_batch_size}))
     spec = BatchedSpec(
         config.model.served_name,

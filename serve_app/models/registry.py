@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 from serve_app.coerce import build_dataclass
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
-from serve_app.models.options import BertOptions, RnnOptions, SileroOptions
+from serve_app.models.options import BertOptions, FileOptions, RnnOptions, SileroOptions
 
 if TYPE_CHECKING:
     from serve_app.models.interface import RecurrentModel
@@ -21,19 +21,23 @@ if TYPE_CHECKING:
 RECURRENT: Mapping[str, tuple[type[Any], str]] = {
     "rnn": (RnnOptions, "serve_app.models.rnn:Rnn"),
     "silero_vad": (SileroOptions, "serve_app.models.silero_vad:SileroVad"),
+    "file": (FileOptions, "serve_app.models.file:FileModel"),
 }
-STATELESS: Mapping[str, tuple[type[Any], str]] = {"bert": (BertOptions, "serve_app.models.bert:bert")}
+STATELESS: Mapping[str, tuple[type[Any], str]] = {
+    "bert": (BertOptions, "serve_app.models.bert:bert"),
+    "file": (FileOptions, "serve_app.models.file:FileRows"),
+}
 BUILT_IN = {**RECURRENT, **STATELESS}
 
 
 def is_recurrent(name: str) -> bool:
-    """Whether it is a model with a state that comes along. One of your own is what it is configured as."""
-    return name in RECURRENT
+    """Whether it is a model with a state that comes along. A file, or one of your own, is what it is configured as."""
+    return name in RECURRENT and name not in STATELESS
 
 
 def is_stateless(name: str) -> bool:
     """Whether it is a model without a state that comes along."""
-    return name in STATELESS
+    return name in STATELESS and name not in RECURRENT
 
 
 def check(config: ModelConfig) -> ModelConfig:
@@ -51,21 +55,21 @@ def load(config: ModelConfig) -> "RecurrentModel":
     """The model, on the CPU; raises ConfigError. A class of your own gets the options as keyword arguments."""
     from serve_app.models.interface import RecurrentModel
 
-    return _checked(_made(config), config.name, RecurrentModel)  # type: ignore[no-any-return]
+    return _checked(_made(config, RECURRENT), config.name, RecurrentModel)  # type: ignore[no-any-return]
 
 
 def load_stateless(config: ModelConfig) -> "StatelessModel":
     """See `load`: of a model without a state."""
     from serve_app.models.stateless import StatelessModel
 
-    return _checked(_made(config), config.name, StatelessModel)  # type: ignore[no-any-return]
+    return _checked(_made(config, STATELESS), config.name, StatelessModel)  # type: ignore[no-any-return]
 
 
-def _made(config: ModelConfig) -> Any:
+def _made(config: ModelConfig, wanted: Mapping[str, tuple[type[Any], str]]) -> Any:
     if ":" in config.name:
         return _own(config.name, dict(config.options))
     options = _options(config)
-    return _import(BUILT_IN[config.name][1])(options)
+    return _import(wanted.get(config.name, BUILT_IN[config.name])[1])(options)
 
 
 def _own(path: str, options: dict[str, Any]) -> Any:
