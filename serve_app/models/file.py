@@ -1,7 +1,6 @@
 """Models out of files (see serve_app.models.program): what a file has is matched with what the configuration says."""
 
 import hashlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from serve_app.errors import ConfigError
 from serve_app.models.interface import State
 from serve_app.models.options import FILE_DTYPES, FileInput, FileOptions, FileState
+from serve_app.models.packages import package_file
 from serve_app.models.program import Tensors, first_line, open_program
 from serve_app.rows import ANY
 from serve_app.spec import TensorSpec
@@ -265,15 +265,13 @@ class FileRows(_File):
 
 
 def _found(path: str) -> Path:
-    """Where the file lies; of `package:path` the package is not imported."""
+    """Where the file lies."""
     package, colon, inside = path.partition(":")
     if not colon or not all(part.isidentifier() for part in package.split(".")):
         return Path(path)
-    spec = importlib.util.find_spec(package)
-    for folder in (spec.submodule_search_locations if spec is not None else None) or ():
-        if (file := Path(folder, inside)).is_file():
-            return file
-    raise ConfigError(f"model.path={path}: " + ("it has no such file" if spec else f"{package} is not installed"))
+    if (file := package_file(package, inside)) is None:
+        raise ConfigError(f"model.path={path}: there is no package {package} with this file")
+    return file
 
 
 def _windows(x: torch.Tensor, context: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

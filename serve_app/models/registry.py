@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 from serve_app.coerce import build_dataclass
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
-from serve_app.models.options import BertOptions, FileOptions, RnnOptions, SileroOptions
+from serve_app.models.options import (
+    BertOptions,
+    DtlnOptions,
+    FileOptions,
+    PartOptions,
+    PipelineOptions,
+    RnnOptions,
+    SileroOptions,
+    SpeakerOptions,
+)
 
 if TYPE_CHECKING:
     from serve_app.models.interface import RecurrentModel
@@ -21,7 +30,10 @@ if TYPE_CHECKING:
 RECURRENT: Mapping[str, tuple[type[Any], str]] = {
     "rnn": (RnnOptions, "serve_app.models.rnn:Rnn"),
     "silero_vad": (SileroOptions, "serve_app.models.silero_vad:SileroVad"),
+    "dtln": (DtlnOptions, "serve_app.models.dtln:Dtln"),
+    "speaker": (SpeakerOptions, "serve_app.models.speaker:SpeakerEncoder"),
     "file": (FileOptions, "serve_app.models.file:FileModel"),
+    "pipeline": (PipelineOptions, "serve_app.models.pipeline:Pipeline"),
 }
 STATELESS: Mapping[str, tuple[type[Any], str]] = {
     "bert": (BertOptions, "serve_app.models.bert:bert"),
@@ -48,7 +60,25 @@ def check(config: ModelConfig) -> ModelConfig:
     if ":" in config.name:
         _split(config.name)
         return config
-    return replace(config, options=asdict(_options(config)))
+    options = _options(config)
+    if isinstance(options, PipelineOptions):
+        options = replace(options, parts=tuple(_checked_part(part) for part in options.parts))
+    return replace(config, options=asdict(options))
+
+
+def part_config(part: PartOptions) -> ModelConfig:
+    """The configuration of a part of a pipeline."""
+    if isinstance(part.model, str):
+        return ModelConfig(part.model)
+    return ModelConfig(part.model["name"], {key: value for key, value in part.model.items() if key != "name"})
+
+
+def _checked_part(part: PartOptions) -> PartOptions:
+    try:
+        config = check(part_config(part))
+    except ConfigError as error:
+        raise ConfigError(f"part {part.name}: {error.message}", **error.details) from None
+    return replace(part, model={"name": config.name, **config.options})
 
 
 def load(config: ModelConfig) -> "RecurrentModel":
@@ -63,6 +93,16 @@ def load_stateless(config: ModelConfig) -> "StatelessModel":
     from serve_app.models.stateless import StatelessModel
 
     return _checked(_made(config, STATELESS), config.name, StatelessModel)  # type: ignore[no-any-return]
+
+
+def load_any(config: ModelConfig) -> "RecurrentModel | StatelessModel":
+    """See `load`: of a model with a state or without."""
+    from serve_app.models.interface import RecurrentModel
+    from serve_app.models.stateless import StatelessModel
+
+    model = _made(config, RECURRENT)
+    without_state = hasattr(model, "inputs") and not hasattr(model, "initial_state")
+    return _checked(model, config.name, StatelessModel if without_state else RecurrentModel)  # type: ignore[no-any-return]
 
 
 def _made(config: ModelConfig, wanted: Mapping[str, tuple[type[Any], str]]) -> Any:
