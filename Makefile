@@ -64,6 +64,7 @@ bench: venv models
 	$(BIN)/python -m bench.checkpoint --json bench/results/checkpoint_cpu.json
 	$(BIN)/python -m bench.batched --json bench/results/batched_cpu.json
 	$(BIN)/python -m bench.pipeline --json bench/results/pipeline_cpu.json
+	$(BIN)/python -m bench.load_unload --json bench/results/load_unload_cpu.json
 	$(BIN)/python -m bench.fused_rnn --device cpu --json bench/results/fused_rnn_cpu.json
 	$(BIN)/python -m bench.readme
 	$(BIN)/python -m bench.performance

@@ -124,6 +124,7 @@ class Directory:
     def __init__(self, incarnation: int) -> None:
         self._first_epoch = self._last_epoch = incarnation << 24
         self._owners: dict[str, Owner] = {}
+        self._unloaded: dict[str, bool] = {}  # models, and whether their owners are gone
         self._sessions: dict[str, Record] = {}
         self._held: dict[str | None, dict[int, str]] = {None: {}}  # by owner: epoch -> session
         self._kept: set[str] = set()  # keys
@@ -133,7 +134,9 @@ class Directory:
         self._now = 0.0  # as it was told last
 
     def register(self, owner: Owner) -> None:
-        """Take a new owner in."""
+        """Take a new owner in. The first of a model that has none loads it."""
+        if all(other.spec.name != owner.spec.name for other in self._owners.values()):
+            self.load(owner.spec.name)
         self._owners[owner.name] = owner
         self._held.setdefault(owner.name, {})
 
@@ -175,6 +178,8 @@ class Directory:
         if is_new and key_of(session) in self._kept:
             raise SessionExists(f"session {session!r} waits to be resumed: do that, or choose another id")
         serving = self._serving(session, model, claim)
+        if is_new and (unloaded := {owner.spec.name for owner in serving.values()} & self._unloaded.keys()):
+            raise Unavailable(f"model {unloaded.pop()!r} is unloaded: load it before a session starts")
         load = {name: len(self._held[name]) for name in serving}
         chosen = choose_owner(load, {name: owner.max_sessions for name, owner in serving.items()})
         if chosen is None:
@@ -339,6 +344,19 @@ class Directory:
         """The models that are served, by name."""
         return {owner.spec.name: owner.spec for owner in self._owners.values()}
 
+    def unloaded(self) -> dict[str, bool]:
+        """The models of which no new session is placed, and whether their owners are gone."""
+        return dict(self._unloaded)
+
+    def load(self, model: str) -> None:
+        """Place sessions of the model (again)."""
+        self._unloaded.pop(model, None)
+
+    def unload(self, model: str, *, gone: bool = False) -> int:
+        """Place no new session of the model; `gone`: it has no owner any more. Returns how many sessions it has."""
+        self._unloaded[model] = gone
+        return sum(len(self._held[owner.name]) for owner in self._owners.values() if owner.spec.name == model)
+
     def num_sessions(self) -> dict[str, int]:
         """Sessions of each owner."""
         return {owner: len(held) for owner, held in self._held.items() if owner is not None}
@@ -354,6 +372,8 @@ class Directory:
             raise UnknownModel(f"model {model!r} is not served here: {', '.join(models)}")
         serving = {name: owner for name, owner in self._owners.items() if model in (None, owner.spec.name)}
         if not serving:
+            if model in self._unloaded:
+                raise Unavailable(f"model {model!r} is unloaded: load it before a session starts")
             raise Unavailable(f"no replica of model {model!r} is ready: try again in a moment")
         if claim is None or not claim.fingerprint:
             return serving

@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
+from serve_app.deployments.serve_models import ServeModels
 from serve_app.deployments.transport import BatchedHandles, RayDirectory
 from serve_app.ingress.http import build_http
 from serve_app.ingress.hub import Hub
@@ -16,16 +17,22 @@ from serve_app.ingress.oip_grpc import InferenceService
 class Ingress(InferenceService):
     """Protocol adapters over a hub. `owners` are there for Serve to deploy them; the directory says where they are."""
 
-    async def __init__(self, owners: list[Any], batched: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
-        """batched: handles of the stateless models, by name."""
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, owners: list[Any], batched: dict[str, Any], deployments: dict[str, str]
+    ) -> None:
+        """batched: handles of the stateless models, by name. deployments: of all models."""
         self._owners = owners
-        self._hub = Hub(RayDirectory(serve.get_replica_context().app_name), ack_on_receipt=False)
+        app = serve.get_replica_context().app_name
+        directory = RayDirectory(app)
+        self._hub = Hub(directory, ack_on_receipt=False)
         self._batched = BatchedHandles(batched)
-        self.inference = InferenceServer(self._hub, self._batched)
+        self._models = ServeModels(app, directory, deployments)
+        self.inference = InferenceServer(self._hub, self._batched, self._models)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http(self._hub, self.inference)
 
     async def __del__(self) -> None:
+        await self._models.stop()
         await self._batched.stop()
         await self._hub.stop()
