@@ -3,9 +3,7 @@
 import warnings
 from pathlib import Path
 
-import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
 
 INPUT, HIDDEN = 4, 6
 
@@ -48,8 +46,15 @@ def expected(x: torch.Tensor) -> torch.Tensor:
     return torch.stack(steps)
 
 
-def save_onnx(path: Path, batch: int | str = "batch", dtype: int = TensorProto.FLOAT, next_size: int = HIDDEN) -> None:
+FLOAT, DOUBLE, INT64 = 1, 11, 7
+"""As ONNX has them."""
+
+
+def save_onnx(path: Path, batch: int | str = "batch", dtype: int = FLOAT, next_size: int = HIDDEN) -> None:
     """Inputs x [batch, 4], h [batch, 6], scale; outputs y [batch, 6], h_next."""
+    import onnx
+    from onnx import helper, numpy_helper
+
     cell, kind = Cell(), helper.tensor_dtype_to_np_dtype(dtype)
     weights = {
         name: numpy_helper.from_array(p.detach().numpy().astype(kind), name) for name, p in cell.named_parameters()
@@ -63,7 +68,7 @@ def save_onnx(path: Path, batch: int | str = "batch", dtype: int = TensorProto.F
         helper.make_node("Slice", ["h_new", "zero", "end", "one"], ["h_next"]),
     ]
     for name, value in (("zero", 0), ("one", 1), ("end", next_size)):
-        weights[name] = helper.make_tensor(name, TensorProto.INT64, [1], [value])
+        weights[name] = helper.make_tensor(name, INT64, [1], [value])
     graph = helper.make_graph(
         nodes,
         "cell",

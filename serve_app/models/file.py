@@ -48,7 +48,10 @@ class _File(torch.nn.Module):
         self._program = open_program(path)
         self.cpu_only = self._program.cpu_only
         about = repr(replace(options, path="", max_length=0)).encode()
-        self.identity = hashlib.blake2b(path.read_bytes() + about, digest_size=16).hexdigest()
+        content = hashlib.blake2b(about, digest_size=16)
+        for file in sorted(path.parent.glob(f"{path.name}*")):  # ONNX may have its weights in model.onnx.data
+            content.update(file.read_bytes())
+        self.identity = content.hexdigest()
         declared = self._program.inputs
         states = {state.name: state for state in options.state}
         given = {each.name: each for each in options.inputs} or {

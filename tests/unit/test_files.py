@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from onnx import TensorProto
 
 from serve_app.config import AppConfig, BatchingConfig, EngineConfig, ModelConfig, load_config
 from serve_app.engine.batcher import build_batcher
@@ -22,7 +21,7 @@ from serve_app.models.fingerprint import fingerprint
 from serve_app.models.silero_vad import SileroVad
 from serve_app.rows import RowsRequest
 from tests.fakes import Sender
-from tests.files import Cell, Layer, expected, save_exported, save_onnx, save_script
+from tests.files import DOUBLE, Cell, Layer, expected, save_exported, save_onnx, save_script
 from tests.speech import takes
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -261,7 +260,7 @@ def test_a_file_of_fixed_batch_or_of_another_state(tmp_path: Path) -> None:
     save_onnx(tmp_path / "less.onnx", next_size=5)
     with pytest.raises(ConfigError, match=r"the output h_next of .*less\.onnx|h in .* goes on as h_next"):
         load(tmp_path / "less.onnx", **options)
-    save_onnx(tmp_path / "double.onnx", dtype=TensorProto.DOUBLE)
+    save_onnx(tmp_path / "double.onnx", dtype=DOUBLE)
     assert load(tmp_path / "double.onnx", **options).input.dtype == "float64"
     save_exported(tmp_path / "two.pt2", dynamic=False)
     with pytest.raises(ConfigError, match=r"two\.pt2 has \[2, 4\]: say it"):
@@ -339,6 +338,10 @@ def test_nothing_in_an_archive_is_unpickled_or_evaluated(
         "weights": ({"data/weights/model_weights_config.json": json.dumps(config).encode()}, "pickled tensors"),
         "constants": ({"data/constants/opaque_obj_0": pickled.getvalue()}, "opaque_obj_0 in it, a compiled library or"),
         "library": ({"data/aotinductor/model/evil.so": b"\x7fELF"}, r"evil\.so in it, a compiled library"),
+        "function": (
+            {"models/model.json": graph.replace("torch.ops.aten.tanh.default", "torch.os.abort").encode()},
+            "is not an allowed operator",
+        ),
         "size": ({"models/model.json": graph.replace("Symbol(", f"{evil} or Symbol(").encode()}, "for a size, which"),
     }
     for name, (changes, message) in attacks.items():
