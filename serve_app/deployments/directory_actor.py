@@ -132,6 +132,18 @@ class DirectoryActor:
         self._directory.tick(lease.now())
         return self._directory.models()
 
+    async def unloaded(self) -> dict[str, bool]:
+        """See Directory.unloaded."""
+        return self._directory.unloaded()
+
+    async def load(self, model: str) -> None:
+        """See Directory.load."""
+        self._directory.load(model)
+
+    async def unload(self, model: str, *, gone: bool) -> int:
+        """See Directory.unload."""
+        return self._directory.unload(model, gone=gone)
+
     async def num_sessions(self) -> dict[str, int]:
         """See Directory.num_sessions."""
         return self._directory.num_sessions()

@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from serve_app.config import GrpcConfig
+from serve_app.deployments.serve_models import ServeModels
 from serve_app.deployments.transport import BatchedHandles, RayDirectory
 from serve_app.ingress.http import build_http
 from serve_app.ingress.hub import Hub
@@ -17,12 +18,17 @@ from serve_app.ingress.oip_grpc import InferenceService
 class Ingress(InferenceService):
     """Protocol adapters over a hub. `owners` are there for Serve to deploy them; the directory says where they are."""
 
-    async def __init__(self, owners: list[Any], batched: dict[str, Any], grpc: GrpcConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        """batched: handles of the stateless models, by name."""
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, owners: list[Any], batched: dict[str, Any], grpc: GrpcConfig, deployments: dict[str, str]
+    ) -> None:
+        """batched: handles of the stateless models, by name. deployments: of all models."""
         self._owners = owners
-        self._hub = Hub(RayDirectory(serve.get_replica_context().app_name), ack_on_receipt=False)
+        app = serve.get_replica_context().app_name
+        directory = RayDirectory(app)
+        self._hub = Hub(directory, ack_on_receipt=False)
         self._batched = BatchedHandles(batched)
-        self.inference = InferenceServer(self._hub, self._batched)
+        self._models = ServeModels(app, directory, deployments)
+        self.inference = InferenceServer(self._hub, self._batched, self._models)
         self._server = self.server()
         if grpc.port:
             await self._server.start(grpc.host, grpc.port)
@@ -32,6 +38,7 @@ class Ingress(InferenceService):
 
     async def __del__(self) -> None:
         self._server.refuse()
+        await self._models.stop()
         await self._batched.stop()
         await self._hub.stop()
         self._server.stop()

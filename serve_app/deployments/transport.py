@@ -122,6 +122,18 @@ class RayDirectory:
         """The owner takes nothing any more."""
         await _result(self.actor.unregister.remote(owner))
 
+    async def unloaded(self) -> dict[str, bool]:
+        """See Directory.unloaded."""
+        return await _result(self.actor.unloaded.remote())
+
+    async def load(self, model: str) -> None:
+        """See Directory.load."""
+        await _result(self.actor.load.remote(model))
+
+    async def unload(self, model: str, *, gone: bool = False) -> int:
+        """See Directory.unload."""
+        return await _result(self.actor.unload.remote(model, gone=gone))
+
     async def report(self, owner: str, ended: list[int]) -> tuple[int, bool]:
         """See Registry."""
         return await _result(self.actor.report.remote(owner, ended))

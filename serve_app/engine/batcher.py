@@ -223,7 +223,7 @@ def build_batcher(config: AppConfig) -> Batcher:
         raise ConfigError(f"model={config.model.name} has no section batching: a stateless model needs one")
     torch.set_num_threads(config.engine.threads)
     model = registry.load_stateless(config.model)
-    device = choose_device(config.engine.device)
+    device = choose_device(config.engine.device, model)
     runner = BatchRunner(model, device, DTYPES[batching.dtype])
     sizes = {1, *batching.preferred_batch_sizes, batching.max_batch_size}
     if device.type == "cuda":

@@ -47,7 +47,7 @@ class Engine:
     def __init__(self, model: RecurrentModel, config: AppConfig, owner: str = "local") -> None:
         self.owner = owner
         self._config = config
-        device = choose_device(config.engine.device)
+        device = choose_device(config.engine.device, model)
         known_by = fingerprint(model, config.model.options)
         if isinstance(model, torch.nn.Module):
             model.to(device).eval().requires_grad_(False)
@@ -581,8 +581,15 @@ def flatten_weights(model: torch.nn.Module) -> None:
             module.flatten_parameters()
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the first GPU, else the CPU. Raises ConfigError for any other GPU."""
+def choose_device(name: str, model: object = None) -> torch.device:
+    """The device of that name; `auto` is the first GPU, else the CPU. Raises ConfigError for any other GPU.
+
+    A model that says cpu_only runs on the CPU; ConfigError where another device is named.
+    """
+    if getattr(model, "cpu_only", False):
+        if name not in ("auto", "cpu"):
+            raise ConfigError(f"engine.device={name}: this model runs on the CPU only, say engine.device=cpu")
+        return torch.device("cpu")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)

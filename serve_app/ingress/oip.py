@@ -19,6 +19,7 @@ import numpy as np
 from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownModel
 from serve_app.ingress.batched import BatchedModels, NoModels
 from serve_app.ingress.hub import Hub
+from serve_app.ingress.model_control import Marks, ModelControl
 from serve_app.ingress.sequences import Request, Result, SequenceId, Space
 from serve_app.ingress.shared_memory import SharedMemory
 from serve_app.rows import BatchedSpec, RowsRequest, RowsResult, check_rows
@@ -86,7 +87,7 @@ class Answer(NamedTuple):
 class InferenceServer:
     """The models behind a hub, as the protocol sees them."""
 
-    def __init__(self, hub: Hub, batched: BatchedModels | None = None) -> None:
+    def __init__(self, hub: Hub, batched: BatchedModels | None = None, control: ModelControl | None = None) -> None:
         self.memory = SharedMemory()
         #: Settings that clients may read and write, with the values they have here. Nothing is traced.
         self.trace: dict[str, list[str]] = {"trace_level": ["OFF"], "trace_rate": ["1000"], "trace_count": ["-1"]}
@@ -94,7 +95,8 @@ class InferenceServer:
         self._hub = hub
         self._batched = batched or NoModels()
         self._specs: dict[str, ModelSpec | BatchedSpec] = {}
-        self._unloaded: set[str] = set()
+        self._control = control or Marks()
+        self._unloaded: Mapping[str, bool] = {}  # as it was when somebody asked last
         self._shared = Space(hub, None)
         self._named: dict[str, Space] = {}
         self._statistics: dict[str, Statistics] = {}
@@ -154,22 +156,30 @@ class InferenceServer:
     async def index(self, *, only_ready: bool) -> list[dict[str, str]]:
         """The models that are configured."""
         found = []
-        for name in sorted(await self._models()):
-            loaded = name not in self._unloaded
-            if loaded or not only_ready:
-                state, reason = ("READY", "") if loaded else ("UNAVAILABLE", "unloaded")
+        for name in sorted({*await self._models(), *self._unloaded}):
+            state, reason = "READY", ""
+            if name in self._unloaded:
+                state, reason = ("UNAVAILABLE", "unloaded") if self._unloaded[name] else ("UNLOADING", "")
+            if state == "READY" or not only_ready:
                 found.append({"name": name, "version": MODEL_VERSION, "state": state, "reason": reason})
         return found
 
     async def load(self, name: str) -> None:
-        """Let new sequences of a configured model be opened (again). Raises UnknownModel."""
-        await self._spec(name, "")
-        self._unloaded.discard(name)
+        """Serve a configured model (again). Raises UnknownModel, Unavailable where it cannot start."""
+        await self._configured(name)
+        await self._control.load(name)
+        await self._models()
 
     async def unload(self, name: str) -> None:
         """Open no new sequences of a model; those that are open go on. Raises UnknownModel."""
-        await self._spec(name, "")
-        self._unloaded.add(name)
+        await self._configured(name)
+        await self._control.unload(name)
+        await self._models()
+
+    async def _configured(self, name: str) -> None:
+        await self._models()
+        if name not in self._unloaded:
+            await self._spec(name, "")
 
     # Inference.
 
@@ -283,7 +293,9 @@ class InferenceServer:
 
     async def _models(self) -> dict[str, ModelSpec | BatchedSpec]:
         batched = {name: spec for name, spec in self._batched.specs().items() if spec is not None}
-        self._specs = {**await self._hub.models(), **batched}
+        self._unloaded = await self._control.unloaded()
+        kept = {name: spec for name, spec in self._specs.items() if name in self._unloaded}
+        self._specs = {**kept, **await self._hub.models(), **batched}
         return self._specs
 
     async def _spec(self, name: str, version: str) -> ModelSpec | BatchedSpec:

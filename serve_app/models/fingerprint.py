@@ -14,9 +14,11 @@ def fingerprint(model: RecurrentModel, options: Mapping[str, Any]) -> str:
     """A text that differs where the class, its options, the weights, or shapes and dtypes of weights or state do.
 
     Where the weights were read from does not matter. Those of a class that is no torch module are known by its options
-    only.
+    only, unless it has an `identity`.
     """
     kind, weights = type(model), {}
+    if (identity := getattr(model, "identity", None)) is not None:
+        options = {"identity": identity}
     if isinstance(model, torch.nn.Module):
         weights = model.state_dict()
         options = {name: value for name, value in options.items() if name != "weights"}

@@ -21,7 +21,8 @@ class RecurrentModel(Protocol):
     cuDNN, it may not else);
     `session_ended(session: str, reason: str)`, called when a session ends (closed, idle, aborted);
     `takes_views = True` where `forward` never writes x and does not need it in one piece, so that on a CPU it may be a
-    view into what arrived: that spares a copy; and
+    view into what arrived: that spares a copy; `cpu_only = True` where it runs on no GPU; `identity: str`, which
+    differs where another state could be meant, in place of its options; and
     `alternatives() -> Mapping[str, forward]`, other ways to compute `forward` on the device where the model lies, of
     which the engine takes the fastest that gives the same, up to `tolerance: float`, ‖a − b‖ / ‖b‖, by default that of
     the dtype. One that has `in_slots(x, states, slots, outputs, spare)`

@@ -6,12 +6,22 @@ import inspect
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, field, make_dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from serve_app.coerce import build_dataclass
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
-from serve_app.models.options import BertOptions, RnnOptions, SileroOptions
+from serve_app.models.options import (
+    BertOptions,
+    DtlnOptions,
+    FileOptions,
+    PartOptions,
+    PipelineOptions,
+    RnnOptions,
+    SileroOptions,
+    SpeakerOptions,
+)
 
 if TYPE_CHECKING:
     from serve_app.models.interface import RecurrentModel
@@ -20,19 +30,26 @@ if TYPE_CHECKING:
 RECURRENT: Mapping[str, tuple[type[Any], str]] = {
     "rnn": (RnnOptions, "serve_app.models.rnn:Rnn"),
     "silero_vad": (SileroOptions, "serve_app.models.silero_vad:SileroVad"),
+    "dtln": (DtlnOptions, "serve_app.models.dtln:Dtln"),
+    "speaker": (SpeakerOptions, "serve_app.models.speaker:SpeakerEncoder"),
+    "file": (FileOptions, "serve_app.models.file:FileModel"),
+    "pipeline": (PipelineOptions, "serve_app.models.pipeline:Pipeline"),
 }
-STATELESS: Mapping[str, tuple[type[Any], str]] = {"bert": (BertOptions, "serve_app.models.bert:bert")}
+STATELESS: Mapping[str, tuple[type[Any], str]] = {
+    "bert": (BertOptions, "serve_app.models.bert:bert"),
+    "file": (FileOptions, "serve_app.models.file:FileRows"),
+}
 BUILT_IN = {**RECURRENT, **STATELESS}
 
 
 def is_recurrent(name: str) -> bool:
-    """Whether it is a model with a state that comes along. One of your own is what it is configured as."""
-    return name in RECURRENT
+    """Whether it is a model with a state that comes along. A file, or one of your own, is what it is configured as."""
+    return name in RECURRENT and name not in STATELESS
 
 
 def is_stateless(name: str) -> bool:
     """Whether it is a model without a state that comes along."""
-    return name in STATELESS
+    return name in STATELESS and name not in RECURRENT
 
 
 def check(config: ModelConfig) -> ModelConfig:
@@ -43,29 +60,77 @@ def check(config: ModelConfig) -> ModelConfig:
     if ":" in config.name:
         _split(config.name)
         return config
-    return replace(config, options=asdict(_options(config)))
+    options = _options(config)
+    if isinstance(options, PipelineOptions):
+        options = replace(options, parts=tuple(_checked_part(part) for part in options.parts))
+    return replace(config, options=asdict(options))
+
+
+def part_config(part: PartOptions) -> ModelConfig:
+    """The configuration of a part of a pipeline."""
+    if isinstance(part.model, str):
+        return ModelConfig(part.model)
+    return ModelConfig(part.model["name"], {key: value for key, value in part.model.items() if key != "name"})
+
+
+def _checked_part(part: PartOptions) -> PartOptions:
+    try:
+        config = check(part_config(part))
+    except ConfigError as error:
+        raise ConfigError(f"part {part.name}: {error.message}", **error.details) from None
+    return replace(part, model={"name": config.name, **config.options})
 
 
 def load(config: ModelConfig) -> "RecurrentModel":
     """The model, on the CPU; raises ConfigError. A class of your own gets the options as keyword arguments."""
     from serve_app.models.interface import RecurrentModel
 
-    return _checked(_made(config), config.name, RecurrentModel)  # type: ignore[no-any-return]
+    return _checked(_made(config, RECURRENT), config.name, RecurrentModel)  # type: ignore[no-any-return]
 
 
 def load_stateless(config: ModelConfig) -> "StatelessModel":
     """See `load`: of a model without a state."""
     from serve_app.models.stateless import StatelessModel
 
-    return _checked(_made(config), config.name, StatelessModel)  # type: ignore[no-any-return]
+    return _checked(_made(config, STATELESS), config.name, StatelessModel)  # type: ignore[no-any-return]
 
 
-def _made(config: ModelConfig) -> Any:
+def load_any(config: ModelConfig) -> "RecurrentModel | StatelessModel":
+    """See `load`: of a model with a state or without."""
+    from serve_app.models.interface import RecurrentModel
+    from serve_app.models.stateless import StatelessModel
+
+    model = _made(config, RECURRENT)
+    without_state = hasattr(model, "inputs") and not hasattr(model, "initial_state")
+    return _checked(model, config.name, StatelessModel if without_state else RecurrentModel)  # type: ignore[no-any-return]
+
+
+def _made(config: ModelConfig, wanted: Mapping[str, tuple[type[Any], str]]) -> Any:
     if ":" in config.name:
-        make = _import(config.name)
-        return make(**_arguments(make, config.options))
+        return _own(config.name, dict(config.options))
     options = _options(config)
-    return _import(BUILT_IN[config.name][1])(options)
+    return _import(wanted.get(config.name, BUILT_IN[config.name])[1])(options)
+
+
+def _own(path: str, options: dict[str, Any]) -> Any:
+    """A class of your own, with its options; of a torch module `weights` is a file, unless it takes that itself."""
+    make = _import(path)
+    takes = inspect.signature(make).parameters.values()
+    if "weights" not in options or any(p.name == "weights" or p.kind is p.VAR_KEYWORD for p in takes):
+        return make(**_arguments(make, options))
+    import torch
+
+    from serve_app.models.weights import load_weights
+
+    weights = options.pop("weights")
+    model = make(**_arguments(make, options))
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(
+            f"model.weights={weights} is given, and model={path} is no torch module: it has no place for them"
+        )
+    if weights is not None:
+        load_weights(model, Path(weights))
+    return model
 
 
 def _options(config: ModelConfig) -> Any:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from serve_app.errors import ConfigError
 from serve_app.models.fp8 import round_to_fp8
 from serve_app.models.interface import State
 from serve_app.models.options import RnnOptions
+from serve_app.models.weights import load_weights
 from serve_app.spec import TensorSpec
 
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,7 +42,7 @@ class Rnn(torch.nn.Module):
             features = options.projection or options.hidden
             self.head = torch.nn.Linear(features, options.output) if options.output else torch.nn.Identity()
         if options.weights is not None:
-            _load(self, Path(options.weights))
+            load_weights(self, Path(options.weights))
         self.to(self.dtype).requires_grad_(False)
         if options.quantization == "fp8":
             self.tolerance = FP8_TOLERANCE
@@ -84,44 +84,3 @@ def _layers(options: RnnOptions) -> torch.nn.RNNBase:
     if options.cell == "gru":
         return torch.nn.GRU(*sizes)
     return torch.nn.RNN(*sizes, nonlinearity=options.cell)
-
-
-def _load(module: torch.nn.Module, path: Path) -> None:
-    """Copy the weights in the file into the module; raises ConfigError unless names and shapes are the same."""
-    found, expected = _read(path), module.state_dict()
-    for name, tensor in expected.items():
-        if name not in found:
-            raise ConfigError(
-                f"model.weights={path} has no {name} (expected shape {list(tensor.shape)}); it has {_names(found)}"
-            )
-        if found[name].shape != tensor.shape:
-            raise ConfigError(
-                f"{name} in model.weights={path} has shape {list(found[name].shape)}, expected {list(tensor.shape)}: "
-                "give model.input, hidden, layers, projection and output as the weights were trained"
-            )
-    if extra := found.keys() - expected.keys():
-        raise ConfigError(f"model.weights={path} has {_names(extra)}, which these options have no place for")
-    module.load_state_dict(found)
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix not in (".pt", ".pth", ".safetensors"):
-        raise ConfigError(f"model.weights={path} ends in {path.suffix!r}: .pt, .pth and .safetensors can be read")
-    if not path.is_file():
-        raise ConfigError(f"model.weights={path} is not a file (looked in {Path.cwd()})")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file fails in zip, pickle, torch or safetensors, each with its own
-        raise ConfigError(f"model.weights={path} cannot be read: {type(error).__name__}: {error}") from error
-    if not isinstance(found, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-        raise ConfigError(f"model.weights={path} is not a state dict: torch.save(model.state_dict(), path) writes one")
-    return dict(found)
-
-
-def _names(tensors: Mapping[str, object] | set[str]) -> str:
-    names = sorted(tensors)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "nothing"

@@ -52,7 +52,7 @@ def run_app(cluster: None) -> Iterator[Callable[..., DeploymentHandle[Any]]]:
 
     def run(name: str, route_prefix: str | None = None, **args: Any) -> DeploymentHandle[Any]:
         names.append(name)
-        return serve.run(build(args), name=name, route_prefix=route_prefix)
+        return serve.run(build(args), name=name, route_prefix=route_prefix, external_scaler_enabled=True)
 
     yield run
     for name in names:

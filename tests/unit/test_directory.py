@@ -338,3 +338,40 @@ def test_where_somebody_cannot_reach_an_owner_nothing_is_placed_until_it_is_hear
         directory.open("a", "s")
     assert directory.heard("x")
     assert directory.open("a", "s").owner.name == "x"
+
+
+def test_an_unloaded_model_gets_no_new_sessions_and_keeps_those_it_has() -> None:
+    directory = Directory(2)
+    for each, model in (("x", "sum"), ("y", "other")):
+        directory.register(owner(each, model=model, models=("sum", "other")))
+    before = directory.open("a", "s", "sum")
+    assert directory.unload("sum") == 1 and directory.unloaded() == {"sum": False}
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="model 'sum' is unloaded: load it before a session starts"):
+            directory.open("b", "s", "sum")
+        assert directory.open("a", "s", "sum", claim=Claim(before.epoch)).owner.name == "x", "it may move"
+        before = directory.grant_of("a") or before
+        directory.register(owner("x", model="sum", models=("sum", "other")))  # again, as owners may
+    directory.open("c", "s", "other")
+    directory.ended("x", [before.epoch])
+    assert directory.unload("sum") == 0
+    directory.unregister("x")
+    directory.unload("sum", gone=True)
+    with pytest.raises(Unavailable, match="model 'sum' is unloaded"):
+        directory.open("b", "s", "sum")
+    directory.load("sum")
+    with pytest.raises(Unavailable, match="no replica of model 'sum' is ready"):
+        directory.open("b", "s", "sum")
+    directory.register(owner("z", model="sum"))
+    assert directory.open("b", "s", "sum").owner.name == "z"
+
+
+def test_an_unloaded_model_that_is_deployed_anew_is_loaded(directory: Directory) -> None:
+    directory.unload("sum")
+    directory.register(owner("y"))
+    assert directory.unloaded() == {"sum": False}, "Serve may replace a replica while sessions run"
+    directory.unregister("x")
+    directory.unregister("y")
+    directory.unload("sum", gone=True)
+    directory.register(owner("z"))
+    assert directory.unloaded() == {}

@@ -341,3 +341,29 @@ def test_a_fingerprint_is_of_class_options_weights_and_dtypes(tmp_path: Path) ->
     assert len({of(), *(of(**other) for other in others)}) == len(others) + 1
     assert fingerprint(Smoother(), {}) != fingerprint(Smoother(half_life=5.0), {}), "another buffer"
     assert fingerprint(Smoother(), {}) != fingerprint(Smoother(2), {}), "another shape"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_torch_module_of_your_own_gets_its_weights_from_a_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    save(Smoother(half_life=7).state_dict(), path)
+    model = registry.load(ModelConfig("examples.own_model:Smoother", {"weights": str(path)}))
+    assert isinstance(model, Smoother) and model.decay.item() == pytest.approx(0.5 ** (1 / 7))
+    with pytest.raises(ConfigError, match="SumModel is no torch module: it has no place for them"):
+        registry.load(ModelConfig("tests.fakes:SumModel", {"weights": str(path)}))
+    save({"decay": torch.zeros(2)}, path)
+    with pytest.raises(ConfigError, match=r"decay in model\.weights=.* has shape \[2\], expected \[\]"):
+        registry.load(ModelConfig("examples.own_model:Smoother", {"weights": str(path)}))
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("evil-was-here"),)
+
+
+def test_weights_are_never_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"decay": Evil()}, tmp_path / "weights.pt")
+    with pytest.raises(ConfigError, match=r"weights\.pt cannot be read: UnpicklingError"):
+        registry.load(ModelConfig("examples.own_model:Smoother", {"weights": str(tmp_path / "weights.pt")}))
+    assert not (tmp_path / "evil-was-here").exists()

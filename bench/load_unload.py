@@ -1,0 +1,163 @@
+"""A model is loaded and unloaded again and again beside one that serves: `python -m bench.load_unload [--json FILE]`.
+
+Sessions of a 2x256 LSTM, one after the other, send at a steady rate all the time, and each of their outputs is compared
+with the module's. Meanwhile another model, of some 130 MB, is loaded, asked, and unloaded. Memory is what all processes
+of the application and of its Ray have for themselves (USS), while that model is unloaded: after the first time, and
+after the last.
+"""
+
+import asyncio
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import click
+import httpx
+import numpy as np
+import psutil
+import ray
+from ray import serve
+
+from bench.chaos import Line, run_session, wrong
+from bench.closed_loop import SEED
+from bench.report import json_option, save, show_hardware, table
+from clients.client import Client, connect
+from serve_app.app import build
+
+STEADY, OTHER = {"name": "rnn", "seed": SEED}, {"name": "rnn", "input": 1024, "hidden": 1024, "layers": 4}
+WITHIN_S = 120.0
+SESSION_S, SETTLED_S = 20.0, 5.0
+
+
+def memory() -> tuple[float, int]:
+    """MiB of all processes that this one has started, and how many there are."""
+    total, count = 0, 0
+    for process in psutil.Process().children(recursive=True):
+        try:
+            total += process.memory_full_info().uss
+            count += 1
+        except psutil.Error:  # it has just ended
+            continue
+    return total / 2**20, count
+
+
+class Repository:
+    """Loading and unloading, by the Open Inference Protocol."""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self._http = http
+
+    async def load(self) -> None:
+        """Load the other model; returns when it is there."""
+        (await self._http.post("/v2/repository/models/other/load", json={})).raise_for_status()
+
+    async def unload(self) -> None:
+        """Unload it; returns when its replica is gone."""
+        (await self._http.post("/v2/repository/models/other/unload", json={})).raise_for_status()
+        deadline = time.monotonic() + WITHIN_S
+        while time.monotonic() < deadline:
+            index = (await self._http.post("/v2/repository/index", json={})).json()
+            if any(entry["name"] == "other" and entry["state"] == "UNAVAILABLE" for entry in index):
+                return
+            await asyncio.sleep(0.2)
+        raise TimeoutError(f"model other is still there {WITHIN_S} s after it was unloaded")
+
+
+async def ask(client: Client) -> None:
+    """A short session of the other model."""
+    async with await client.open(model="other") as session:
+        await session.wait(session.submit(np.zeros((4, 1024), np.float32)))
+
+
+async def cycles(count: int, client: Client, repository: Repository) -> dict[str, list[float]]:
+    """Unload and load the other model so many times."""
+    found: dict[str, list[float]] = {
+        name: [] for name in ("load_s", "unload_s", "loaded_mib", "unloaded_mib", "processes")
+    }
+    for i in range(count):
+        await ask(client)
+        found["loaded_mib"].append(memory()[0])
+        began = time.monotonic()
+        await repository.unload()
+        found["unload_s"].append(time.monotonic() - began)
+        mib, processes = memory()
+        found["unloaded_mib"].append(mib)
+        found["processes"].append(processes)
+        began = time.monotonic()
+        await repository.load()
+        found["load_s"].append(time.monotonic() - began)
+        click.echo(f"{i + 1}/{count}: {mib:.0f} MiB in {processes} processes, loaded in {found['load_s'][-1]:.1f} s")
+    await ask(client)
+    return found
+
+
+async def talk(client: Client, seed: int, lines: list[Line], stopping: asyncio.Event) -> None:
+    """Session after session of the model that stays."""
+    while not stopping.is_set():
+        lines.append(Line(seed))
+        await run_session(client, lines[-1], time.monotonic() + SESSION_S, "steady")
+
+
+async def run(count: int, sessions: int, port: int) -> tuple[list[Line], dict[str, list[float]]]:
+    """The load of one model beside the cycles of the other. Raises what goes wrong in either."""
+    lines: list[Line] = []
+    async with (
+        connect("lockstep") as client,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=WITHIN_S) as http,
+        asyncio.TaskGroup() as tasks,
+    ):
+        stopping = asyncio.Event()
+        for seed in range(sessions):
+            tasks.create_task(talk(client, seed, lines, stopping))
+        await asyncio.sleep(SETTLED_S)
+        found = await cycles(count, client, Repository(http))
+        stopping.set()
+    return lines, found
+
+
+@click.command()
+@click.option("--cycles", "count", default=50, show_default=True, type=click.IntRange(2))
+@click.option("--sessions", default=100, show_default=True, type=click.IntRange(1))
+@click.option("--port", default=8000, show_default=True)
+@json_option
+def main(count: int, sessions: int, port: int, json_file: Path | None) -> None:
+    """Load and unload under load, and look at every output of the model that stays."""
+    show_hardware()
+    os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
+    with tempfile.TemporaryDirectory(prefix="ls", dir="/tmp") as folder:
+        ray.init(
+            num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, _temp_dir=folder
+        )
+        try:
+            serve.start(http_options={"port": port}, logging_config={"log_level": "ERROR"})
+            models = {name: {"model": model} for name, model in (("steady", STEADY), ("other", OTHER))}
+            application = build({"models": models, "engine": {"device": "cpu"}})
+            serve.run(application, name="lockstep", external_scaler_enabled=True)
+            lines, found = asyncio.run(run(count, sessions, port))
+        finally:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
+    late = np.concatenate([[late for _, late in line.delays] for line in lines])
+    figures = {
+        "cycles": count,
+        "sessions": len(lines),
+        "timesteps": sum(line.submitted for line in lines),
+        "swap_lost": sum(line.submitted - line.received for line in lines),
+        "swap_doubled": sum(line.doubled for line in lines),
+        "swap_wrong": sum(map(wrong, lines)),
+        "swap_moved": sum(len(line.epochs) - 1 for line in lines),
+        "swap_delay_p99_s": float(np.percentile(late, 99)),
+        "load_s": median(found["load_s"]),
+        "unload_s": median(found["unload_s"]),
+        "model_mib": median(found["loaded_mib"]) - median(found["unloaded_mib"]),
+        "swap_growth_mib": found["unloaded_mib"][-1] - found["unloaded_mib"][0],
+    }
+    click.echo(table(["figure", ""], list(figures.items())))
+    save(figures, json_file, by_cycle=found)
+
+
+if __name__ == "__main__":
+    main()
