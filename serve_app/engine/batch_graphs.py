@@ -103,6 +103,7 @@ class BatchGraph:
         }
         self.inputs: dict[str, np.ndarray] = {name: x.numpy() for name, x in pinned.items()}
         on_device = {name: x.to(stream.device) for name, x in pinned.items()}
+        self._on_device = on_device  # the graph has their addresses only
         outputs: list[torch.Tensor] = []
 
         def step() -> None:
