@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from serve_app.policy.request_queue import Level, RequestQueue, Waiting
 from serve_app.rows import BatchedSpec, RowsRequest, RowsResult, check_rows
 from serve_app.segment import Timing
 
+SWITCH_S = 1e-4
+"""A thread waits so long for the interpreter while the event loop has it. Python's own 5 ms are two steps of BERT."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -222,6 +225,7 @@ def build_batcher(config: AppConfig) -> Batcher:
     if batching is None:
         raise ConfigError(f"model={config.model.name} has no section batching: a stateless model needs one")
     torch.set_num_threads(config.engine.threads)
+    sys.setswitchinterval(SWITCH_S)
     model = registry.load_stateless(config.model)
     device = choose_device(config.engine.device, model)
     runner = BatchRunner(model, device, DTYPES[batching.dtype])
