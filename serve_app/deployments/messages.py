@@ -127,6 +127,7 @@ class CallChannel(Generic[Q, A]):
             (answerer,) = await asyncio.gather(self._connecting, return_exceptions=True)
             if isinstance(answerer, _Answerer):
                 answerer.close()
+                await answerer.lost.wait()  # or its socket would outlive an event loop that ends now
 
     async def _connect(self) -> "_Answerer[Q, A]":
         host, port = parse_address(self._address)
@@ -252,6 +253,7 @@ class _Answerer(_Messages, Generic[Q, A]):
         self._codec = codec
         self._numbers = count(TOKEN + 1)
         self._waiting: dict[int, asyncio.Future[A | LockstepError]] = {}
+        self.lost = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -281,6 +283,7 @@ class _Answerer(_Messages, Generic[Q, A]):
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
+        self.lost.set()
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(ConnectionError(f"the connection is lost: {error or 'it was closed'}"))
