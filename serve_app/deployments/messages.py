@@ -118,7 +118,9 @@ class CallChannel(Generic[Q, A]):
     def is_lost(self) -> bool:
         """Whether nothing can be asked here any more."""
         tried = self._connecting
-        return tried is not None and tried.done() and (tried.exception() is not None or tried.result().is_closed)
+        if tried is None or not tried.done():
+            return False
+        return tried.cancelled() or tried.exception() is not None or tried.result().is_closed
 
     async def close(self) -> None:
         """Ask nothing any more. May be called twice."""

@@ -250,6 +250,7 @@ class _Call:
         self._http = connection.http
         self._stream = stream
         self._headers = headers
+        self._metadata: Mapping[str, str] = {}
         self._method: Method | None = None
         self._requests: Requests | None = None
         self._running: asyncio.Task[None] | None = None
@@ -264,7 +265,7 @@ class _Call:
     def begin(self) -> None:
         """Find out what is called."""
         path = self._headers.get(b":path", b"").decode(errors="replace")
-        metadata = {
+        self._metadata = metadata = {
             name.decode(): value.decode(errors="replace") for name, value in self._headers.items() if name[:1] != b":"
         }
         self._method = self._connection.server.methods.get(path)
@@ -382,11 +383,20 @@ class _Call:
             self.finish(grpc.StatusCode.INVALID_ARGUMENT, f"a message of {len(data)} bytes is no {name}")
         else:
             if self._requests is not None:
-                self._requests.take(message)
+                self._take_from_stream(message)
             elif self._message is None:
                 self._message = message
             else:
                 self.finish(grpc.StatusCode.INTERNAL, "a unary call has one message, a second one came")
+
+    def _take_from_stream(self, message: Message) -> None:
+        """A fault costs this call only, not the others of the connection."""
+        assert self._requests is not None
+        try:
+            self._requests.take(message)
+        except Exception:
+            logger.exception("a call failed: %s", self._headers.get(b":path"))
+            self.finish(grpc.StatusCode.INTERNAL, "an unexpected error: the server's log has it")
 
     def _inflate(self, data: bytes) -> bytes:
         encoding = self._headers.get(b"grpc-encoding", b"identity")
@@ -422,7 +432,7 @@ class _Call:
     async def _run(self) -> None:
         """A unary call."""
         assert self._method is not None and self._method.call is not None
-        context = Context({name.decode(): value.decode(errors="replace") for name, value in self._headers.items()})
+        context = Context(self._metadata)
         try:
             reply = await self._method.call(self._message, context)
         except Exception:

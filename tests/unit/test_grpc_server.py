@@ -64,6 +64,8 @@ class EchoStream:
         self._echo, self._send = echo, send
 
     def take(self, message: pb.ModelInferRequest) -> None:
+        if message.id == "fails":
+            raise RuntimeError("a fault")
         self.outstanding += 1
         self.taken.append(message.id)
         if not self._echo.waits:
@@ -189,6 +191,17 @@ async def test_what_cannot_be_answered(data: list[bytes], headers: Any, code: st
         assert found[0] == code
         assert text in found[1]
         assert await client.status(client.call(INFER, message())) == ("OK", "")
+
+
+async def test_a_fault_in_one_call_costs_no_other_of_the_connection() -> None:
+    async with served() as (echo, client, _):
+        echo.waits = True
+        other = client.call(STREAM, message("a"))
+        code, text = await client.status(client.call(STREAM, message("fails"), end=False))
+        assert (code, "the server's log has it" in text) == ("INTERNAL", True)
+        assert [requests.has_left for requests in echo.streams] == [False, True]
+        echo.streams[0].answer("a")
+        assert await client.status(other) == ("OK", "")
 
 
 async def test_what_is_no_call_of_this_service() -> None:
