@@ -96,15 +96,18 @@ class CallServer(Generic[Q, A]):
 
 
 class CallChannel(Generic[Q, A]):
-    """The way to the CallServer at an address. Once it is lost it stays so."""
+    """The way to the CallServer at an address. Once it is lost, or closed, it stays so."""
 
     def __init__(self, codec: Codec[Q, A], address: str) -> None:
         self._codec = codec
         self._address = address
         self._connecting: asyncio.Task[_Answerer[Q, A]] | None = None
+        self._is_closed = False
 
     async def call(self, question: Q) -> A:
         """The answer. Raises what the other side does, OSError where it cannot be reached (TimeoutError is one)."""
+        if self._is_closed:
+            raise ConnectionError("the connection was closed here")
         if self._connecting is None:
             self._connecting = asyncio.get_running_loop().create_task(self._connect(), context=contextvars.Context())
         answerer = await asyncio.shield(self._connecting)
@@ -118,12 +121,13 @@ class CallChannel(Generic[Q, A]):
     def is_lost(self) -> bool:
         """Whether nothing can be asked here any more."""
         tried = self._connecting
-        if tried is None or not tried.done():
-            return False
+        if self._is_closed or tried is None or not tried.done():
+            return self._is_closed
         return tried.cancelled() or tried.exception() is not None or tried.result().is_closed
 
     async def close(self) -> None:
         """Ask nothing any more. May be called twice."""
+        self._is_closed = True
         if self._connecting is not None:
             self._connecting.cancel()
             (answerer,) = await asyncio.gather(self._connecting, return_exceptions=True)

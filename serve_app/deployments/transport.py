@@ -148,6 +148,8 @@ class RayDirectory:
 
     async def close(self) -> None:
         """Nothing is asked for any more."""
+        await self._opens.stop()
+        await self._losses.stop()
         if self._straight is not None:
             await self._straight.close()
 

@@ -124,6 +124,7 @@ class Hub:
         self._ack_on_receipt = ack_on_receipt
         self._outboxes: dict[str, Outbox] = {}
         self._num_outboxes = 0
+        self._stopped = False
         self._sessions: dict[str, Session] = {}
         self._ended: dict[str, list[int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -336,7 +337,8 @@ class Hub:
         return len(self._sessions)
 
     async def stop(self) -> None:
-        """Give everything up; sessions that are still open fail."""
+        """Give everything up; sessions that are still open fail, and no other is opened."""
+        self._stopped = True
         await self._keeper.stop()
         tasks = [*self._tasks, *filter(None, [self._watching])]
         for task in tasks:
@@ -373,10 +375,13 @@ class Hub:
             session.keep_with(self._keeper.keep, kept)
 
     async def _outbox(self, owner: Owner) -> Outbox:
-        outbox = self._outboxes.get(owner.name)
-        if outbox is None or outbox.failed:
-            if outbox is not None:
-                await outbox.stop()
+        while (outbox := self._outboxes.get(owner.name)) is not None and outbox.failed:
+            await outbox.stop()
+            if self._outboxes.get(owner.name) is outbox:  # others wait for the same
+                del self._outboxes[owner.name]
+        if self._stopped:
+            raise Unavailable("this sender was stopped: open the session by another")
+        if outbox is None:
             channel = self._directory.connect(owner)
             forget, lost = partial(self._forget, owner.name), partial(self._lost, owner.name)
             self._num_outboxes += 1  # an owner that was given up may live, and answer calls that nobody hears

@@ -158,11 +158,12 @@ class Outbox:
                     await asyncio.wait(self._calls)
         except TimeoutError:
             logger.warning("owner %r has not confirmed the end of %d sessions", self._owner, len(live))
-        calls = list(self._calls)
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
-        await self._channel.close()
+        finally:
+            calls = list(self._calls)
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+            await self._channel.close()
 
     @property
     def failed(self) -> bool:

@@ -5,8 +5,11 @@ import contextvars
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
+from serve_app.errors import Unavailable
+
 MAX_TOGETHER = 1000
 """Of one call: it takes the directory some 10 ms, for which all others wait."""
+STOPPED = "nothing is asked for here any more: it was stopped"
 A = TypeVar("A")
 T = TypeVar("T")
 
@@ -21,9 +24,15 @@ class Together(Generic[A, T]):
         self._work = work
         self._waiting: list[tuple[A, asyncio.Future[T]]] = []
         self._task: asyncio.Task[None] | None = None
+        self._stopped = False
 
     async def call(self, ask: A) -> T:
-        """One call. The task that makes it for all is in a context of its own: it must not die with a request."""
+        """One call. The task that makes it for all is in a context of its own: it must not die with a request.
+
+        Raises what `work` does, Unavailable once this was stopped.
+        """
+        if self._stopped:
+            raise Unavailable(STOPPED)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
         self._waiting.append((ask, answer))
@@ -31,17 +40,34 @@ class Together(Generic[A, T]):
             self._task = loop.create_task(self._run(), context=contextvars.Context())
         return await answer
 
+    async def stop(self) -> None:
+        """Give up the call that is on its way, and all that wait."""
+        self._stopped = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        for _, answer in self._waiting:
+            _fail(answer, Unavailable(STOPPED))
+        self._waiting.clear()
+
     async def _run(self) -> None:
         while self._waiting:
             some, self._waiting = self._waiting[:MAX_TOGETHER], self._waiting[MAX_TOGETHER:]
             try:
                 results = await self._work([ask for ask, _ in some])
+            except asyncio.CancelledError:
+                self._waiting[:0] = some
+                raise
             except Exception as error:
                 for _, answer in some:
-                    if not answer.done():
-                        answer.set_exception(error)
+                    _fail(answer, error)
             else:
                 for (_, answer), result in zip(some, results, strict=True):
-                    if not answer.done():  # whoever made it may have gone
+                    if not answer.done():
                         answer.set_result(result)
         self._task = None
+
+
+def _fail(answer: asyncio.Future[T], error: Exception) -> None:
+    if not answer.done():  # whoever made it may have gone
+        answer.set_exception(error)

@@ -1,5 +1,6 @@
 """One Ray for all tests here, on ports and in a folder of its own; an application a test module, torn down after it."""
 
+import gc
 import logging
 import os
 import socket
@@ -62,3 +63,10 @@ def run_app(cluster: None) -> Iterator[Callable[..., DeploymentHandle[Any]]]:
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_open() -> Iterator[None]:
+    """What a test leaves open is found at its own end, not at that of the test during which Python happens to look."""
+    yield
+    gc.collect()

@@ -362,6 +362,8 @@ async def test_stopping_waits_for_its_calls() -> None:
         assert len(cluster.frames) > 1
         assert cluster.num_cancelled == 0
         assert await unread.closed() == "aborted"
+        with pytest.raises(Unavailable, match="this sender was stopped"):
+            await hub.open()
 
 
 async def test_frames_that_overtake_each_other_keep_each_session_in_order() -> None:

@@ -82,6 +82,16 @@ async def test_a_call_fails_when_the_other_side_goes_and_the_next_ones_at_once()
     await channel.close()
 
 
+async def test_a_channel_that_was_closed_connects_no_more() -> None:
+    async with answering() as (server, address):
+        channel = CallChannel(CODEC, address)
+        assert not channel.is_lost
+        await channel.close()
+        with pytest.raises(ConnectionError, match="closed here"):
+            await channel.call(b"x")
+        assert channel.is_lost and not server._callers
+
+
 async def test_nobody_listens() -> None:
     async with answering() as (_, address):
         pass

@@ -64,3 +64,19 @@ async def test_one_who_has_gone_does_not_matter_to_the_others() -> None:
     await asyncio.sleep(0)
     work.free.set()
     assert await stays == 4
+
+
+async def test_what_is_stopped_answers_nobody_and_calls_nothing() -> None:
+    work = Work()
+    many = Together(work)
+    tasks = [asyncio.create_task(many.call(0))]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    tasks.append(asyncio.create_task(many.call(1)))
+    await asyncio.sleep(0)
+    await many.stop()
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(each) for each in found] == [Unavailable, Unavailable]
+    with pytest.raises(Unavailable, match="was stopped"):
+        await many.call(2)
+    assert work.calls == [[0]]
