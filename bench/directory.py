@@ -224,6 +224,7 @@ async def fail_over(moving: int) -> dict[str, float]:
         }
     finally:
         await hub.stop()
+        await directory.close()
 
 
 async def run(session: Session) -> None:
@@ -240,10 +241,11 @@ async def measure(idle: int, moving: int, seconds: float) -> dict[str, float]:
     """All figures, of the application that runs."""
     directory = RayDirectory(APP)
     reporting = asyncio.create_task(report_idle_owners(directory))
-    figures = await fill_and_open(directory, idle, seconds)
-    figures |= await fail_over(moving)
-    reporting.cancel()
-    return figures
+    try:
+        return await fill_and_open(directory, idle, seconds) | await fail_over(moving)
+    finally:
+        reporting.cancel()
+        await directory.close()
 
 
 @click.command()

@@ -24,7 +24,7 @@ def main(*, haproxy: bool, arguments: tuple[str, ...]) -> None:
     """Run what ARGUMENTS of `serve run` say: a configuration file, or an import path and settings."""
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
         environment = {**os.environ, **(haproxy_env(Path(folder)) if haproxy else {})}
-        command = [str(Path(sys.executable).with_name("serve")), "run", *arguments]
+        command = [sys.executable, "-m", "ray.serve.scripts", "run", *arguments]
         for end in (signal.SIGINT, signal.SIGTERM):
             signal.signal(end, interrupt)
         running = subprocess.Popen(command, env=environment, start_new_session=True)
