@@ -49,10 +49,10 @@ class Recurrent:
         self._serving = AsyncEngine(self._engine, config.engine.threads if config.engine.pin_threads else 0, lease)
         self._frames = frame_server(self._serving.frame)
         self._parts.push_async_callback(self._frames.stop)
-        self._parts.push_async_callback(self._serving.stop)  # first: its last answers have the states of all sessions
         self._directory = RayDirectory(context.app_name)
         self._hub = Hub(self._directory, ack_on_receipt=False, sender=self._actor_name)
         self._parts.push_async_callback(self._hub.stop)
+        self._parts.push_async_callback(self._serving.stop)  # while the last lease holds
         self._answering: Counter[str] = Counter()  # plain handle calls that wait, by session
         self._metrics = EngineMetrics(self._engine.spec.name)
         session = config.session
