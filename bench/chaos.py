@@ -173,7 +173,9 @@ class Killer:
 
 
 @contextmanager
-def local_cluster(num_nodes: int, cpus: int, http_port: int | None = None) -> Iterator[tuple[Cluster, list[Any]]]:
+def local_cluster(
+    num_nodes: int, cpus: int, http_port: int | None = None, head_cpus: int = 1
+) -> Iterator[tuple[Cluster, list[Any]]]:
     """A head, where the driver and Serve's controller are, and HAProxy if it has a port; and worker nodes."""
     with TemporaryDirectory(prefix="lc", dir="/tmp") as folder:
         (Path(folder) / "ray").mkdir()
@@ -186,7 +188,7 @@ def local_cluster(num_nodes: int, cpus: int, http_port: int | None = None) -> It
             "health_check_failure_threshold": 3,
             "health_check_initial_delay_ms": 500,
         }
-        head = {"num_cpus": 1, "_system_config": health, "include_dashboard": False}
+        head = {"num_cpus": head_cpus, "_system_config": health, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             nodes = [cluster.add_node(num_cpus=cpus) for _ in range(num_nodes)]

@@ -7,8 +7,6 @@ did; processes that start meanwhile share the same cores. `replayed` counts time
 """
 
 import asyncio
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +17,9 @@ from typing import Any
 import click
 import numpy as np
 import ray
+from ray._private.state import actors
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
@@ -26,7 +27,7 @@ from bench.chaos import PERIOD_S, Line, local_cluster, run_session, wrong
 from bench.closed_loop import SEED
 from bench.report import json_option, save, show_hardware, table
 from clients.client import connect
-from serve_app.deployments.transport import NAMESPACE, SERVE_NAMESPACE
+from serve_app.deployments.transport import NAMESPACE
 from serve_app.ingress.outbox import Outbox
 from serve_app.session import Session
 
@@ -65,34 +66,20 @@ def scale(replicas: int) -> None:
 
 
 def drain(address: str, node: str) -> None:
-    """Have Ray drain the node, which is to be gone after a while."""
-    command = [
-        sys.executable,
-        "-m",
-        "ray.scripts.scripts",
-        "drain-node",
-        "--address",
-        address,
-        "--node-id",
-        node,
-    ]
-    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "bench"]
-    subprocess.run([*command, "--deadline-remaining-seconds", str(int(DRAIN_WITHIN_S))], check=True)
+    """Have Ray drain the node, which is to be gone after a while. Raises RuntimeError if it does not."""
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = time.time_ns() // 10**6 + int(1000 * DRAIN_WITHIN_S)
+    accepted, why = GcsClient(address=address).drain_node(node, reason, "bench", deadline_ms)
+    if not accepted:
+        raise RuntimeError(f"node {node} is not drained: {why}")
 
 
-def owners_by_node(known: dict[str, str]) -> Counter[str]:
-    """How many owners with sessions each node has. `known`: the node of each owner, which is added to."""
+def owners_by_node() -> Counter[str]:
+    """How many owners with sessions each node has."""
     directory: Any = ray.get_actor("directory:lockstep", namespace=NAMESPACE)
-    owners = [owner for owner, count in ray.get(directory.num_sessions.remote(), timeout=10).items() if count]
-    for owner in owners:
-        if owner not in known:
-            actor: Any = ray.get_actor(f"SERVE_REPLICA::lockstep#Recurrent#{owner}", namespace=SERVE_NAMESPACE)
-            known[owner] = ray.get(actor.__ray_call__.remote(_node), timeout=10)
-    return Counter(known[owner] for owner in owners)
-
-
-def _node(_: Any) -> str:
-    return ray.get_runtime_context().get_node_id()
+    held = ray.get(directory.num_sessions.remote(), timeout=10)
+    nodes = {actor["Name"].rpartition("#")[2]: actor["Address"]["NodeID"] for actor in actors().values()}
+    return Counter(nodes[owner] for owner, count in held.items() if count)
 
 
 async def load(lines: list[Line], until: float) -> None:
@@ -104,7 +91,7 @@ async def load(lines: list[Line], until: float) -> None:
 def run(lines: list[Line], replicas: int, seconds: float) -> dict[str, tuple[float, float]]:
     """All sessions; scale down and up, drain; when each began and ended."""
     windows: dict[str, tuple[float, float]] = {}
-    with local_cluster(num_nodes=2, cpus=2 * replicas) as (cluster, nodes):
+    with local_cluster(num_nodes=2, cpus=2 * replicas, head_cpus=0) as (cluster, nodes):
         scale(replicas)
         until = time.monotonic() + seconds
         with ThreadPoolExecutor(1) as threads:
@@ -115,19 +102,23 @@ def run(lines: list[Line], replicas: int, seconds: float) -> dict[str, tuple[flo
                 scale(count)
                 time.sleep(SETTLED_S)
                 windows[name] = began, time.monotonic()
-            known: dict[str, str] = {}
-            owners = owners_by_node(known)
+            owners = owners_by_node()
             node = max((node.node_id for node in nodes), key=lambda node: owners[node])
+            left = owners[node]
             began = time.monotonic()
             drain(cluster.address, node)
-            while owners_by_node(known)[node] and time.monotonic() < began + DRAIN_WITHIN_S:
+            while left and time.monotonic() < min(until, began + DRAIN_WITHIN_S):
                 time.sleep(0.5)
+                left = owners_by_node()[node]
+            emptied = time.monotonic()
             time.sleep(SETTLED_S / 2)
             windows["node"] = began, time.monotonic()
-            left = owners_by_node(known)[node]
             loading.result()
-    if left:
-        raise RuntimeError(f"{left} replicas with sessions were on the node after {DRAIN_WITHIN_S:.0f} s of its drain")
+    if left or not owners[node] or emptied > until:
+        raise RuntimeError(
+            f"of {owners[node]} replicas with sessions on the node {left} were there {emptied - began:.0f} s after it "
+            "began to drain, or the load had ended: give more --seconds"
+        )
     return windows
 
 

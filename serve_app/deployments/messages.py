@@ -13,6 +13,7 @@ import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -32,6 +33,8 @@ A = TypeVar("A")
 ANSWER_WITHIN_S = 60.0
 CONNECT_WITHIN_S = 10.0
 STOP_WITHIN_S = 1.0
+ARRIVE_WITHIN_S = 4.0
+"""The last answers of a server that stops; they may be large."""
 PROBE_S = 0.5
 LOST_AFTER_S = 15
 """Without a sign of life from the other machine."""
@@ -85,13 +88,20 @@ class CallServer(Generic[Q, A]):
         return address
 
     async def stop(self) -> None:
-        """Let the calls that are open be answered, take no more."""
+        """Let the calls that are open be answered, and the answers arrive; take no more."""
         if self._server is None:
             return
         self._server.close()
         if calls := [call for caller in self._callers for call in caller.calls]:
             await asyncio.wait(calls, timeout=STOP_WITHIN_S)
-        for caller in list(self._callers):
+        callers = list(self._callers)
+        for caller in callers:
+            caller.end()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ARRIVE_WITHIN_S):
+                for caller in callers:
+                    await caller.lost.wait()
+        for caller in callers:
             caller.close()
 
 
@@ -151,6 +161,8 @@ class _Messages(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray(BUFFER_BYTES)
         self._end = 0
+        #: There is no connection any more.
+        self.lost = asyncio.Event()
         #: Of a message that comes.
         self.max_bytes = MAX_BYTES
 
@@ -184,6 +196,7 @@ class _Messages(asyncio.BufferedProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
+        self.lost.set()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return memoryview(self._buffer)[self._end :]
@@ -218,7 +231,21 @@ class _Caller(_Messages, Generic[Q, A]):
         self._answer = answer
         self._callers = callers
         self._is_known, self.max_bytes = False, MAX_TOKEN_BYTES
+        self._has_ended = False
         self.calls: set[asyncio.Task[None]] = set()
+
+    def end(self) -> None:
+        """Say no more. The caller closes the connection when it has read all; what it still asks is not taken.
+
+        Closed here while there is something to read, it would be reset, and what is on its way be lost.
+        """
+        self._has_ended = True
+        for call in self.calls:
+            call.cancel()
+        if self._transport is not None and self._transport.can_write_eof():
+            self._transport.write_eof()
+        elif self._transport is not None:  # TLS has no end of its own
+            self._transport.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -231,6 +258,8 @@ class _Caller(_Messages, Generic[Q, A]):
             call.cancel()
 
     def take(self, number: int, data: memoryview) -> None:
+        if self._has_ended:
+            return
         if self._is_known:
             call = asyncio.get_running_loop().create_task(self._run(number, self._codec.decode(data)))
             self.calls.add(call)
@@ -259,7 +288,6 @@ class _Answerer(_Messages, Generic[Q, A]):
         self._codec = codec
         self._numbers = count(TOKEN + 1)
         self._waiting: dict[int, asyncio.Future[A | LockstepError]] = {}
-        self.lost = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -289,7 +317,6 @@ class _Answerer(_Messages, Generic[Q, A]):
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        self.lost.set()
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(ConnectionError(f"the connection is lost: {error or 'it was closed'}"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private.worker import global_worker
 
 from serve_app.config import AppConfig
 from serve_app.deployments.frame_channel import frame_server
@@ -48,10 +49,10 @@ class Recurrent:
         self._serving = AsyncEngine(self._engine, config.engine.threads if config.engine.pin_threads else 0, lease)
         self._frames = frame_server(self._serving.frame)
         self._parts.push_async_callback(self._frames.stop)
-        self._parts.push_async_callback(self._serving.stop)  # first: its last answers have the states of all sessions
         self._directory = RayDirectory(context.app_name)
         self._hub = Hub(self._directory, ack_on_receipt=False, sender=self._actor_name)
         self._parts.push_async_callback(self._hub.stop)
+        self._parts.push_async_callback(self._serving.stop)  # while the last lease holds
         self._answering: Counter[str] = Counter()  # plain handle calls that wait, by session
         self._metrics = EngineMetrics(self._engine.spec.name)
         session = config.session
@@ -147,14 +148,28 @@ class Recurrent:
         return await ReplicaActor(record.sender).call(method, *args)
 
     async def _report(self) -> None:
-        """Tell the directory what has ended, which renews the lease, and the dashboard how things are."""
-        while True:
+        """Tell the directory what has ended, which renews the lease, and the dashboard how things are.
+
+        A replica that is to stop gives its sessions back at once: `__del__` comes when no handle call is left, which
+        may be never, and then Serve kills the replica without it.
+        """
+        while not _is_stopping():
             try:
                 self._metrics.publish(self._engine)
                 await self._registration.renew(self._engine.stats.take_ended())
             except LockstepError as error:
                 logger.warning("the directory does not answer, trying again: %s", error)
             await asyncio.sleep(REPORT_PERIOD_S)
+        try:
+            await self._registration.leave()
+        finally:
+            await self._serving.stop()
+
+
+def _is_stopping() -> bool:
+    """Whether Serve has told this replica to stop. It has no public way to ask."""
+    stopping: bool = global_worker.actors[global_worker.actor_id]._replica_impl._shutting_down
+    return stopping
 
 
 def _raised(result: Outputs | LockstepError) -> Outputs:

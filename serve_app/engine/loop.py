@@ -27,9 +27,9 @@ Delivery = Sequence[tuple[Ticket, Answer | LockstepError]]
 class EngineLoop:
     """Runs an engine until stopped. Every call is answered: by the engine, or with Unavailable once the loop is dead.
 
-    `deliver` is called on the loop's thread, with all answers that became due together. `cores`: that this thread, and
-    torch's beside it, are pinned to (0: they run anywhere). While its `lease` does not hold nothing is launched, and
-    nothing answered.
+    `deliver` is called on the loop's thread, with all answers that became due together; when the loop has ended, on a
+    caller's. `cores`: that this thread, and torch's beside it, are pinned to (0: they run anywhere). While its `lease`
+    does not hold nothing is launched, and nothing answered.
     """
 
     def __init__(
@@ -49,11 +49,16 @@ class EngineLoop:
         self._thread.start()
 
     def call(self, frame: Frame, ticket: Ticket) -> None:
-        """Hand a frame to the engine, from any thread; `deliver` gets the ticket (hashable, unique) with its answer."""
+        """Hand a frame to the engine, from any thread; `deliver` gets the ticket (hashable, unique) with its answer.
+
+        Also when the loop has ended: what it said last must be heard before that, since it may give sessions back.
+        """
         with self._arrived:
-            self._raise_if_dead()
-            self._inbox.append((frame, ticket))
-            self._arrived.notify()
+            if self._dead is None:
+                self._inbox.append((frame, ticket))
+                self._arrived.notify()
+                return
+        self._deliver([(ticket, self._unavailable())])
 
     def check_health(self) -> None:
         """Raise Unavailable when the loop has ended."""

@@ -15,6 +15,8 @@ import pytest
 import ray
 import torch
 from ray import serve
+from ray.serve._private.common import DeploymentID, RequestMetadata
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME
 from ray.serve.handle import DeploymentHandle
 
 from clients.blocking import BlockingClient
@@ -31,9 +33,11 @@ from serve_app.errors import (
     UnknownModel,
     WindowFull,
 )
+from serve_app.ingress.outbox import Outbox
 from serve_app.models.options import RnnOptions
 from serve_app.models.rnn import Rnn
 from serve_app.segment import Segment
+from serve_app.session import Session as Line
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(120)]
 
@@ -242,6 +246,41 @@ async def test_sessions_outlive_their_replicas(
             *(one(clients[seed % len(clients)], seed, until) for seed in range(30)), disturb(until)
         )
     assert all(end is None or end >= 100 for end in ended)
+
+
+async def test_a_replica_gives_its_sessions_back_though_a_handle_call_of_it_never_ends(
+    run_app: Callable[..., DeploymentHandle[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve then waits, and kills it without a word."""
+    ran_again = []
+    moved = Line.moved
+
+    def noticed(line: Line, carrier: Outbox, timestep: int) -> None:
+        ran_again.append(line.progress - timestep)
+        moved(line, carrier, timestep)
+
+    def hang(replica: Any) -> None:
+        replica._replica_impl._metrics_manager.inc_num_ongoing_requests(RequestMetadata("", ""))
+
+    monkeypatch.setattr(Line, "moved", noticed)
+    app = run_app("busy", model=MODEL, engine=SMALL, replicas=2)
+    async with connect(app) as client:
+        sessions = [await client.open() for _ in range(6)]
+        for seed, session in enumerate(sessions):
+            session.submit(noise(seed, 40))
+            await session.wait()
+        for name in replicas("busy"):
+            await ray.get_actor(name, namespace=SERVE_NAMESPACE).__ray_call__.remote(hang)
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        await controller.update_deployment_replicas.remote(DeploymentID("Recurrent", "busy"), 1)
+        async with asyncio.timeout(5):
+            while len(ran_again) < 3:
+                await asyncio.sleep(0.05)
+        for seed, session in enumerate(sessions):
+            session.submit(noise(seed, 60)[40:])
+            await session.close()
+            np.testing.assert_allclose(await collect(session), alone(noise(seed, 60)), rtol=1e-5, atol=1e-5)
+    assert ran_again == [0, 0, 0]
 
 
 async def test_a_killed_replica_ends_its_sessions_clearly_and_is_replaced(

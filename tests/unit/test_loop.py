@@ -129,8 +129,8 @@ def test_a_dead_device_ends_the_loop_and_every_call(collector: Collector) -> Non
     assert isinstance(collector.replies["kills"], Unavailable | Answer)
     with pytest.raises(Unavailable, match="illegal memory access"):
         loop.check_health()
-    with pytest.raises(Unavailable, match="illegal memory access"):
-        loop.call(frame(3, 1), "late")
+    loop.call(frame(3, 1), "late")
+    assert "illegal memory access" in str(collector.replies["late"])
 
 
 def test_stop_answers_what_is_open(collector: Collector) -> None:
@@ -141,8 +141,8 @@ def test_stop_answers_what_is_open(collector: Collector) -> None:
     loop.stop()
     (reply,) = collector.wait("open")
     assert isinstance(reply, Unavailable | Answer)
-    with pytest.raises(Unavailable, match="stopping"):
-        loop.call(frame(1, 1), "late")
+    loop.call(frame(1, 1), "late")
+    assert "stopping" in str(collector.replies["late"])
 
 
 def test_calls_from_many_threads(loop: EngineLoop, collector: Collector) -> None:
@@ -153,6 +153,26 @@ def test_calls_from_many_threads(loop: EngineLoop, collector: Collector) -> None
         thread.join()
     replies = collector.wait(*range(32))
     assert all(isinstance(reply, Answer) for reply in replies)
+
+
+async def test_what_an_engine_says_last_is_heard_before_that_it_has_ended() -> None:
+    """The last answer gives a session back; a call that comes meanwhile and is refused at once would have it lost."""
+    engine, heard = AsyncEngine(Engine(SumModel(), CONFIG)), []
+
+    async def ask(what: Frame) -> None:
+        try:
+            answer = await engine.frame(what)
+            heard.append([notice.kind for notice in answer.notices])
+        except Unavailable:
+            heard.append(["unavailable"])
+
+    await ask(frame(1, 0))
+    waits = asyncio.create_task(ask(frame(1, 0, opens=False)))
+    await asyncio.sleep(0.05)
+    comes = asyncio.create_task(ask(frame(1, 1, opens=False)))
+    engine._loop.stop()  # before this event loop can see to either
+    await asyncio.gather(waits, comes)
+    assert heard == [["opened"], ["moving"], ["unavailable"]]
 
 
 async def test_a_caller_that_leaves_costs_nothing() -> None:

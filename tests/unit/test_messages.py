@@ -82,6 +82,29 @@ async def test_a_call_fails_when_the_other_side_goes_and_the_next_ones_at_once()
     await channel.close()
 
 
+async def test_the_last_answer_arrives_whole_when_the_server_stops() -> None:
+    """It has the states of all sessions, which is more than sockets take at once."""
+    stopping = asyncio.Event()
+
+    async def last(question: bytes) -> bytes:
+        await stopping.wait()
+        return bytes(64 * 2**20)
+
+    async with answering(last) as (server, address):
+        channel = CallChannel(CODEC, address)
+        call = asyncio.create_task(channel.call(b"x"))
+        while not any(caller.calls for caller in server._callers):
+            await asyncio.sleep(0.01)
+        stopping.set()
+        stopped = asyncio.create_task(server.stop())
+        await asyncio.sleep(0.01)
+        more = [asyncio.create_task(channel.call(bytes(2**20))) for _ in range(8)]
+        await stopped
+        assert len(await call) == 64 * 2**20
+        assert all(isinstance(each, ConnectionError) for each in await asyncio.gather(*more, return_exceptions=True))
+        await channel.close()
+
+
 async def test_a_channel_that_was_closed_connects_no_more() -> None:
     async with answering() as (server, address):
         channel = CallChannel(CODEC, address)
