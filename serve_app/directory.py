@@ -100,8 +100,8 @@ class Ask(NamedTuple):
     sender: str
     model: str | None
     ended: Mapping[str, Collection[int]]
-    resumable: bool
-    claim: Claim | None
+    resumable: bool = False
+    claim: Claim | None = None
 
 
 class Held(NamedTuple):

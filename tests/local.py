@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from serve_app import lease
 from serve_app.config import AppConfig
 from serve_app.deployments.directory_actor import DirectoryActor
-from serve_app.directory import Ask, Claim, Described, Directory, Grant, Owner, Slab
+from serve_app.directory import Ask, Described, Directory, Grant, Owner, Slab
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.engine import Engine
 from serve_app.errors import LockstepError, StateLost, Unavailable
@@ -85,18 +85,9 @@ class LocalCluster:
             if owner not in self.stopped:
                 self.directory.heard(owner)
 
-    async def open(
-        self,
-        session: str,
-        sender: str,
-        model: str | None,
-        ended: dict[str, list[int]],
-        *,
-        resumable: bool = False,
-        claim: Claim | None = None,
-    ) -> Grant:
+    async def open(self, ask: Ask) -> Grant:
         self._report()
-        (opened,) = await self.actor.open([Ask(session, sender, model, ended, resumable, claim)])
+        (opened,) = await self.actor.open([ask])
         if isinstance(opened, LockstepError):
             raise opened
         return opened

@@ -12,7 +12,7 @@ from uuid import uuid4
 import numpy as np
 
 from serve_app.checkpoint import decode_checkpoint
-from serve_app.directory import NEW, Claim, Described, Grant, Owner, Slab
+from serve_app.directory import NEW, Ask, Claim, Described, Grant, Owner, Slab
 from serve_app.errors import (
     InvalidInput,
     LockstepError,
@@ -53,17 +53,8 @@ NOWHERE = Nowhere()
 class DirectoryClient(Protocol):
     """The directory, as seen from here."""
 
-    async def open(
-        self,
-        session: str,
-        sender: str,
-        model: str | None,
-        ended: dict[str, list[int]],
-        *,
-        resumable: bool = False,
-        claim: Claim | None = None,
-    ) -> Grant:
-        """A grant for a session. `ended`: epochs, by owner, that this side has seen end."""
+    async def open(self, ask: Ask) -> Grant:
+        """A grant for a session."""
         ...
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
@@ -160,7 +151,7 @@ class Hub:
             claim = Claim(NEW, found.fingerprint)
         while True:
             ended, self._ended = self._ended, {}
-            grant = await self._directory.open(name, self.sender, model, ended, resumable=resumable, claim=claim)
+            grant = await self._directory.open(Ask(name, self.sender, model, ended, resumable, claim))
             try:
                 return await self._open_at(grant, state, resumable, at)
             except StateLost:
@@ -176,7 +167,7 @@ class Hub:
         What the owner refuses it with ends the session. Raises what the directory refuses it with.
         """
         ended, self._ended = self._ended, {}
-        grant = await self._directory.open(name, self.sender, model, ended)
+        grant = await self._directory.open(Ask(name, self.sender, model, ended))
         session, outbox = await self._session_at(grant)
         session.begin_at(0)
         self._take_in(session, grant.owner, resumable=False, kept=0)
@@ -246,7 +237,7 @@ class Hub:
             )
         claim = Claim(epoch, kept.fingerprint)
         while True:
-            grant = await self._directory.open(name, self.sender, kept.model, {}, resumable=True, claim=claim)
+            grant = await self._directory.open(Ask(name, self.sender, kept.model, {}, resumable=True, claim=claim))
             try:
                 return await self._restore_at(grant, kept.at, kept.state, acked, rewind)
             except LockstepError as error:
@@ -429,16 +420,15 @@ class Hub:
                     if is_lost:
                         await self._directory.lost(name)
                         is_lost = False
-                    grant = await self._directory.open(
-                        session.name, self.sender, session.spec.name, {},
-                        resumable=session.stays, claim=Claim(session.epoch),
-                    )  # fmt: skip
+                    model, claim = session.spec.name, Claim(session.epoch)
+                    ask = Ask(session.name, self.sender, model, {}, session.stays, claim)
+                    grant = await self._directory.open(ask)
                     name = grant.owner.name
                     session.epoch, session.owner = grant.epoch, name
                     outbox = await self._outbox(grant.owner)
                     at, state = session.restore_point()
-                    ask = Open(grant.epoch, session.name, state, at, rewind=session.rewind, acked=session.acked)
-                    await outbox.open(session, ask)
+                    opening = Open(grant.epoch, session.name, state, at, rewind=session.rewind, acked=session.acked)
+                    await outbox.open(session, opening)
                 except StateLost:
                     is_lost = True
                 except (Unavailable, TooManySessions):  # for now: replicas and the directory start again
