@@ -181,7 +181,7 @@ async def report_idle_owners(directory: RayDirectory) -> None:
     while True:
         await asyncio.sleep(LEASE_S / 4)
         for number in range(IDLE_OWNERS):
-            await directory.report(f"idle-{number}", [])
+            await directory.report(f"idle-{number}", [], {})
 
 
 async def fail_over(moving: int) -> dict[str, float]:

@@ -512,7 +512,7 @@ class Replica:
 
     async def _report(self) -> None:
         try:
-            await self.registration.renew(self.engine.stats.take_ended())
+            await self.registration.renew(self.engine.stats.take_ended(), dict(self.engine.stats.ends))
             self._answer()
         except LockstepError:
             pass

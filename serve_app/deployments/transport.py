@@ -17,7 +17,7 @@ from serve_app.config import DurabilityConfig
 from serve_app.deployments.directory_actor import OPENS, DirectoryActor
 from serve_app.deployments.frame_channel import FrameChannel
 from serve_app.deployments.messages import CallChannel
-from serve_app.directory import Ask, Described, Grant, Owner, Record, Slab
+from serve_app.directory import Ask, Described, Grant, Owner, Record, SessionStatistics, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.ingress.outbox import Channel
 from serve_app.ingress.together import Together
@@ -105,6 +105,10 @@ class RayDirectory:
         """See DirectoryClient."""
         return await _result(self.actor.models.remote())
 
+    async def statistics(self) -> dict[str, SessionStatistics]:
+        """See DirectoryClient."""
+        return await _result(self.actor.statistics.remote())
+
     async def register(self, owner: Owner, durability: DurabilityConfig) -> int:
         """See Registry. Raises ConfigError where checkpoints cannot be kept as configured."""
         return await _result(self.actor.register.remote(owner, durability))
@@ -125,9 +129,9 @@ class RayDirectory:
         """See Directory.unload."""
         return await _result(self.actor.unload.remote(model, gone=gone))
 
-    async def report(self, owner: str, ended: list[int]) -> tuple[int, bool]:
+    async def report(self, owner: str, ended: list[int], ends: dict[str, int]) -> tuple[int, bool]:
         """See Registry."""
-        return await _result(self.actor.report.remote(owner, ended))
+        return await _result(self.actor.report.remote(owner, ended, ends))
 
     async def lookup(self, session: str) -> Record:
         """Who holds a session."""
