@@ -28,7 +28,7 @@ from serve_app.app import build
 from serve_app.checkpoint import Checkpoint, encode_checkpoint
 from serve_app.config import DurabilityConfig
 from serve_app.deployments.transport import SERVE_NAMESPACE, RayDirectory
-from serve_app.directory import Claim, Grant, Held, Owner
+from serve_app.directory import Ask, Grant, Held, Owner
 from serve_app.ingress.hub import Hub
 from serve_app.lease import LEASE_S
 from serve_app.session import Session
@@ -107,7 +107,7 @@ class Caller:
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _open(self, name: str, *, resumable: bool = False) -> Grant:
-        return await self._directory.open(name, self._name, IDLE.name, {}, resumable=resumable)
+        return await self._directory.open(Ask(name, self._name, IDLE.name, {}, resumable))
 
 
 def start_caller(number: int) -> Any:
@@ -122,19 +122,10 @@ class TimedDirectory(RayDirectory):
         super().__init__(app)
         self.took_s: list[float] = []
 
-    async def open(
-        self,
-        session: str,
-        sender: str,
-        model: str | None,
-        ended: dict[str, list[int]],
-        *,
-        resumable: bool = False,
-        claim: Claim | None = None,
-    ) -> Grant:
+    async def open(self, ask: Ask) -> Grant:
         """See RayDirectory."""
         began = time.monotonic()
-        grant = await super().open(session, sender, model, ended, resumable=resumable, claim=claim)
+        grant = await super().open(ask)
         self.took_s.append(time.monotonic() - began)
         return grant
 
@@ -190,7 +181,7 @@ async def report_idle_owners(directory: RayDirectory) -> None:
     while True:
         await asyncio.sleep(LEASE_S / 4)
         for number in range(IDLE_OWNERS):
-            await directory.report(f"idle-{number}", [])
+            await directory.report(f"idle-{number}", [], {})
 
 
 async def fail_over(moving: int) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The client for programs without an event loop: the same sessions, run by a thread in the background."""
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
@@ -37,9 +38,14 @@ class BlockingClient:
         initial_state: Sequence[np.ndarray] | None = None,
         *,
         checkpoint: bytes | None = None,
+        priority: int = 0,
+        max_wait_s: float = math.inf,
     ) -> "BlockingSession":
         """See Client.open."""
-        opened = self.run(self._client.open(session, model, initial_state, checkpoint=checkpoint))
+        opening = self._client.open(
+            session, model, initial_state, checkpoint=checkpoint, priority=priority, max_wait_s=max_wait_s
+        )
+        opened = self.run(opening)
         return BlockingSession(self, opened)
 
     def models(self) -> dict[str, ModelSpec]:

@@ -1,5 +1,6 @@
 """The way to a Lockstep application: `connect` gives a client, the client opens sessions."""
 
+import math
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol
@@ -7,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from clients.session import Session
+from serve_app.directory import Turn
 from serve_app.session import Session as Line
 from serve_app.spec import ModelSpec
 
@@ -20,6 +22,7 @@ class Transport(Protocol):
         model: str | None,
         initial_state: Sequence[np.ndarray] | None,
         checkpoint: bytes | None,
+        turn: Turn,
     ) -> Line:
         """Open a session there."""
         ...
@@ -46,15 +49,20 @@ class Client:
         initial_state: Sequence[np.ndarray] | None = None,
         *,
         checkpoint: bytes | None = None,
+        priority: int = 0,
+        max_wait_s: float = math.inf,
     ) -> Session:
         """Open a session: its id (None: a new one), the model (None: the only one), and a state to start from.
 
         initial_state: the tensors of the model's state, in its order and shaped as for a batch of 1. checkpoint: what
-        `Session.export` gave; the session goes on from it, its first timestep is the one after those it has. Raises
-        SessionExists, UnknownModel, TooManySessions, InvalidInput, Unavailable, StateLost (a checkpoint that is
-        damaged, or of other options, weights or dtypes than those served).
+        `Session.export` gave; the session goes on from it, its first timestep is the one after those it has. Where all
+        replicas are full it waits, if the application lets sessions wait, `max_wait_s` at most; those of the highest
+        `priority`, 1, go first (0: the application's default). Raises SessionExists, UnknownModel, TooManySessions,
+        TimedOut (it has waited too long), InvalidInput, Unavailable, StateLost (a checkpoint that is damaged, or of
+        other options, weights or dtypes than those served).
         """
-        return Session(await self._transport.open(session, model, initial_state, checkpoint))
+        turn = Turn(priority, max_wait_s)
+        return Session(await self._transport.open(session, model, initial_state, checkpoint, turn))
 
     async def models(self) -> dict[str, ModelSpec]:
         """The models that are served, by name."""

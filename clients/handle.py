@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from serve_app.deployments.transport import RayDirectory
+from serve_app.directory import Turn
 from serve_app.ingress.hub import Hub
 from serve_app.session import Session
 from serve_app.spec import ModelSpec
@@ -23,9 +24,10 @@ class HandleTransport:
         model: str | None,
         initial_state: Sequence[np.ndarray] | None,
         checkpoint: bytes | None,
+        turn: Turn,
     ) -> Session:
         """See Transport."""
-        return await self._hub.open(session, model, initial_state, checkpoint=checkpoint)
+        return await self._hub.open(session, model, initial_state, checkpoint=checkpoint, turn=turn)
 
     async def models(self) -> dict[str, ModelSpec]:
         """See Transport."""

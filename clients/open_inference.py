@@ -1,6 +1,7 @@
 """Sessions over the Open Inference Protocol: sequences on one gRPC stream, which all sessions of a client share."""
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from uuid import uuid4
 import grpc
 import numpy as np
 
+from serve_app.directory import Turn
 from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownModel, from_wire
 from serve_app.frame import ABORT, NO_CLOSE
 from serve_app.ingress.oip import DATATYPES, DTYPES
@@ -46,16 +48,22 @@ class OpenInferenceTransport:
         model: str | None,
         initial_state: Sequence[np.ndarray] | None,
         checkpoint: bytes | None,
+        turn: Turn,
     ) -> Session:
         """See Transport. Raises InvalidInput for a state to start from, which the protocol has no place for."""
         if initial_state is not None or checkpoint is not None:
             raise InvalidInput(
                 "a session over grpc:// has no initial_state or checkpoint: open it over ws:// or by handle"
             )
+        if turn.max_wait_s < math.inf:
+            raise InvalidInput("a session over grpc:// has no max_wait_s: open it over ws:// or by handle")
         spec = await self._spec(model or await self._only_model())
         if self._stream is None or self._stream.is_over:
             self._stream = SequenceStream(self._stub.ModelStreamInfer(metadata=self._metadata), self._address)
-        return Session(session or uuid4().hex, spec, SessionLimits(), self._stream)
+        opened = Session(session or uuid4().hex, spec, SessionLimits(), self._stream)
+        if turn.priority:
+            self._stream.priorities[opened.name] = turn.priority
+        return opened
 
     async def models(self) -> dict[str, ModelSpec]:
         """See Transport."""
@@ -107,6 +115,8 @@ class SequenceStream:
         self._requests: asyncio.Queue[pb.ModelInferRequest] = asyncio.Queue()
         self._asked: dict[str, _Asked] = {}
         self._started: dict[str, Session] = {}
+        #: Of sessions that have not started yet, where it is not the usual one.
+        self.priorities: dict[str, int] = {}
         self._last = 0
         self._tasks = [asyncio.create_task(self._send()), asyncio.create_task(self._receive())]
 
@@ -162,6 +172,9 @@ class SequenceStream:
         request.parameters["sequence_id"].string_param = session.name
         request.parameters["sequence_start"].bool_param = session.name not in self._started
         request.parameters["sequence_end"].bool_param = ends
+        request.parameters["sequence_notice"].bool_param = session.name not in self._started
+        if priority := self.priorities.pop(session.name, 0):
+            request.parameters["priority"].int64_param = priority
         return request
 
     async def _send(self) -> None:
@@ -181,6 +194,11 @@ class SequenceStream:
 
     def _take(self, response: pb.ModelStreamInferResponse) -> None:
         infer = response.infer_response
+        if "sequence_ended" in infer.parameters:
+            ended = self._started.pop(infer.parameters["sequence_id"].string_param, None)
+            if ended is not None:
+                ended.notice("ended", None, infer.parameters["sequence_ended"].string_param, ended.progress)
+            return
         session, start, end, ends = self._asked.pop(infer.id)
         if response.error_message:
             code = infer.parameters["error"].string_param

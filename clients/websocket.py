@@ -15,6 +15,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.typing import Subprotocol
 
 from clients import http
+from serve_app.directory import USUAL, Turn
 from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownSession, from_wire
 from serve_app.frame import ABORT, NO_CLOSE
 from serve_app.ingress.codec import MSGPACK, Message, read_model, read_session, read_timing
@@ -45,11 +46,12 @@ class WebSocketTransport:
         model: str | None,
         initial_state: Sequence[np.ndarray] | None,
         checkpoint: bytes | None,
+        turn: Turn,
     ) -> Session:
         """See Transport."""
         opened = await open_websocket(
             self._address, session=session, model=model, initial_state=initial_state, checkpoint=checkpoint,
-            resume_within_s=self._resume_within_s,
+            resume_within_s=self._resume_within_s, turn=turn,
         )  # fmt: skip
         if isinstance(opened.carrier, WebSocketCarrier):
             self._carriers.add(opened.carrier)
@@ -74,6 +76,7 @@ async def open_websocket(
     initial_state: Sequence[np.ndarray] | None = None,
     checkpoint: bytes | None = None,
     resume_within_s: float | None = None,
+    turn: Turn = USUAL,
 ) -> Session:
     """Open a session at an address like ws://host:8000, with a path where the ingress has one.
 
@@ -87,8 +90,9 @@ async def open_websocket(
         first["initial_state"] = [np.asarray(array) for array in initial_state]
     if checkpoint is not None:
         first["checkpoint"] = checkpoint
+    asked = {"priority": str(turn.priority), "max_wait_s": str(turn.max_wait_s)} if turn != USUAL else {}
     websocket, opened = await _connect(
-        address, first, session=session, model=model, resumable="true", **dict.fromkeys(first, "true")
+        address, first, session=session, model=model, resumable="true", **asked, **dict.fromkeys(first, "true")
     )
     name, spec, limits = read_session(opened)
     carrier = WebSocketCarrier(websocket, address, resume_within_s)

@@ -74,9 +74,15 @@ class SessionConfig:
     `max_window_timesteps`: timesteps accepted and not yet acknowledged. `nan`: what becomes of a segment with NaN or
     infinity in it. `checkpoint_timesteps`: after so many timesteps a session's state goes to where it comes from, with
     the outputs, so that it can go on elsewhere if its replica dies (0: never).
+    `max_wait_s`: a new session for which all replicas of the model are full waits so long (0: it is refused at once),
+    with `max_waiting` of the model at most; those of the highest priority, which is 1, go first. `default_priority`: of
+    those that say none.
     """
 
     max_sessions: int = 16384
+    max_wait_s: float = 0.0
+    max_waiting: int = 1024
+    default_priority: int = 1
     max_segment_timesteps: int = 1024
     max_window_timesteps: int = 4096
     idle_timeout_s: float = 300.0
@@ -84,8 +90,9 @@ class SessionConfig:
     checkpoint_timesteps: int = 100
 
     def __post_init__(self) -> None:
-        _at_least("session", self, 0, "checkpoint_timesteps")
+        _at_least("session", self, 0, "checkpoint_timesteps", "max_wait_s")
         _at_least("session", self, 1, "max_sessions", "max_segment_timesteps", "max_window_timesteps")
+        _at_least("session", self, 1, "max_waiting", "default_priority")
         if self.idle_timeout_s <= 0:
             raise ConfigError(f"session.idle_timeout_s is {self.idle_timeout_s}, it must be more than 0")
         if self.max_segment_timesteps > self.max_window_timesteps:

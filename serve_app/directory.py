@@ -6,8 +6,9 @@ Of resumable sessions it knows too of which a checkpoint is kept: those outlive 
 
 import heapq
 import math
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from serve_app.checkpoint_store import key_of
@@ -17,6 +18,7 @@ from serve_app.errors import (
     NotOwner,
     SessionExists,
     StateLost,
+    TimedOut,
     TooManySessions,
     Unavailable,
     UnknownModel,
@@ -24,7 +26,10 @@ from serve_app.errors import (
 )
 from serve_app.lease import LEASE_S, MARGIN_S
 from serve_app.policy.placement import choose_owner
+from serve_app.policy.session_queue import ASK_AGAIN_S, NO_QUEUE, QueueLimits, SessionQueue, retry_after_s
 from serve_app.spec import ModelSpec, SessionLimits
+
+FREED_KEPT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +37,7 @@ class Owner:
     """A replica that takes sessions. `address` is how senders reach it, `max_bytes` what a frame to it may hold.
 
     checkpoints: it sends states with its outputs, from which a session can go on elsewhere. models: all that its
-    application serves, whether their replicas run or not.
+    application serves, whether their replicas run or not. queue: of sessions of its model that find no place.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Owner:
     max_bytes: int
     checkpoints: bool = False
     models: tuple[str, ...] = ()
+    queue: QueueLimits = NO_QUEUE
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +99,54 @@ class Claim(NamedTuple):
     fingerprint: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a new session says for the case that no place is free. Raises InvalidInput.
+
+    `priority`: from 1, the highest (0: the model's default). `max_wait_s`: if that is less than what the model allows.
+    """
+
+    priority: int = 0
+    max_wait_s: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.priority < 0 or not self.max_wait_s >= 0:
+            raise InvalidInput(
+                f"priority is {self.priority} and max_wait_s {self.max_wait_s}, expected a whole number from 1 on, the "
+                "highest, and seconds from 0 on"
+            )
+
+
+USUAL = Turn()
+
+
 class Ask(NamedTuple):
-    """What `Directory.open` is asked. `ended`: epochs, by owner, that the sender has seen end before."""
+    """What `Directory.open` is asked. `ended`: epochs, by owner, that the sender has seen end before.
+
+    turn, waited_s: of a new session; what it says for the case that no place is free, and how long it has waited.
+    """
 
     session: str
     sender: str
     model: str | None
     ended: Mapping[str, Collection[int]]
-    resumable: bool
-    claim: Claim | None
+    resumable: bool = False
+    claim: Claim | None = None
+    turn: Turn = USUAL
+    waited_s: float = 0.0
+
+
+class SessionStatistics(NamedTuple):
+    """Of the sessions of a model: how many are open, and wait to be, now; the others since the directory started.
+
+    refused: by error, those that found no place; ended: by reason, as owners say it.
+    """
+
+    open: int
+    waiting: int
+    opened: int
+    refused: Mapping[str, int]
+    ended: Mapping[str, int]
 
 
 class Held(NamedTuple):
@@ -113,6 +158,17 @@ class Held(NamedTuple):
 
 Slab = Mapping[str, tuple[Held, bytes]]
 """Checkpoints of many sessions, as `serve_app.checkpoint` encodes them."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Of a model. freed: when places for sessions last became free; ends: of each owner there was, ends by reason."""
+
+    queue: SessionQueue = field(default_factory=SessionQueue)
+    freed: deque[float] = field(default_factory=lambda: deque(maxlen=FREED_KEPT))
+    opened: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    ends: dict[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 class Directory:
@@ -133,6 +189,7 @@ class Directory:
         self._suspects: set[str] = set()  # owners that somebody cannot reach, until they are heard of
         self._asked_at = self._awake_since = -math.inf
         self._unloaded: dict[str, bool] = {}  # models, and whether their owners are gone
+        self._tallies: dict[str, _Tally] = {}  # by model
         self._sessions: dict[str, Record] = {}
         self._held: dict[str | None, dict[int, str]] = {None: {}}  # by owner: epoch -> session
         self._kept: set[str] = set()  # keys
@@ -146,6 +203,7 @@ class Directory:
         if all(other.spec.name != owner.spec.name for other in self._owners.values()):
             self.load(owner.spec.name)
         self._owners[owner.name] = owner
+        self._tallies.setdefault(owner.spec.name, _Tally())
         self._held.setdefault(owner.name, {})
         self.heard(owner.name)
 
@@ -206,12 +264,15 @@ class Directory:
         *,
         resumable: bool = False,
         claim: Claim | None = None,
+        turn: Turn = USUAL,
+        waited_s: float = 0.0,
     ) -> Grant:
         """Place a new session, or one that goes on elsewhere: whose `claim` is of the last epoch there is.
 
         Raises SessionExists, NotOwner (another has gone on with it), UnknownModel, InvalidInput (there are several
-        models, and none is named), StateLost (no replica has the model that the claim's state is of), TooManySessions,
-        Unavailable (no owner yet).
+        models, and none is named), StateLost (no replica has the model that the claim's state is of), Unavailable (no
+        owner yet), TooManySessions (details: ask_again_s where a new session may wait: to be asked for again after
+        that; else retry_after_s), TimedOut (it has waited too long).
         """
         record = self._sessions.get(session)
         is_new = claim is None or claim.epoch == NEW
@@ -230,6 +291,10 @@ class Directory:
             raise Unavailable(f"model {unloaded.pop()!r} is unloaded: load it before a session starts")
         load = {name: len(self._held[name]) for name in serving}
         limits = {name: owner.max_sessions for name, owner in serving.items()}
+        if is_new:
+            self._line_up(
+                (session, sender), serving, sum(max(0, limits[name] - load[name]) for name in load), turn, waited_s
+            )
         target = self._targets.pop(session, "")
         if load.get(target, math.inf) < limits.get(target, 0):
             chosen: str | None = target
@@ -245,7 +310,36 @@ class Directory:
         if claim is not None and not claim.fingerprint:
             since = record.since if record is not None and record.epoch == claim.epoch else claim.epoch
         self._put(session, Record(self._last_epoch, chosen, sender, since, resumable))
+        self._tallies[serving[chosen].spec.name].opened += is_new
         return Grant(session, self._last_epoch, serving[chosen])
+
+    def _line_up(
+        self, who: tuple[str, str], serving: Mapping[str, Owner], num_free: int, turn: Turn, waited_s: float
+    ) -> None:
+        """See `open`: raises unless one of the free places is for this session."""
+        one = next(iter(serving.values()))
+        limits, tally = one.queue, self._tallies[one.spec.name]
+        ahead = tally.queue.ask(who, turn.priority or limits.default_priority, waited_s, self._now) - num_free
+        if ahead < 0:
+            tally.queue.leave(who)
+            return
+        max_wait_s = min(limits.max_wait_s, turn.max_wait_s)
+        num_open = sum(len(self._held[name]) for name in serving)
+        text = f"{num_open} sessions are open, all that the replicas take"
+        if waited_s < max_wait_s and ahead < limits.max_waiting:
+            ask_again_s = min(ASK_AGAIN_S, max_wait_s - waited_s)
+            raise TooManySessions(f"{text}, and {ahead} wait before this one", ask_again_s=ask_again_s)
+        tally.queue.leave(who)
+        error: type[LockstepError] = TooManySessions
+        if waited_s >= max_wait_s > 0:
+            error, text = TimedOut, f"the session has waited {waited_s:.1f} s for a place, and {text}"
+        elif max_wait_s > 0:
+            text += f", and {limits.max_waiting} wait, all that session.max_waiting allows"
+        tally.refused[error.code] += 1
+        raise error(
+            f"{text}: try again later, or raise session.max_sessions or replicas",
+            retry_after_s=retry_after_s(tally.freed, ahead, self._now),
+        )
 
     def attach(self, session: str, sender: str) -> tuple[Grant, int]:
         """Let a sender go on with a session at its owner, under a new epoch; and the old one.
@@ -433,6 +527,21 @@ class Directory:
         self._unloaded[model] = gone
         return sum(len(self._held[owner.name]) for owner in self._owners.values() if owner.spec.name == model)
 
+    def tell_ends(self, owner: str, ends: Mapping[str, int]) -> None:
+        """So many sessions have ended at an owner since it started, by reason."""
+        if owner in self._owners:
+            self._tallies[self._owners[owner].spec.name].ends[owner] = ends
+
+    def statistics(self) -> dict[str, SessionStatistics]:
+        """Of each model that has, or had, an owner."""
+        found = {}
+        for model, tally in self._tallies.items():
+            tally.queue.forget_gone(self._now)
+            num_open = sum(len(self._held[owner.name]) for owner in self._owners.values() if owner.spec.name == model)
+            ended = sum((Counter(ends) for ends in tally.ends.values()), Counter[str]())
+            found[model] = SessionStatistics(num_open, len(tally.queue), tally.opened, dict(tally.refused), dict(ended))
+        return found
+
     def num_sessions(self) -> dict[str, int]:
         """Sessions of each owner."""
         return {owner: len(held) for owner, held in self._held.items() if owner is not None}
@@ -493,5 +602,7 @@ class Directory:
         record = self._sessions.pop(session)
         self._targets.pop(session, None)
         del self._held[record.owner][record.epoch]
+        if record.owner in self._owners:
+            self._tallies[self._owners[record.owner].spec.name].freed.append(self._now)
         self._kept.discard(key := key_of(session))
         self._waiting.pop(key, None)

@@ -11,7 +11,8 @@ LockstepError
 ├── Rewound                 sent before the client knew of a failed step; details: expected, rewind
 ├── StepFailed              the model failed on a batch with this session in it; details: expected, rewind
 ├── InferenceFailed         a stateless model failed on this request
-├── TimedOut                a request to a stateless model has waited too long; nothing was run
+├── TimedOut                a session, or a request to a stateless model, has waited too long; nothing was run
+├── TooLate                 an answer was not there within the time that the request gives; its timesteps run
 ├── NotOwner                this replica does not hold the session (any more)
 ├── StateLost               the replica with the session's state is gone
 ├── Overloaded              a bound is reached; try again later
@@ -24,6 +25,7 @@ LockstepError
 The edges (HTTP, WebSocket, gRPC) look the codes up here; there is no other table.
 """
 
+import math
 from typing import Any, ClassVar
 
 
@@ -42,6 +44,11 @@ class LockstepError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.message, self.details)
+
+    @property
+    def retry_after_s(self) -> int:
+        """When to try again what can be tried again."""
+        return math.ceil(float(self.details.get("retry_after_s", 1)))
 
     def to_wire(self) -> dict[str, Any]:
         """The error as JSON values; `from_wire` is the inverse."""
@@ -94,6 +101,10 @@ class InferenceFailed(LockstepError):
 
 class TimedOut(LockstepError):
     code, http, grpc, retry = "timed_out", 504, "DEADLINE_EXCEEDED", True
+
+
+class TooLate(LockstepError):
+    code, http, grpc = "too_late", 504, "DEADLINE_EXCEEDED"
 
 
 class NotOwner(LockstepError):

@@ -9,14 +9,15 @@ from typing import Any, TypeVar
 from serve_app import lease
 from serve_app.config import AppConfig
 from serve_app.deployments.directory_actor import DirectoryActor
-from serve_app.directory import Ask, Claim, Described, Directory, Grant, Owner, Slab
+from serve_app.directory import Ask, Described, Directory, Grant, Owner, SessionStatistics, Slab
 from serve_app.engine.async_engine import AsyncEngine
-from serve_app.engine.engine import Engine
+from serve_app.engine.engine import Engine, spare_rows_of
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.frame import Answer, Frame
 from serve_app.ingress.hub import Hub
 from serve_app.ingress.outbox import Channel
 from serve_app.models.interface import RecurrentModel
+from serve_app.policy.session_queue import QueueLimits
 from serve_app.spec import ModelSpec, SessionLimits
 
 T = TypeVar("T")
@@ -50,14 +51,15 @@ class LocalCluster:
     def add(self, model: RecurrentModel, config: AppConfig | None = None) -> None:
         """One more owner; of another model where it has a configuration of its own."""
         config, name = config or self._config, f"owner-{len(self.engines)}"
-        engine = self.engines[name] = Engine(model, config, name)
+        engine = self.engines[name] = Engine(model, config, name, spare_rows=spare_rows_of(config.session.max_sessions))
         self._running[name] = AsyncEngine(engine)
         session = config.session
         limits = SessionLimits(session.max_segment_timesteps, session.max_window_timesteps, session.nan == "refuse")
         checkpoints = session.checkpoint_timesteps > 0
         self.owners[name] = Owner(
-            name, name, engine.spec, limits, session.max_sessions, config.frame.max_bytes, checkpoints
-        )
+            name, name, engine.spec, limits, session.max_sessions, config.frame.max_bytes, checkpoints,
+            queue=QueueLimits(session.max_waiting, session.max_wait_s, session.default_priority),
+        )  # fmt: skip
         self.directory.register(self.owners[name])
 
     @property
@@ -85,18 +87,9 @@ class LocalCluster:
             if owner not in self.stopped:
                 self.directory.heard(owner)
 
-    async def open(
-        self,
-        session: str,
-        sender: str,
-        model: str | None,
-        ended: dict[str, list[int]],
-        *,
-        resumable: bool = False,
-        claim: Claim | None = None,
-    ) -> Grant:
+    async def open(self, ask: Ask) -> Grant:
         self._report()
-        (opened,) = await self.actor.open([Ask(session, sender, model, ended, resumable, claim)])
+        (opened,) = await self.actor.open([ask])
         if isinstance(opened, LockstepError):
             raise opened
         return opened
@@ -131,6 +124,11 @@ class LocalCluster:
 
     async def migrate(self, session: str, to: str | None) -> Grant:
         return await self.actor.migrate(session, to)
+
+    async def statistics(self) -> dict[str, SessionStatistics]:
+        for name, engine in self.engines.items():
+            await self.actor.report(name, engine.stats.take_ended(), dict(engine.stats.ends))
+        return await self.actor.statistics()
 
     async def models(self) -> dict[str, ModelSpec]:
         self._report()

@@ -25,7 +25,7 @@ from serve_app.checkpoint_store import MemoryStore, key_of
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.deployments.directory_actor import DirectoryActor
 from serve_app.deployments.registration import Registration
-from serve_app.directory import Ask, Claim, Directory, Grant, Owner
+from serve_app.directory import Ask, Directory, Grant, Owner
 from serve_app.engine.engine import Engine
 from serve_app.errors import LockstepError, StateLost, StepFailed, Unavailable
 from serve_app.frame import Answer, Frame
@@ -512,7 +512,7 @@ class Replica:
 
     async def _report(self) -> None:
         try:
-            await self.registration.renew(self.engine.stats.take_ended())
+            await self.registration.renew(self.engine.stats.take_ended(), dict(self.engine.stats.ends))
             self._answer()
         except LockstepError:
             pass
@@ -577,17 +577,7 @@ class Ingress:
             raise AttributeError(method)
         return partial(self.world.ask, self.name, method)
 
-    async def open(
-        self,
-        session: str,
-        sender: str,
-        model: str | None,
-        ended: dict[str, list[int]],
-        *,
-        resumable: bool = False,
-        claim: Claim | None = None,
-    ) -> Grant:
-        ask = Ask(session, sender, model, ended, resumable, claim)
+    async def open(self, ask: Ask) -> Grant:
         (opened,) = await self.world.ask(self.name, "open", [ask])
         if isinstance(opened, LockstepError):
             raise opened

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import pickle
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
@@ -14,13 +15,15 @@ from serve_app import lease
 from serve_app.checkpoint import decode_checkpoint
 from serve_app.checkpoint_store import CheckpointStore, key_of, open_store
 from serve_app.config import DurabilityConfig
+from serve_app.deployments.directory_metrics import DirectoryMetrics
 from serve_app.deployments.messages import CallServer, Codec, is_listening
-from serve_app.directory import Ask, Described, Directory, Grant, Owner, Record, Slab
+from serve_app.directory import Ask, Described, Directory, Grant, Owner, Record, SessionStatistics, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.spec import ModelSpec
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
+PUBLISH_EVERY_S = 1.0
 
 
 OPENS: Codec[Sequence[Ask], Sequence[Grant | LockstepError]] = Codec(
@@ -41,6 +44,8 @@ class DirectoryActor:
         self._storing = asyncio.Lock()
         self._listening: asyncio.Task[str] | None = None
         self._drops: set[asyncio.Task[None]] = set()
+        self._metrics = DirectoryMetrics()
+        self._published_at = -math.inf
 
     async def register(self, owner: Owner, durability: DurabilityConfig) -> int:
         """See Registry, Directory.register; first, open the store unless it is open. A new actor learns of it so."""
@@ -105,11 +110,15 @@ class DirectoryActor:
         await self._recall([session])
         return self._directory.migrate(session, to)
 
-    async def report(self, owner: str, ended: list[int]) -> tuple[int, bool]:
+    async def report(self, owner: str, ended: list[int], ends: dict[str, int]) -> tuple[int, bool]:
         """See Registry."""
         self._directory.tick(now := lease.now())
         self._drop(self._directory.ended(owner, ended))
+        self._directory.tell_ends(owner, ends)
         self._drop(self._directory.expire(now))
+        if now - self._published_at > PUBLISH_EVERY_S:
+            self._published_at = now
+            self._metrics.publish(self._directory.statistics())
         return self._directory.incarnation, self._directory.heard(owner)
 
     async def lost(self, owner: str) -> None:
@@ -131,6 +140,11 @@ class DirectoryActor:
         """See Directory.models."""
         self._directory.tick(lease.now())
         return self._directory.models()
+
+    async def statistics(self) -> dict[str, SessionStatistics]:
+        """See Directory.statistics."""
+        self._directory.tick(lease.now())
+        return self._directory.statistics()
 
     async def unloaded(self) -> dict[str, bool]:
         """See Directory.unloaded."""
@@ -173,7 +187,10 @@ class DirectoryActor:
         try:
             if ask.claim is not None:
                 await self._recall([ask.session])
-            return self._directory.open(ask.session, ask.sender, ask.model, resumable=ask.resumable, claim=ask.claim)
+            return self._directory.open(
+                ask.session, ask.sender, ask.model,
+                resumable=ask.resumable, claim=ask.claim, turn=ask.turn, waited_s=ask.waited_s,
+            )  # fmt: skip
         except LockstepError as error:
             return error
 

@@ -22,6 +22,7 @@ from serve_app.engine.build import build_engine
 from serve_app.errors import InvalidInput, LockstepError, UnknownSession
 from serve_app.ingress.hub import Hub
 from serve_app.lease import Lease
+from serve_app.policy.session_queue import QueueLimits
 from serve_app.segment import Outputs, Segment
 from serve_app.spec import SessionLimits
 
@@ -65,6 +66,7 @@ class Recurrent:
             max_bytes=config.frame.max_bytes,
             checkpoints=session.checkpoint_timesteps > 0,
             models=models,
+            queue=QueueLimits(session.max_waiting, session.max_wait_s, session.default_priority),
         )
         self._registration = Registration(self._directory, self._owner, config.durability, lease, self._serving.fence)
         await self._registration.register()
@@ -156,7 +158,8 @@ class Recurrent:
         while not _is_stopping():
             try:
                 self._metrics.publish(self._engine)
-                await self._registration.renew(self._engine.stats.take_ended())
+                stats = self._engine.stats
+                await self._registration.renew(stats.take_ended(), dict(stats.ends))
             except LockstepError as error:
                 logger.warning("the directory does not answer, trying again: %s", error)
             await asyncio.sleep(REPORT_PERIOD_S)

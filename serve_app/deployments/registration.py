@@ -25,8 +25,11 @@ class Registry(Protocol):
         """The owner takes nothing any more."""
         ...
 
-    async def report(self, owner: str, ended: list[int]) -> tuple[int, bool]:
-        """The owner is alive, and these sessions have ended; the incarnation, and whether it knows the owner."""
+    async def report(self, owner: str, ended: list[int], ends: dict[str, int]) -> tuple[int, bool]:
+        """The owner is alive, these sessions have ended; the incarnation, and whether it knows the owner.
+
+        ends: how many have since the owner started, by reason.
+        """
         ...
 
     async def is_down(self) -> bool:
@@ -67,10 +70,13 @@ class Registration:
         if held:
             self._lease.renew(asked_at)
 
-    async def renew(self, ended: list[int]) -> None:
-        """Say that the owner lives, and which sessions have ended since. Raises Unavailable, keeping what was said."""
+    async def renew(self, ended: list[int], ends: dict[str, int]) -> None:
+        """Say that the owner lives, and which sessions have ended since. Raises Unavailable, keeping what was said.
+
+        ends: see Registry.report.
+        """
         self._ended += ended
-        asking = asyncio.ensure_future(self._renew())
+        asking = asyncio.ensure_future(self._renew(ends))
         try:
             while not (await asyncio.wait([asking], timeout=ANSWERED_WITHIN_S))[0]:
                 await self._go_on_alone()
@@ -86,9 +92,9 @@ class Registration:
         if self._lease.holds and await self._directory.is_down():
             self._lease.renew(asked_at)
 
-    async def _renew(self) -> None:
+    async def _renew(self, ends: dict[str, int]) -> None:
         asked_at, told = clock.now(), self._ended
-        incarnation, is_known = await self._directory.report(self._owner.name, told)
+        incarnation, is_known = await self._directory.report(self._owner.name, told, ends)
         self._ended = self._ended[len(told) :]
         if is_known:
             self._lease.renew(asked_at)

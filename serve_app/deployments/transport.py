@@ -17,7 +17,7 @@ from serve_app.config import DurabilityConfig
 from serve_app.deployments.directory_actor import OPENS, DirectoryActor
 from serve_app.deployments.frame_channel import FrameChannel
 from serve_app.deployments.messages import CallChannel
-from serve_app.directory import Ask, Claim, Described, Grant, Owner, Record, Slab
+from serve_app.directory import Ask, Described, Grant, Owner, Record, SessionStatistics, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.ingress.outbox import Channel
 from serve_app.ingress.together import Together
@@ -49,18 +49,9 @@ class RayDirectory:
         self._opens = Together(self._open_all)
         self._losses = Together(self._lose_all)
 
-    async def open(
-        self,
-        session: str,
-        sender: str,
-        model: str | None,
-        ended: dict[str, list[int]],
-        *,
-        resumable: bool = False,
-        claim: Claim | None = None,
-    ) -> Grant:
+    async def open(self, ask: Ask) -> Grant:
         """See DirectoryClient."""
-        opened = await self._opens.call(Ask(session, sender, model, ended, resumable, claim))
+        opened = await self._opens.call(ask)
         if isinstance(opened, LockstepError):
             raise opened
         return opened
@@ -114,6 +105,10 @@ class RayDirectory:
         """See DirectoryClient."""
         return await _result(self.actor.models.remote())
 
+    async def statistics(self) -> dict[str, SessionStatistics]:
+        """See DirectoryClient."""
+        return await _result(self.actor.statistics.remote())
+
     async def register(self, owner: Owner, durability: DurabilityConfig) -> int:
         """See Registry. Raises ConfigError where checkpoints cannot be kept as configured."""
         return await _result(self.actor.register.remote(owner, durability))
@@ -134,9 +129,9 @@ class RayDirectory:
         """See Directory.unload."""
         return await _result(self.actor.unload.remote(model, gone=gone))
 
-    async def report(self, owner: str, ended: list[int]) -> tuple[int, bool]:
+    async def report(self, owner: str, ended: list[int], ends: dict[str, int]) -> tuple[int, bool]:
         """See Registry."""
-        return await _result(self.actor.report.remote(owner, ended))
+        return await _result(self.actor.report.remote(owner, ended, ends))
 
     async def lookup(self, session: str) -> Record:
         """Who holds a session."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from serve_app.config import AppConfig
-from serve_app.engine.engine import Engine
+from serve_app.engine.engine import Engine, spare_rows_of
 from serve_app.engine.stats import Stats
 from serve_app.errors import LockstepError
 from serve_app.frame import ABORT, NO_CLOSE, Frame, Open
@@ -22,7 +22,7 @@ def build_engine(config: AppConfig, owner: str = "local") -> Engine:
     torch.set_num_threads(config.engine.threads)
     model = registry.load(config.model)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = getattr(model, "tf32", False)
-    engine = Engine(model, config, owner)
+    engine = Engine(model, config, owner, spare_rows=spare_rows_of(config.session.max_sessions))
     engine.prepare()
     _run_once(engine)
     return engine

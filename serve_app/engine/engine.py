@@ -44,7 +44,8 @@ class Engine:
     name another owner than `owner` are refused.
     """
 
-    def __init__(self, model: RecurrentModel, config: AppConfig, owner: str = "local") -> None:
+    def __init__(self, model: RecurrentModel, config: AppConfig, owner: str = "local", *, spare_rows: int = 0) -> None:
+        """spare_rows: for sessions beyond the limit (see `spare_rows_of`)."""
         self.owner = owner
         self._config = config
         device = choose_device(config.engine.device, model)
@@ -55,23 +56,23 @@ class Engine:
             if device.type == "cpu":
                 pack_weights(model)
         self._model = model
-        max_sessions = config.session.max_sessions
-        self._sessions = SessionTable(max_sessions, config.session.max_window_timesteps)
+        max_rows = config.session.max_sessions + spare_rows
+        self._sessions = SessionTable(max_rows, config.session.max_window_timesteps)
         max_batch_size = min(config.engine.max_batch_size, config.engine.slots)
         self._scheduler = Scheduler(
-            max_batch_size, step_timesteps(config.engine, device), max_sessions, config.engine.delay_target_s
+            max_batch_size, step_timesteps(config.engine, device), max_rows, config.engine.delay_target_s
         )
-        self._slots = SlotTable(config.engine.slots, max_sessions)
-        self._page_of = np.full(max_sessions, -1, np.int64)  # of evicted states, by row
+        self._slots = SlotTable(config.engine.slots, max_rows)
+        self._page_of = np.full(max_rows, -1, np.int64)  # of evicted states, by row
         self._pool = StatePool(model, config.engine.slots, device)
         together = 1 if device.type == "cpu" else max(1, max_batch_size // 4)
-        self._checkpoints = Checkpointer(self._pool, self._sessions, max_sessions, together)
+        self._checkpoints = Checkpointer(self._pool, self._sessions, max_rows, together)
         self._runner = make_runner(model, self._pool, config, device)
         self._flights: deque[_Flight] = deque()  # steps on their way
         self._in_flight = 0  # timesteps
         self._completed_at = 0.0  # the last step
-        self._inputs = TimestepStore([model.input.nbytes], max_sessions, compacts=False)
-        self._outputs = TimestepStore([spec.nbytes for spec in model.outputs.values()], max_sessions, compacts=True)
+        self._inputs = TimestepStore([model.input.nbytes], max_rows, compacts=False)
+        self._outputs = TimestepStore([spec.nbytes for spec in model.outputs.values()], max_rows, compacts=True)
         self._acked: tuple[np.ndarray, np.ndarray] | None = None  # rows, and what they hold: to be dropped
         self._mailboxes: dict[str, int] = {}
         self._mail: dict[int, Mailbox] = {}
@@ -555,6 +556,14 @@ class _Flight(NamedTuple):
     step: Step
     began: float
     launched_at: float
+
+
+def spare_rows_of(max_sessions: int) -> int:
+    """Rows for sessions whose place the directory has given to others, before the end of them has arrived here.
+
+    The sender of such a session has seen all of it; that it has rides on a frame of the next second.
+    """
+    return max(64, max_sessions // 8)
 
 
 def make_runner(model: RecurrentModel, pool: StatePool, config: AppConfig, device: torch.device) -> StepRunner:

@@ -12,6 +12,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from serve_app.directory import Turn
 from serve_app.errors import InvalidInput
 from serve_app.segment import Outputs, Timing
 from serve_app.session import Session
@@ -44,6 +45,17 @@ class Message:
         if type(value) is not int or value < 0:
             raise InvalidInput(f"{key} is {_describe(value)}, expected a whole number from 0 on")
         return value
+
+    def seconds(self, key: str) -> float:
+        """A duration, from 0 on; infinite without the key."""
+        value = self.values.get(key, math.inf)
+        if type(value) not in (int, float) or not value >= 0:
+            raise InvalidInput(f"{key} is {_describe(value)}, expected seconds from 0 on")
+        return float(value)
+
+    def turn(self) -> Turn:
+        """What a new session says for the case that no place is free."""
+        return Turn(self.number("priority") or 0, self.seconds("max_wait_s"))
 
     def text(self, key: str) -> str | None:
         """A short text; None without the key."""

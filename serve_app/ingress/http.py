@@ -32,6 +32,7 @@ from serve_app.ingress.codec import (
 )
 from serve_app.ingress.hub import Hub
 from serve_app.ingress.oip import InferenceServer
+from serve_app.ingress.presence import while_there
 from serve_app.ingress.websocket import converse
 from serve_app.segment import Outputs
 
@@ -78,6 +79,8 @@ class OpenBody(BaseModel):
     session: str | None = None
     model: str | None = None
     initial_state: list[Any] | None = None
+    priority: int | None = None
+    max_wait_s: float | None = None
 
 
 class OpenedBody(ModelBody, NumbersBody):
@@ -206,11 +209,12 @@ async def open_session(request: Request) -> Response:
     if int(request.headers.get("content-length", limit + 1)) > limit:
         limit = max_body(max((spec.state_bytes for spec in (await hub.models()).values()), default=0))
     message = await _read_message(request, limit, empty=True)
-    message.only("session", "model", "initial_state")
+    message.only("session", "model", "initial_state", "priority", "max_wait_s")
     name = message.text("session")
     if name is not None and "/" in name:
         raise InvalidInput(f"session {name!r} has a '/' in it, and would not fit into a path: choose another id")
-    session = await hub.open(name, message.text("model"), message.arrays("initial_state"))
+    opening = hub.open(name, message.text("model"), message.arrays("initial_state"), turn=message.turn())
+    session = await while_there(request, opening)
     return _answer(request, describe_session(session), 201)
 
 
@@ -406,7 +410,7 @@ def _answer(
 async def _on_error(request: Request, error: Exception, status: int | None = None) -> Response:
     assert isinstance(error, LockstepError)
     status = status or error.http
-    headers = {"Retry-After": "1"} if status in (429, 503) else None
+    headers = {"Retry-After": str(error.retry_after_s)} if status in (429, 503, 504) else None
     return _answer(request, {"error": error.to_wire()}, status, headers)
 
 

@@ -5,6 +5,7 @@ import contextvars
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Coroutine, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Protocol
 from uuid import uuid4
@@ -12,7 +13,7 @@ from uuid import uuid4
 import numpy as np
 
 from serve_app.checkpoint import decode_checkpoint
-from serve_app.directory import NEW, Claim, Described, Grant, Owner, Slab
+from serve_app.directory import NEW, USUAL, Ask, Claim, Described, Grant, Owner, SessionStatistics, Slab, Turn
 from serve_app.errors import (
     InvalidInput,
     LockstepError,
@@ -31,6 +32,7 @@ from serve_app.session import Session, State
 from serve_app.spec import ModelSpec
 
 MAX_REMEMBERED = 4096
+STOPPED = "this sender was stopped: open the session by another"
 MOVE_WITHIN_S = 60.0
 """A session whose owner is gone waits so long for another one."""
 RETRY_MOVE_S = 0.1
@@ -53,17 +55,8 @@ NOWHERE = Nowhere()
 class DirectoryClient(Protocol):
     """The directory, as seen from here."""
 
-    async def open(
-        self,
-        session: str,
-        sender: str,
-        model: str | None,
-        ended: dict[str, list[int]],
-        *,
-        resumable: bool = False,
-        claim: Claim | None = None,
-    ) -> Grant:
-        """A grant for a session. `ended`: epochs, by owner, that this side has seen end."""
+    async def open(self, ask: Ask) -> Grant:
+        """A grant for a session."""
         ...
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
@@ -110,6 +103,10 @@ class DirectoryClient(Protocol):
         """The models that are served."""
         ...
 
+    async def statistics(self) -> dict[str, SessionStatistics]:
+        """Of the sessions of each model."""
+        ...
+
     def connect(self, owner: Owner) -> Channel:
         """The way to an owner."""
         ...
@@ -141,13 +138,15 @@ class Hub:
         *,
         resumable: bool = False,
         checkpoint: bytes | None = None,
+        turn: Turn = USUAL,
     ) -> Session:
         """Open a session: `session` is its id (None: a new one), `initial_state` its tensors in the model's order.
 
         resumable: its client can come back for it, here or elsewhere. checkpoint: what `Session.export` gave, of a
-        session that this one goes on from. Raises SessionExists, UnknownModel, TooManySessions, InvalidInput (also
-        where several models are served, and none is named), Unavailable, StateLost (a checkpoint that is damaged, or of
-        a model that is not served).
+        session that this one goes on from. turn: whether and how it waits where no place is free; cancelled, it waits
+        no more. Raises SessionExists, UnknownModel, TooManySessions, TimedOut (it has waited too long), InvalidInput
+        (also where several models are served, and none is named), Unavailable, StateLost (a checkpoint that is damaged,
+        or of a model that is not served).
         """
         name = session or uuid4().hex
         at, claim = 0, None
@@ -159,8 +158,7 @@ class Hub:
             at, state, model = found.at, found.state, model or found.model
             claim = Claim(NEW, found.fingerprint)
         while True:
-            ended, self._ended = self._ended, {}
-            grant = await self._directory.open(name, self.sender, model, ended, resumable=resumable, claim=claim)
+            grant = await self._place(Ask(name, self.sender, model, {}, resumable, claim, turn))
             try:
                 return await self._open_at(grant, state, resumable, at)
             except StateLost:
@@ -170,18 +168,42 @@ class Hub:
                 self._ended.setdefault(grant.owner.name, []).append(grant.epoch)
                 raise
 
-    async def begin(self, name: str, model: str | None) -> Session:
+    async def begin(self, name: str, model: str | None, turn: Turn = USUAL) -> Session:
         """As `open`, without waiting for the owner: what is submitted goes there with the opening.
 
         What the owner refuses it with ends the session. Raises what the directory refuses it with.
         """
-        ended, self._ended = self._ended, {}
-        grant = await self._directory.open(name, self.sender, model, ended)
+        grant = await self._place(Ask(name, self.sender, model, {}, turn=turn))
         session, outbox = await self._session_at(grant)
         session.begin_at(0)
         self._take_in(session, grant.owner, resumable=False, kept=0)
         self._start(self._confirm(session, outbox.open(session, Open(grant.epoch, grant.session))))
         return session
+
+    async def _place(self, ask: Ask) -> Grant:
+        """The grant of a new session, when it is its turn. If this is cancelled then no place is taken."""
+        began = time.monotonic()
+        while True:
+            if self._stopped:
+                raise Unavailable(STOPPED)
+            ended, self._ended = self._ended, {}
+            ask = ask._replace(ended=ended, waited_s=time.monotonic() - began)
+            asking = asyncio.ensure_future(self._directory.open(ask))
+            try:
+                return await asyncio.shield(asking)
+            except asyncio.CancelledError:
+                self._start(self._give_back(asking))
+                raise
+            except TooManySessions as error:
+                if "ask_again_s" not in error.details:
+                    raise
+                ask_again_s = error.details["ask_again_s"]
+            await asyncio.sleep(ask_again_s)
+
+    async def _give_back(self, asking: Awaitable[Grant]) -> None:
+        with suppress(LockstepError):
+            grant = await asking
+            await self._directory.release(grant.session, grant.epoch)
 
     async def _confirm(self, session: Session, opening: Awaitable[Notice]) -> None:
         try:
@@ -246,7 +268,7 @@ class Hub:
             )
         claim = Claim(epoch, kept.fingerprint)
         while True:
-            grant = await self._directory.open(name, self.sender, kept.model, {}, resumable=True, claim=claim)
+            grant = await self._directory.open(Ask(name, self.sender, kept.model, {}, resumable=True, claim=claim))
             try:
                 return await self._restore_at(grant, kept.at, kept.state, acked, rewind)
             except LockstepError as error:
@@ -331,6 +353,10 @@ class Hub:
         """The models that can be asked for."""
         return await self._directory.models()
 
+    async def statistics(self) -> dict[str, SessionStatistics]:
+        """Of the sessions of each model, of all senders."""
+        return await self._directory.statistics()
+
     @property
     def num_sessions(self) -> int:
         """Sessions that this side holds."""
@@ -380,7 +406,7 @@ class Hub:
             if self._outboxes.get(owner.name) is outbox:  # others wait for the same
                 del self._outboxes[owner.name]
         if self._stopped:
-            raise Unavailable("this sender was stopped: open the session by another")
+            raise Unavailable(STOPPED)
         if outbox is None:
             channel = self._directory.connect(owner)
             forget, lost = partial(self._forget, owner.name), partial(self._lost, owner.name)
@@ -429,16 +455,15 @@ class Hub:
                     if is_lost:
                         await self._directory.lost(name)
                         is_lost = False
-                    grant = await self._directory.open(
-                        session.name, self.sender, session.spec.name, {},
-                        resumable=session.stays, claim=Claim(session.epoch),
-                    )  # fmt: skip
+                    model, claim = session.spec.name, Claim(session.epoch)
+                    ask = Ask(session.name, self.sender, model, {}, session.stays, claim)
+                    grant = await self._directory.open(ask)
                     name = grant.owner.name
                     session.epoch, session.owner = grant.epoch, name
                     outbox = await self._outbox(grant.owner)
                     at, state = session.restore_point()
-                    ask = Open(grant.epoch, session.name, state, at, rewind=session.rewind, acked=session.acked)
-                    await outbox.open(session, ask)
+                    opening = Open(grant.epoch, session.name, state, at, rewind=session.rewind, acked=session.acked)
+                    await outbox.open(session, opening)
                 except StateLost:
                     is_lost = True
                 except (Unavailable, TooManySessions):  # for now: replicas and the directory start again

@@ -151,7 +151,8 @@ class InferenceServer:
         names = [name] if name else sorted(await self._models())
         for each in names:
             await self._spec(each, version)
-        return [self._of(each).described(each) for each in names]
+        sessions = {each: found._asdict() for each, found in (await self._hub.statistics()).items()}
+        return [{**self._of(each).described(each), "session_stats": sessions.get(each, {})} for each in names]
 
     async def index(self, *, only_ready: bool) -> list[dict[str, str]]:
         """The models that are configured."""
@@ -231,7 +232,10 @@ class InferenceServer:
             )
         x, batched = _timesteps(inputs[0], spec)
         end = _flag(parameters, "sequence_end")
-        return Call(Request(model, sequence, start, end, x), spec, identity, wanted, batched, final, began_ns)
+        priority, timeout_s = _priority_and_timeout(parameters)
+        deadline = began_ns / 1e9 + timeout_s if timeout_s else math.inf
+        request = Request(model, sequence, start, end, x, priority, deadline, _flag(parameters, "sequence_notice"))
+        return Call(request, spec, identity, wanted, batched, final, began_ns)
 
     async def know(self, model: str) -> None:
         """Look the model up, if it is not known here yet. Raises Unavailable for one that is just starting."""
@@ -268,6 +272,8 @@ class InferenceServer:
             if isinstance(answer, LockstepError):
                 raise answer
             return answer
+        if call.request.notice:
+            raise InvalidInput("sequence_notice is set, and this call has one answer: leave it out, or use a stream")
         done: asyncio.Future[Result | LockstepError] = asyncio.get_running_loop().create_future()
 
         def reply(result: Result | LockstepError) -> None:
@@ -278,7 +284,11 @@ class InferenceServer:
             space.ask(call.request, reply)
         except LockstepError as error:
             reply(error)
-        answer = self.answer(call, await done)
+        try:
+            answer = self.answer(call, await done)
+        except asyncio.CancelledError:
+            space.give_up(call.request)
+            raise
         if isinstance(answer, LockstepError):
             raise answer
         return answer
@@ -428,14 +438,21 @@ def _rows(parameters: Parameters, tensors: Sequence[Input], spec: BatchedSpec) -
         if tensor.name in spec.inputs:
             _check_datatype(tensor, spec.inputs[tensor.name], spec.name)
         inputs[tensor.name] = read_tensor(tensor, f"input '{tensor.name}'")
-    priority, timeout = parameters.get("priority", 0), parameters.get("timeout", 0)
-    if type(priority) is not int or type(timeout) is not int:
-        raise InvalidInput(
-            f"priority is {priority!r} and timeout {timeout!r}, expected whole numbers, timeout in microseconds"
-        )
-    request = RowsRequest(inputs, priority or None, timeout / 1e6)
+    priority, timeout_s = _priority_and_timeout(parameters)
+    request = RowsRequest(inputs, priority or None, timeout_s)
     check_rows(request, spec)
     return request
+
+
+def _priority_and_timeout(parameters: Parameters) -> tuple[int, float]:
+    """What a request says of them, 0 where it says nothing; the timeout in seconds."""
+    priority, timeout = parameters.get("priority", 0), parameters.get("timeout", 0)
+    if type(priority) is not int or type(timeout) is not int or priority < 0 or timeout < 0:
+        raise InvalidInput(
+            f"priority is {priority!r} and timeout {timeout!r}, expected whole numbers from 0 on, timeout in "
+            "microseconds"
+        )
+    return priority, timeout / 1e6
 
 
 def _sequence_id(parameters: Parameters, model: str) -> SequenceId:

@@ -315,7 +315,8 @@ class RequestStream:
             self._start(self._run(request, call))
             return True
         try:
-            self._space.ask(call.request, partial(self._reply, request, call), self)
+            notice = partial(self._notice, call) if call.request.notice else None
+            self._space.ask(call.request, partial(self._reply, request, call), self, notice)
         except WindowFull:
             return False
         return True
@@ -360,11 +361,24 @@ class RequestStream:
             answer = error
         self._reply_error(request, answer)
 
+    def _notice(self, call: Call, error: LockstepError) -> None:
+        """The sequence that began with this call has ended by itself."""
+        assert isinstance(call.request, Request)
+        response = pb.ModelInferResponse(model_name=call.spec.name, model_version="1", id=call.id)
+        sequence = call.request.sequence
+        kind = "string_param" if isinstance(sequence, str) else "int64_param" if sequence < 2**63 else "uint64_param"
+        setattr(response.parameters["sequence_id"], kind, sequence)
+        response.parameters["sequence_ended"].string_param = error.details.get("reason", error.code)
+        self.outstanding += 1  # until it is out, as others
+        self._send(pb.ModelStreamInferResponse(error_message=error.message, infer_response=response))
+
     def _reply_error(self, request: pb.ModelInferRequest, error: LockstepError) -> None:
         response = pb.ModelInferResponse(
             model_name=request.model_name, model_version=request.model_version, id=request.id
         )
         response.parameters["error"].string_param = error.code  # for clients that know us: the message is for people
+        if error.retry:
+            response.parameters["retry_after_s"].int64_param = error.retry_after_s
         self._send(pb.ModelStreamInferResponse(error_message=error.message, infer_response=response))
 
 
@@ -386,7 +400,7 @@ class told:  # as a context manager reads
         self._context.set_code(grpc.StatusCode[error.grpc])
         self._context.set_details(error.message)
         if error.retry:
-            self._context.set_trailing_metadata([("retry-after", "1")])
+            self._context.set_trailing_metadata([("retry-after", str(error.retry_after_s))])
         return True
 
 

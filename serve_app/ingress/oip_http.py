@@ -14,6 +14,8 @@ from starlette.exceptions import HTTPException
 
 from serve_app.errors import InvalidInput, LockstepError, UnknownModel
 from serve_app.ingress.oip import DATATYPE_OF, Answer, Call, InferenceServer, Input, client_name, write_tensor
+from serve_app.ingress.presence import while_there
+from serve_app.ingress.sequences import Request as SequenceRequest
 from serve_app.ingress.shared_memory import write
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ class Route(APIRoute):
             try:
                 return await handle(request)
             except LockstepError as error:
-                headers = {"Retry-After": "1"} if error.retry else None
+                headers = {"Retry-After": str(error.retry_after_s)} if error.retry else None
                 return _json({"error": error.message}, error.http, headers)
             except HTTPException as error:
                 return _json({"error": error.detail}, error.status_code)
@@ -109,7 +111,9 @@ async def infer(request: Request, model: str, version: str = "") -> Response:
     inference = _inference(request)
     head, tail = await _read_body(request)
     call, wanted = await _read_request(inference, model, version, head, tail)
-    answer = await inference.infer(call, inference.space(client_name(request.headers)))
+    answering = inference.infer(call, inference.space(client_name(request.headers)))
+    waits = isinstance(call.request, SequenceRequest) and call.request.start
+    answer = await (while_there(request, answering) if waits else answering)
     return _write_response(request, inference, answer, wanted, _mapping(head, "parameters"))
 
 

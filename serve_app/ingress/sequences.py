@@ -5,13 +5,16 @@ others share. Requests of a sequence run and are answered in order; sequences do
 """
 
 import asyncio
+import math
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from serve_app.errors import InvalidInput, LockstepError, SessionEnded, SessionExists, WindowFull
+from serve_app.directory import Turn
+from serve_app.errors import InvalidInput, LockstepError, SessionEnded, SessionExists, TimedOut, TooLate, WindowFull
 from serve_app.ingress.hub import Hub
 from serve_app.segment import Timing
 from serve_app.session import Session
@@ -22,13 +25,20 @@ MAX_EARLY = 4096
 
 
 class Request(NamedTuple):
-    """Timesteps x [T, *features] of a sequence; T may be 0 where it ends."""
+    """Timesteps x [T, *features] of a sequence; T may be 0 where it ends.
+
+    priority: of the whole sequence, from 1, the highest (0: not said). deadline: by when it is to be answered, on the
+    monotonic clock. notice: with its start, whether to tell of an end that the client has not asked for.
+    """
 
     model: str
     sequence: SequenceId
     start: bool
     end: bool
     x: np.ndarray
+    priority: int = 0
+    deadline: float = math.inf
+    notice: bool = False
 
 
 class Result(NamedTuple):
@@ -40,6 +50,8 @@ class Result(NamedTuple):
 
 Reply = Callable[[Result | LockstepError], None]
 """Called once, on the event loop, with what came of a request."""
+Notice = Callable[[LockstepError], None]
+"""Called once, on the event loop, when a sequence has ended in another way than by its last request."""
 
 
 class Space:
@@ -50,10 +62,13 @@ class Space:
         self._name = name
         self._sequences: dict[tuple[str, SequenceId], Sequence] = {}
 
-    def ask(self, request: Request, reply: Reply, stream: object = None) -> None:
+    def ask(self, request: Request, reply: Reply, stream: object = None, notice: Notice | None = None) -> None:
         """Run a request; `reply` gets its outputs, or the error. Raises WindowFull: ask again after `room`.
 
-        stream: what the request came with; while that lasts, no other takes its sequences.
+        stream: what the request came with; while that lasts, no other takes its sequences, and `notice` is called, if
+        the request asks for that. When the request's deadline passes, a sequence that still waits for a place is over
+        (TimedOut). One that runs goes on, with the timesteps of this request, whose outputs nobody gets (TooLate):
+        those that follow need the state after them.
         """
         key = request.model, request.sequence
         sequence = self._sequences.get(key)
@@ -76,6 +91,7 @@ class Space:
                 return
             sequence = self._sequences[key] = Sequence(self._hub, self._session_name(request), request, sequence)
             sequence.stream = stream
+            sequence.notice = notice if request.notice else None
             sequence.over = lambda: self._forget(key, sequence)
         elif sequence is None:
             reply(
@@ -85,7 +101,26 @@ class Space:
                 )
             )
             return
-        sequence.ask(request, reply)
+        elif request.priority not in (0, sequence.priority):
+            reply(
+                InvalidInput(
+                    f"sequence {request.sequence!r} of model {request.model!r} began with priority "
+                    f"{sequence.priority or 'unsaid'}, and a request of it has {request.priority}: leave it out there"
+                )
+            )
+            return
+        if request.deadline == math.inf:
+            sequence.ask(request, reply)
+            return
+        timed = _Timed(request, reply, sequence)
+        sequence.ask(request, timed)
+        timed.start()
+
+    def give_up(self, request: Request) -> None:
+        """Nobody waits for the answer any more: a sequence that still waits for its place is over."""
+        sequence = self._sequences.get((request.model, request.sequence))
+        if request.start and sequence is not None and not sequence.is_open:
+            sequence.abort()
 
     async def room(self, request: Request) -> None:
         """Wait until more of the sequence's inputs may be taken, or it is over."""
@@ -94,10 +129,12 @@ class Space:
             await sequence.room()
 
     def leave(self, stream: object) -> None:
-        """The stream is over: its sequences can be gone on with by others of the space."""
+        """The stream is over: its sequences can be gone on with by others of the space, unless they wait to begin."""
         for sequence in self._sequences.values():
             if sequence.stream is stream:
-                sequence.stream = None
+                sequence.stream = sequence.notice = None
+                if not sequence.is_open:
+                    sequence.abort()
 
     def abort(self) -> None:
         """End all sequences: nobody can ask for them any more."""
@@ -116,6 +153,41 @@ class Space:
             del self._sequences[key]
 
 
+class _Timed:
+    """A reply that comes by the request's deadline, one way or the other."""
+
+    def __init__(self, request: Request, reply: Reply, sequence: "Sequence") -> None:
+        self._request, self._reply, self._sequence = request, reply, sequence
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_done = False
+
+    def start(self) -> None:
+        """The request has been taken."""
+        if not self._is_done:
+            left_s = max(0.0, self._request.deadline - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(left_s, self._late)
+
+    def __call__(self, result: Result | LockstepError) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self._is_done:
+            self._is_done = True
+            self._reply(result)
+
+    def _late(self) -> None:
+        name = f"sequence {self._request.sequence!r} of model {self._request.model!r}"
+        if self._request.start and not self._sequence.is_open:
+            self(TimedOut(f"{name} has waited for a place longer than its timeout: try again later"))
+            self._sequence.abort()
+        else:
+            self(
+                TooLate(
+                    f"a request of {name} was not answered within its timeout: its timesteps run all the same, go on "
+                    "with those that follow"
+                )
+            )
+
+
 class _Asked(NamedTuple):
     request: Request
     reply: Reply
@@ -129,8 +201,10 @@ class Sequence:
     def __init__(self, hub: Hub, name: str, first: Request, before: "Sequence | None") -> None:
         """before: what the id meant until now; unless it ends anyway it is aborted, and it is waited for."""
         self.stream: object = None
+        self.notice: Notice | None = None
         #: Its last request has come.
         self.ends = False
+        self.priority = first.priority
         self.over: Callable[[], None] = lambda: None
         self._hub = hub
         self._name = name
@@ -140,7 +214,7 @@ class Sequence:
         self._is_over = asyncio.get_running_loop().create_future()
         self._waiting: list[asyncio.Future[None]] = []
         self._opening = asyncio.create_task(self._open(first.model, before))
-        self._abandoned = False
+        self._opening.add_done_callback(self._on_opening)
 
     def ask(self, request: Request, reply: Reply) -> None:
         """See Space.ask."""
@@ -162,6 +236,11 @@ class Sequence:
             self._submit(self._session, request, reply)
             self.ends = request.end
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it has a session; before, it may wait for long."""
+        return self._session is not None
+
     async def room(self) -> None:
         """Wait for outputs that can go, or the end."""
         if not self._is_over.done():
@@ -175,9 +254,14 @@ class Sequence:
 
     def abort(self) -> None:
         """End it at once."""
-        self._abandoned = True
         if self._session is not None:
             self._session.abort()
+        else:
+            self._opening.cancel()
+
+    def _on_opening(self, opening: asyncio.Task[None]) -> None:
+        if opening.cancelled():
+            self._end(None)
 
     async def _open(self, model: str, before: "Sequence | None") -> None:
         try:
@@ -185,15 +269,12 @@ class Sequence:
                 if not before.ends:
                     before.abort()
                 await before.closed()
-            session = await self._hub.begin(self._name, model)
+            session = await self._hub.begin(self._name, model, Turn(self.priority))
         except LockstepError as error:
             self._end(error)
             return
         self._session = session
         session.changed = self._on_change
-        if self._abandoned:
-            session.abort()
-            return
         self._submit_early(session)
 
     def _submit_early(self, session: Session) -> None:
@@ -225,15 +306,19 @@ class Sequence:
     def _on_change(self) -> None:
         session = self._session
         assert session is not None
+        why: LockstepError | None = None
         try:
             session.check()
         except LockstepError as error:
-            self._fail(error)
+            self._fail(why := error)
         else:
             self._answer(session)
             self._submit_early(session)
         if session.end_reason is not None and not self._is_over.done():
-            self._end(None)
+            self._end(why)
+        self._make_room()
+
+    def _make_room(self) -> None:
         waiting, self._waiting = self._waiting, []
         for changed in waiting:
             if not changed.done():
@@ -264,11 +349,15 @@ class Sequence:
 
     def _end(self, error: LockstepError | None) -> None:
         """The session is over, or there is none."""
+        why = error or SessionEnded(f"{self._name} has ended: start a new one")
         early, self._early = self._early, deque()
         for _, reply in early:
-            reply(error or SessionEnded(f"{self._name} has ended: start a new one"))
-        self._fail(error or SessionEnded(f"{self._name} has ended: start a new one"))
+            reply(why)
+        self._fail(why)
+        if self.notice is not None and not self.ends:
+            self.notice(why)
         if self._session is not None:
             self._hub.has_ended(self._session)
         self._is_over.set_result(None)
         self.over()
+        self._make_room()

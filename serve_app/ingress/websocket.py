@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -21,6 +21,7 @@ from serve_app.ingress.hub import Hub
 from serve_app.session import Session
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SUBPROTOCOL = "lockstep.msgpack"
 NORMAL, RESTART, TAKEN_OVER = 1000, 1012, 4409
@@ -40,6 +41,7 @@ class Conversation:
         self.websocket = websocket
         self.encoding = MSGPACK if SUBPROTOCOL in websocket.scope.get("subprotocols", ()) else JSON
         self._sending = asyncio.Lock()
+        self._coming: asyncio.Future[Any] | None = None  # what was listened for before its turn
 
     async def send(self, kind: str, **values: Any) -> None:
         """Send one message. Raises WebSocketDisconnect."""
@@ -52,7 +54,8 @@ class Conversation:
 
     async def receive(self, max_bytes: int) -> Message:
         """The next message. Raises WebSocketDisconnect, and InvalidInput for one that cannot be decoded."""
-        event = await self.websocket.receive()
+        coming, self._coming = self._coming, None
+        event = await (coming or self.websocket.receive())
         if event["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(event.get("code", 1005))
         content: str | bytes = event["bytes"] if event.get("text") is None else event["text"]
@@ -64,6 +67,28 @@ class Conversation:
         if len(content) > max_bytes:
             raise InvalidInput(f"a message of {len(content)} bytes arrived, the limit is {max_bytes}: send it in parts")
         return self.encoding.decode(content)
+
+    async def while_there(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which is cancelled when the client hangs up. Raises WebSocketDisconnect then.
+
+        Whoever says something meanwhile is there: it is taken up by `receive`.
+        """
+        working, coming = asyncio.ensure_future(work), asyncio.ensure_future(self.websocket.receive())
+        self._coming = coming
+        try:
+            await asyncio.wait((working, coming), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done() and (event := coming.result())["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(event.get("code", 1005))
+            return await working
+        finally:
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+
+    async def stop(self) -> None:
+        """Listen no more."""
+        if self._coming is not None:
+            self._coming.cancel()
+            await asyncio.gather(self._coming, return_exceptions=True)
 
 
 async def converse(websocket: WebSocket, hub: Hub) -> None:
@@ -102,11 +127,18 @@ async def converse(websocket: WebSocket, hub: Hub) -> None:
         with suppress(RuntimeError, WebSocketDisconnect):  # it may be the connection that is broken
             await talk.send("error", error=LockstepError("an unexpected error: the server's log has it").to_wire())
             await websocket.close(1011)
+    finally:
+        await talk.stop()
 
 
 async def _open(talk: Conversation, hub: Hub) -> Session:
     query = Message(dict(talk.websocket.query_params))
-    query.only("session", "model", "initial_state", "checkpoint", "resumable", "resume", "rewind")
+    query.only(
+        "session", "model", "initial_state", "checkpoint", "resumable", "resume", "rewind", "priority", "max_wait_s"
+    )
+    for key, kind in (("priority", int), ("max_wait_s", float)):
+        with suppress(KeyError, ValueError):
+            query.values[key] = kind(query.values[key])
     acked = query.values.get("resume")
     if acked is not None:
         name = query.text("session")
@@ -127,7 +159,8 @@ async def _open(talk: Conversation, hub: Hub) -> Session:
         checkpoint = message.blob("checkpoint") if "checkpoint" in brings else None
     resumable = query.values.get("resumable", "false") != "false"
     name, model = query.text("session"), query.text("model")
-    return await hub.open(name, model, state, resumable=resumable, checkpoint=checkpoint)
+    opening = hub.open(name, model, state, resumable=resumable, checkpoint=checkpoint, turn=query.turn())
+    return await talk.while_there(opening)
 
 
 def _whole(query: Message, key: str) -> int:

@@ -40,7 +40,8 @@ def test_readme_commands_are_there() -> None:
 
 def test_metrics_are_those_of_operations() -> None:
     text = (ROOT / "docs/operations.md").read_text()
-    source = (ROOT / "serve_app/deployments/metrics.py").read_text()
+    files = ("metrics.py", "directory_metrics.py")
+    source = "".join((ROOT / "serve_app/deployments" / file).read_text() for file in files)
     names = set(re.findall(r'"lockstep_(\w+)"', source)) | set(re.findall(r'^\s+"(\w+)": "', source, re.M))
     assert len(names) > 15
     assert [name for name in names if f"`{name}`" not in text] == []

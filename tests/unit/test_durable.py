@@ -167,7 +167,8 @@ async def dropped(cluster: LocalCluster) -> None:
     """The owners report what has ended, until nothing is kept any more."""
     while cluster.actor._store is None or cluster.actor._store.keys():
         for name in cluster.alive:
-            await cluster.actor.report(name, cluster.engines[name].stats.take_ended())
+            stats = cluster.engines[name].stats
+            await cluster.actor.report(name, stats.take_ended(), dict(stats.ends))
         await asyncio.sleep(0.005)
 
 

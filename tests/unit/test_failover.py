@@ -202,6 +202,7 @@ async def test_an_owner_may_die_just_when_it_has_taken_a_session_in(
             if owner == "owner-0" and frame.opens and cluster.engines[owner].gauges()["sessions_open"] == 2:
                 cluster.add(SumModel())
                 dies.set_exception(StateLost("it has died"))
+                cluster.stopped.add(owner)  # nor is it heard of, so that nothing is placed there
                 moving = [Notice(ask.epoch, "moving") for ask in frame.opens if parts]
                 answer = dataclasses.replace(answer, notices=(*answer.notices, *moving))
             return answer

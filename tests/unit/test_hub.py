@@ -3,11 +3,13 @@
 import asyncio
 import dataclasses
 import random
+from uuid import uuid4
 
 import numpy as np
 import pytest
 
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig
+from serve_app.engine.engine import spare_rows_of
 from serve_app.errors import (
     InvalidInput,
     SessionEnded,
@@ -401,26 +403,30 @@ async def test_calls_do_not_belong_to_the_request_that_caused_them() -> None:
 
 async def test_what_is_submitted_at_once_goes_with_the_opening() -> None:
     async with local(SumModel(), config=CONFIG) as (cluster, hub):
-        sessions = [await hub.begin(f"s{i}", None) for i in range(3)]
-        for session in sessions:
-            session.submit(ones(2))
+        sessions = []
+        for i in range(3):
+            sessions.append(await hub.begin(f"s{i}", None))
+            sessions[-1].submit(ones(2))
         await asyncio.gather(*(session.wait() for session in sessions))
         opening = [frame for frame in cluster.frames if frame.opens]
-        assert sorted(epoch for frame in opening for epoch in frame.epoch.tolist()) == [s.epoch for s in sessions]
+        assert sorted(ask.epoch for frame in opening for ask in frame.opens) == [s.epoch for s in sessions]
+        assert all(ask.epoch in frame.epoch[frame.length == 2] for frame in opening for ask in frame.opens)
         assert [int(session.read().values["total"][-1, 0]) for session in sessions] == [2, 2, 2]  # type: ignore[union-attr]
 
 
 async def test_what_the_owner_refuses_a_begun_session_with_ends_it() -> None:
     limits = dataclasses.replace(CONFIG.session, max_sessions=1)
     async with local(SumModel(), config=dataclasses.replace(CONFIG, session=limits)) as (cluster, hub):
-        cluster.directory.register(dataclasses.replace(cluster.owners["owner-0"], max_sessions=2))
+        cluster.directory.register(dataclasses.replace(cluster.owners["owner-0"], max_sessions=100))
+        for _ in range(spare_rows_of(1)):
+            await hub.begin(uuid4().hex, None)
         first, second = [await hub.begin(name, None) for name in "ab"]
         for session in (first, second):
             session.submit(ones(1))
         with pytest.raises(TooManySessions):
             await second.wait()
         assert await first.wait() == 1
-        assert hub.num_sessions == 1
+        assert hub.num_sessions == spare_rows_of(1) + 1
 
 
 async def test_a_begun_session_goes_on_elsewhere_when_its_owner_is_gone_by_then() -> None:

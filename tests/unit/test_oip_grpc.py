@@ -414,6 +414,34 @@ async def test_statistics_count_what_was_asked() -> None:
         assert [m.name for m in (await stub.ModelStatistics(pb.ModelStatisticsRequest())).model_stats] == ["sum"]
 
 
+async def test_statistics_count_sessions() -> None:
+    config = dataclasses.replace(CONFIG, session=dataclasses.replace(CONFIG.session, max_sessions=2, max_wait_s=5))
+    async with served(config) as (_, stub):
+
+        async def sessions() -> pb.SessionStatistics:
+            (found,) = (await stub.ModelStatistics(pb.ModelStatisticsRequest(name="sum"))).model_stats
+            return found.session_stats
+
+        assert await sessions() == pb.SessionStatistics()
+        await stub.ModelInfer(infer(1, [1], start=True))
+        call = stub.ModelStreamInfer()
+        await call.write(infer(2, [1], start=True))
+        await call.read()
+        waiting = asyncio.ensure_future(stub.ModelInfer(infer(3, [1], start=True)))
+        late = infer(4, [1], start=True)
+        late.parameters["timeout"].int64_param = 1
+        await refused(stub.ModelInfer(late))
+        async with asyncio.timeout(5):
+            while await sessions() != pb.SessionStatistics(open=2, waiting=1, opened=2):
+                await asyncio.sleep(0.05)
+        call.cancel()
+        await waiting
+        await stub.ModelInfer(infer(1, [1], end=True))
+        async with asyncio.timeout(5):
+            while await sessions() != pb.SessionStatistics(open=1, opened=3, ended={"closed": 1, "aborted": 1}):
+                await asyncio.sleep(0.05)
+
+
 async def test_a_model_that_is_unloaded_starts_nothing_and_goes_on() -> None:
     async with served() as (_, stub):
         await stub.ModelInfer(infer(1, [1], start=True))

@@ -14,14 +14,18 @@ import numpy as np
 import pytest
 import torch
 
-from serve_app.config import AppConfig, EngineConfig
+from clients.client import connect
+from serve_app import lease
+from serve_app.config import AppConfig, EngineConfig, ModelConfig
 from serve_app.engine.stats import Stats
-from serve_app.errors import SessionExists
-from serve_app.models.registry import load
+from serve_app.errors import SessionEnded, SessionExists
+from serve_app.ingress.protos import oip_pb2 as pb
+from serve_app.ingress.protos import oip_pb2_grpc
+from serve_app.models.registry import check, load
 from serve_app.spec import TensorSpec
 from tests.fakes import FloatSumModel
-from tests.local import local
-from tests.unit.test_oip_grpc import CONFIG, infer, refused, served, stream, totals, until
+from tests.local import LocalCluster, local
+from tests.unit.test_oip_grpc import CONFIG, at_port, infer, refused, served, stream, totals, until
 
 pytestmark = pytest.mark.asyncio
 
@@ -114,6 +118,126 @@ async def test_6_who_comes_too_late_is_told_to_try_again() -> None:
         assert totals(await stub.ModelInfer(infer(1, [1], end=True))) == [2]
 
 
+class Held(FloatSumModel):
+    """Its steps take until `go`."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.go.wait(30)
+        return super().forward(x, state)
+
+
+QUEUED = dataclasses.replace(
+    CONFIG, session=dataclasses.replace(CONFIG.session, max_sessions=1, max_wait_s=10, default_priority=2)
+)
+
+
+def asking(request: pb.ModelInferRequest, **parameters: int) -> pb.ModelInferRequest:
+    """The request with parameters, as tritonclient sends them."""
+    for name, value in parameters.items():
+        request.parameters[name].int64_param = value
+    return request
+
+
+def num_waiting(cluster: LocalCluster) -> int:
+    cluster.directory.tick(lease.now())
+    return cluster.directory.statistics()["sum"].waiting
+
+
+async def test_6_who_comes_while_all_is_full_waits_in_line() -> None:
+    """5467: by priority, then first come."""
+    async with served(QUEUED) as (cluster, stub):
+        await stub.ModelInfer(infer(1, [1], start=True))
+        order: list[int] = []
+
+        async def come(sequence: int, priority: int) -> None:
+            request = asking(infer(sequence, [sequence], start=True, end=True), priority=priority)
+            assert totals(await stub.ModelInfer(request)) == [sequence]
+            order.append(sequence)
+
+        coming = []
+        for sequence, priority in ((2, 3), (3, 0), (4, 2), (5, 1)):
+            coming.append(asyncio.ensure_future(come(sequence, priority)))
+            await until(lambda: num_waiting(cluster) == len(coming))
+        assert totals(await stub.ModelInfer(infer(1, [1], end=True))) == [2]
+        await asyncio.gather(*coming)
+        assert order == [5, 3, 4, 2]
+
+
+async def test_6_a_sequence_that_waits_longer_than_its_timeout_is_told_to_try_again() -> None:
+    async with served(QUEUED) as (cluster, stub):
+        await stub.ModelInfer(infer(1, [1], start=True))
+        with pytest.raises(grpc.aio.AioRpcError, match="has waited for a place longer than its timeout") as raised:
+            await stub.ModelInfer(asking(infer(2, [1], start=True), timeout=200_000))
+        assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert dict(raised.value.trailing_metadata())["retry-after"] == "1"
+        await until(lambda: num_waiting(cluster) == 0)
+        (response,) = await stream(stub, [asking(infer(2, [1], start=True), timeout=200_000)])
+        parameters = response.infer_response.parameters
+        assert (parameters["error"].string_param, parameters["retry_after_s"].int64_param) == ("timed_out", 1)
+        code, text = await refused(stub.ModelInfer(infer(2, [1])))
+        assert (code, "START flag" in text) == ("INVALID_ARGUMENT", True)
+
+
+async def test_6_a_timeout_of_a_sequence_that_runs_costs_it_an_answer_and_not_its_state() -> None:
+    model = Held()
+    model.go.set()
+    async with served(model=model) as (_, stub):
+        assert totals(await stub.ModelInfer(asking(infer(1, [1], start=True), timeout=10_000_000))) == [1]
+        model.go.clear()
+        with pytest.raises(grpc.aio.AioRpcError, match="its timesteps run all the same") as raised:
+            await stub.ModelInfer(asking(infer(1, [10]), timeout=100_000))
+        assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "retry-after" not in dict(raised.value.trailing_metadata())
+        model.go.set()
+        assert totals(await stub.ModelInfer(infer(1, [100], end=True))) == [111]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"priority": -1}, "priority is -1 and timeout 0, expected whole numbers from 0 on"),
+        ({"timeout": -5}, "priority is 0 and timeout -5, expected whole numbers from 0 on"),
+        ({"priority": 1}, "began with priority 2, and a request of it has 1: leave it out there"),
+    ],
+)
+async def test_6_a_priority_or_timeout_that_means_nothing_is_refused(parameters: dict[str, int], message: str) -> None:
+    async with served() as (_, stub):
+        await stub.ModelInfer(asking(infer(1, [1], start=True), priority=2))
+        code, text = await refused(stub.ModelInfer(asking(infer(1, [1]), **parameters)))
+        assert (code, message in text) == ("INVALID_ARGUMENT", True), text
+        assert totals(await stub.ModelInfer(asking(infer(1, [1], end=True), priority=2))) == [2]
+
+
+async def test_6_what_follows_a_sequence_that_waits_in_vain_holds_up_its_stream_no_longer() -> None:
+    async with served(QUEUED) as (_, stub):
+        await stub.ModelInfer(infer(1, [1], start=True))
+        many = [infer(2, [1] * 64, identity="more") for _ in range(80)]
+        first = asking(infer(2, [1], start=True, identity="first"), timeout=500_000)
+        responses = await stream(stub, [first, *many, infer(3, [1], identity="other")])
+        assert len(responses) == 82 and all(r.error_message for r in responses)
+
+
+@pytest.mark.parametrize("way", ["unary", "stream", "stream of a named client"])
+async def test_6_who_goes_leaves_the_line(way: str) -> None:
+    async with served(QUEUED) as (cluster, stub):
+        await stub.ModelInfer(infer(1, [1], start=True))
+        metadata = (("lockstep-client", "me"),) if way.endswith("named client") else ()
+        if way == "unary":
+            call = stub.ModelInfer(infer(2, [1], start=True), metadata=metadata)
+        else:
+            call = stub.ModelStreamInfer(metadata=metadata)
+            await call.write(infer(2, [1], start=True))
+        await until(lambda: num_waiting(cluster) == 1)
+        call.cancel()
+        await until(lambda: num_waiting(cluster) == 0)
+        assert totals(await stub.ModelInfer(infer(1, [1], end=True))) == [2]
+        assert totals(await stub.ModelInfer(infer(3, [7], start=True, end=True))) == [7]
+        assert cluster.directory.statistics()["sum"].opened == 2
+
+
 async def test_7_the_model_is_told_when_and_why_a_sequence_ends() -> None:
     """5453, 4629, 3492, k2-fsa/sherpa 533."""
 
@@ -132,17 +256,6 @@ async def test_7_the_model_is_told_when_and_why_a_sequence_ends() -> None:
         await until(lambda: model.ended == ["closed", "aborted"])
 
 
-class Held(FloatSumModel):
-    """Its first step takes until `go`."""
-
-    def __init__(self) -> None:
-        self.go = threading.Event()
-
-    def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.go.wait(30)
-        return super().forward(x, state)
-
-
 async def run_together(config: AppConfig, segments: dict[str, list[int]]) -> Stats:
     """What the engine did for sessions that submit segments of ones, of such lengths, while a step runs."""
     model = Held()
@@ -159,6 +272,37 @@ async def run_together(config: AppConfig, segments: dict[str, list[int]]) -> Sta
             assert outputs is not None
             assert outputs.values["total"].ravel().tolist() == list(range(1, sum(lengths) + 1))
         return cluster.engines["owner-0"].stats
+
+
+async def test_7_a_client_that_wants_to_know_is_told_when_and_why_its_sequence_ends() -> None:
+    """5453, 4178: over a stream, and by our own client."""
+    config = dataclasses.replace(CONFIG, session=dataclasses.replace(CONFIG.session, idle_timeout_s=0.3))
+    async with at_port(config) as (cluster, port, _), grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub: Any = oip_pb2_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        noticed = infer(7, [1], start=True, identity="first")
+        noticed.parameters["sequence_notice"].bool_param = True
+        call = stub.ModelStreamInfer()
+        for request in (noticed, infer(8, [1], start=True), infer(9, [1], start=True, end=True)):
+            await call.write(request)
+        assert [totals((await call.read()).infer_response) for _ in range(3)] == [[1]] * 3
+        told = await asyncio.wait_for(call.read(), 5)
+        assert "sequence 7 of sum" in told.error_message and told.infer_response.id == "first"
+        parameters = told.infer_response.parameters
+        assert parameters["sequence_ended"].string_param == "idle"
+        assert parameters["sequence_id"].WhichOneof("parameter_choice") != "string_param"
+        await until(lambda: cluster.engines["owner-0"].stats.ends["idle"] == 2)
+        await call.done_writing()
+        assert await asyncio.wait_for(call.read(), 5) is grpc.aio.EOF
+        code, text = await refused(stub.ModelInfer(noticed))
+        assert (code, "use a stream" in text) == ("INVALID_ARGUMENT", True)
+        client = connect(f"grpc://127.0.0.1:{port}")
+        session = await client.open()
+        session.submit(np.ones((1, 1), np.float32))
+        await session.wait()
+        with pytest.raises(SessionEnded, match="idle"):
+            async for _ in session.outputs():
+                pass
+        await client.stop()
 
 
 async def test_8_what_is_ready_together_runs_together() -> None:
@@ -240,3 +384,42 @@ async def test_13_two_clients_with_one_id_do_not_meet() -> None:
         code, text = await refused(stub.ModelInfer(infer(1, [1], start=True)))
         assert (code, "is open already" in text) == (SessionExists.grpc, True)
         assert totals(await stub.ModelInfer(infer(1, [1], end=True))) == [2]
+
+
+async def test_14_a_sequence_goes_through_all_models_of_a_pipeline() -> None:
+    """3770, 8322, 5188: each part has a state of the sequence, which begins and ends with it."""
+    options: dict[str, Any] = {
+        "parts": [
+            {"name": "sums", "model": "tests.fakes:FloatSumModel"},
+            {"name": "again", "model": "tests.fakes:FloatSumModel"},
+        ],
+        "outputs": ["sums", "again"],
+    }
+    config = dataclasses.replace(CONFIG, model=check(ModelConfig("pipeline", options, served_as="sum")))
+    async with served(config, load(config.model)) as (_, stub):
+        requests = [
+            infer(sequence, [sequence], start=turn == 0, end=turn == 4, identity=f"{sequence}:{turn}")
+            for _ in range(2)
+            for turn in range(5)
+            for sequence in range(1, 7)
+        ]
+        found: dict[str, list[float]] = {}
+        for response in await stream(stub, requests):
+            assert not response.error_message
+            answer = response.infer_response
+            values = dict(zip((t.name for t in answer.outputs), answer.raw_output_contents, strict=True))
+            found.setdefault(answer.id.partition(":")[0], []).append(np.frombuffer(values["again"], np.float32).item())
+        for sequence in range(1, 7):
+            assert found[str(sequence)] == [sequence * n for n in (1, 3, 6, 10, 15)] * 2
+
+
+async def test_15_an_idle_sequence_holds_no_slot_and_a_lone_one_does_not_wait_for_others() -> None:
+    """1950, PR 3848, PR 3057: a direct strategy has a sequence to a slot, and a delay to fill the others."""
+    config = dataclasses.replace(CONFIG, engine=EngineConfig(device="cpu", slots=4, max_batch_size=4))
+    async with served(config) as (cluster, stub):
+        for sequence in range(1, 33):
+            await stub.ModelInfer(infer(sequence, [1], start=True))
+        stats = cluster.engines["owner-0"].stats
+        assert stats.steps == stats.session_steps == 32, "each ran at once, alone"
+    stats = await run_together(config, {f"s{i}": [1] * 20 for i in range(32)})
+    assert stats.session_steps / stats.steps > 3.5, "of 4"
