@@ -140,6 +140,15 @@ to keep within its power |
 """
 
 
+STREAMS = """\
+## Segments by gRPC
+
+A timestep a message on gRPC streams, the next of a sequence when the last is answered: 1,024 sequences of four
+unmodified perf_analyzers into four ingress replicas, for the 7x1024 LSTM and for a model that computes nothing
+(`python -m bench.streams`; the naive application beside it gave no answer in a window of perf_analyzer there).
+"""
+
+
 def rendered() -> str:
     """The document with the figures of now."""
     step, engine, evict, s9422, saturation = (
@@ -163,6 +172,8 @@ def rendered() -> str:
     parts += [EVICT, _source(evict), _evict_table(evict["figures"])]
     parts += [S9422, _source(s9422), _instances_table(s9422["figures"])]
     parts += [_rest(saturation["figures"])]
+    streams = _load("streams_cuda.json")
+    parts += [STREAMS, _source(streams), _streams_table(streams["figures"])]
     parts += [CHECKPOINTS, *(_checkpoints(_load(f"checkpoint_{device}.json"), device) for device in ("cuda", "cpu"))]
     parts += [FUSED_RNN]
     for file in sorted(RESULTS.glob("fused_rnn_*.json")):
@@ -324,6 +335,15 @@ def _instances_table(figures: dict[str, float]) -> str:
     for dtype in DTYPES:
         head += [f"{dtype}, timesteps/ms", "p50 ms", f"T4, {dtype}"]
     return _table(head, rows)
+
+
+def _streams_table(figures: dict[str, float]) -> str:
+    rows = [
+        (title, f"{figures[f'per_s_{name}']:,.0f}", *(f"{figures[f'{part}_ms_{name}']:.0f}" for part in ("p50", "p99")))
+        for name, title in (("lstm", "7x1024 LSTM"), ("noop", "no model"))
+    ]
+    ratio = f"\nThe LSTM's rate is {figures['h100_stream_vs_noop']:.2f} of the other's `[h100_stream_vs_noop]`.\n"
+    return _table(("", "segments/s", "p50 ms", "p99 ms"), rows) + ratio
 
 
 def _fused_rnn_tables(figures: dict[str, float], threads: int) -> str:
