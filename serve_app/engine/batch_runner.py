@@ -39,6 +39,9 @@ class BatchRunner:
         self._dtype = dtype
         self._prepare = getattr(model, "prepare", None)
         self._prepared: Mapping[str, TensorSpec] = dict(getattr(model, "prepared", model.inputs))
+        self._any_length = [
+            (name, axis) for name, spec in self._prepared.items() for axis, n in enumerate(spec.shape) if n == ANY
+        ]
         self._outputs = dict(model.outputs)
         self._max_length: int = getattr(model, "max_length", 0)
         self._graphs: BatchGraphs | None = None
@@ -106,13 +109,7 @@ class BatchRunner:
             except Exception as error:
                 logger.warning("the model's prepare failed", exc_info=True)
                 raise InferenceFailed(f"the model cannot prepare this request: {error!r:.500}") from error
-        lengths = [
-            have
-            for name, spec in self._prepared.items()
-            for size, have in zip(spec.shape, inputs[name].shape, strict=True)
-            if size == ANY
-        ]
-        length = max(lengths, default=1)
+        length = max([inputs[name].shape[axis] for name, axis in self._any_length], default=1)
         if 0 < self._max_length < length:
             raise InvalidInput(f"an input of length {length} arrived, the model takes 1 to {self._max_length}: cut it")
         return Row(inputs, length)
@@ -127,13 +124,15 @@ class BatchRunner:
                 _fill(x, name, rows)
                 inputs[name] = torch.from_numpy(x).to(self._device, non_blocking=True)
             arrays = [y.cpu().numpy() for y in self._compute(inputs)]
-        return [
-            {
-                name: array[i][tuple(slice(row.length) if n == ANY else slice(None) for n in spec.shape)]
-                for (name, spec), array in zip(self._outputs.items(), arrays, strict=True)
-            }
-            for i, row in enumerate(rows)
-        ]
+        outputs: list[Outputs] = [{} for _ in rows]
+        for (name, spec), array in zip(self._outputs.items(), arrays, strict=True):
+            longest = max((have for n, have in zip(spec.shape, array.shape[1:], strict=True) if n == ANY), default=0)
+            for row, values, output in zip(rows, array, outputs, strict=True):
+                if longest in (0, row.length):
+                    output[name] = values
+                else:
+                    output[name] = values[tuple(slice(row.length) if n == ANY else slice(None) for n in spec.shape)]
+        return outputs
 
     def _replayed(self, rows: Sequence[Row]) -> list[np.ndarray] | None:
         """Outputs by the next larger CUDA graph, None where there is none."""
@@ -175,7 +174,10 @@ def _sized(shape: Sequence[int], length: int) -> tuple[int, ...]:
 
 def _fill(x: np.ndarray, name: str, rows: Sequence[Row]) -> None:
     """Write one input of all rows into x [B, *shape], zeros behind the shorter ones."""
-    for i, row in enumerate(rows):
-        value = row.inputs[name]
-        x[i, ...] = 0
+    values = [row.inputs[name] for row in rows]
+    if all(value.shape == x.shape[1:] for value in values):
+        x[: len(rows)] = values
+        return
+    x[: len(rows)] = 0
+    for i, value in enumerate(values):
         x[i, ...][tuple(map(slice, value.shape))] = value

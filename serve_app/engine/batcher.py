@@ -1,11 +1,12 @@
 """A stateless model behind `await`: requests in, batches through the queue to the model's threads, outputs out."""
 
 import asyncio
+import gc
 import math
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -152,15 +153,21 @@ class Batcher:
             if not batch:
                 break
             self._running += 1
-            running = self._loop.run_in_executor(self._threads, self._runner.run, [w.item.row for w in batch])
-            running.add_done_callback(partial(self._complete, batch, now))
+            running = self._threads.submit(self._runner.run, [w.item.row for w in batch])
+            running.add_done_callback(partial(self._has_run, batch, now))
         if self._timer is not None:
             self._timer.cancel()
         due = self._queue.due() if self._running < self._instances else self._queue.expires_at()
         self._timer = None if due == math.inf else self._loop.call_later(max(0.0, due - now), self._turn)
 
+    def _has_run(
+        self, batch: Sequence[Waiting[_Asked]], began: float, done: Future[list[Outputs | LockstepError]]
+    ) -> None:
+        """On the model's thread. A future of asyncio would take one more turn of the loop."""
+        self._loop.call_soon_threadsafe(self._complete, batch, began, done)
+
     def _complete(
-        self, batch: Sequence[Waiting[_Asked]], began: float, done: "asyncio.Future[list[Outputs | LockstepError]]"
+        self, batch: Sequence[Waiting[_Asked]], began: float, done: Future[list[Outputs | LockstepError]]
     ) -> None:
         """A batch has run."""
         self._running -= 1
@@ -206,6 +213,8 @@ def _deliver(asked: _Asked, outputs: Outputs, queue_us: int, compute_us: int, ba
 
 def _stacked(rows: Sequence[Outputs]) -> Outputs:
     """Each output as [rows, *shape]; where rows differ in length, filled up with zeros as the inputs were."""
+    if len(rows) == 1:
+        return {name: value[None] for name, value in rows[0].items()}
     stacked = {}
     for name, first in rows[0].items():
         values = [row[name] for row in rows]
@@ -239,6 +248,8 @@ def build_batcher(config: AppConfig) -> Batcher:
             f"model={config.model.name} with batching.max_batch_size={batching.max_batch_size} is too large for "
             f"{device}: lower that, or the model's max_length: {error}"
         ) from error
+    gc.collect()
+    gc.freeze()  # what there is by now stays: looking through it again and again stops all batches for 10 ms and more
     spec = BatchedSpec(
         config.model.served_name,
         dict(model.inputs),

@@ -47,16 +47,19 @@ class Bert(torch.nn.Module):
     def prepare(self, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Tokens of one row, checked; see StatelessModel."""
         ids = inputs["input_ids"] if self._tokenizer is None else self._tokens(inputs["text"].item())
-        mask = inputs.get("attention_mask", np.ones_like(ids))
         _check_range("token id", ids, self.network.config.vocab_size)
+        mask, types = inputs.get("attention_mask"), inputs.get("token_type_ids")
+        prepared = {"input_ids": ids, "attention_mask": np.ones_like(ids) if mask is None else mask}
+        if "token_type_ids" in self.prepared:
+            prepared["token_type_ids"] = np.zeros_like(ids) if types is None else types
+            if types is not None:
+                _check_range("token_type_ids", types, self.network.config.type_vocab_size)
+        if mask is None:
+            return prepared
         _check_range("attention_mask", mask, 2)
         used = np.flatnonzero(mask)
         if not len(used):
             raise InvalidInput("attention_mask leaves no token: send 1 token or more")
-        prepared = {"input_ids": ids, "attention_mask": mask}
-        if "token_type_ids" in self.prepared:
-            prepared["token_type_ids"] = inputs.get("token_type_ids", np.zeros_like(ids))
-            _check_range("token_type_ids", prepared["token_type_ids"], self.network.config.type_vocab_size)
         return {name: x[: used[-1] + 1] for name, x in prepared.items()}
 
     def _tokens(self, text: bytes) -> np.ndarray:
@@ -166,6 +169,6 @@ def _tokenizer(folder: Path) -> Any:
 
 def _check_range(name: str, values: np.ndarray, count: int) -> None:
     """Raise InvalidInput unless all are from 0 to count - 1."""
-    wrong = values[(values < 0) | (values >= count)]
-    if len(wrong):
+    if values.size and not 0 <= values.min() <= values.max() < count:
+        wrong = values[(values < 0) | (values >= count)]
         raise InvalidInput(f"{name} {wrong[0]} is out of range, expected 0 to {count - 1}")
