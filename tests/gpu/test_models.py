@@ -82,6 +82,8 @@ class Energy(torch.nn.Module):
         return torch.zeros(batch, 1)
 
     def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        energy = x.square().sum(-1, keepdim=True)
-        y = 0.9 * state + energy.cumsum(0)
-        return y, y[-1]
+        y = []
+        for energy in x.square().sum(-1, keepdim=True):
+            state = 0.9 * state + energy
+            y.append(state)
+        return torch.stack(y), state
