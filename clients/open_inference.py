@@ -24,6 +24,15 @@ from serve_app.spec import ModelSpec, SessionLimits, TensorSpec
 RETRY_DELAY_S = 0.05
 
 
+def channel_to(address: str) -> tuple[grpc.aio.Channel, tuple[tuple[str, str], ...]]:
+    """The channel to grpc://host:port/application, and the metadata of each call. Raises InvalidInput."""
+    parts = urlsplit(address)
+    if parts.scheme != "grpc" or not parts.netloc:
+        raise InvalidInput(f"{address!r} is no address, expected one like grpc://host:8001")
+    app = parts.path.strip("/")
+    return grpc.aio.insecure_channel(parts.netloc), (("application", app),) if app else ()
+
+
 class OpenInferenceTransport:
     """See client.Transport. `address` is one like grpc://host:8001; an application's name may follow as a path.
 
@@ -32,13 +41,8 @@ class OpenInferenceTransport:
 
     def __init__(self, address: str) -> None:
         """Raises InvalidInput for what is no address."""
-        parts = urlsplit(address)
-        if not parts.netloc:
-            raise InvalidInput(f"{address!r} is no address, expected one like grpc://host:8001")
         self._address = address
-        app = parts.path.strip("/")
-        self._metadata = (("application", app),) if app else ()
-        self._channel = grpc.aio.insecure_channel(parts.netloc)
+        self._channel, self._metadata = channel_to(address)
         self._stub: Any = oip_pb2_grpc.GRPCInferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._stream: SequenceStream | None = None
 

@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 import grpc
 import numpy as np
 
-from clients.open_inference import error_of
-from serve_app.errors import InvalidInput
+from clients.open_inference import channel_to, error_of
 from serve_app.ingress.oip import DATATYPES, DTYPES, write_tensor
 from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.protos import oip_pb2_grpc
@@ -19,13 +17,8 @@ class RowsClient:
 
     def __init__(self, address: str) -> None:
         """Raises InvalidInput for what is no address."""
-        parts = urlsplit(address)
-        if parts.scheme != "grpc" or not parts.netloc:
-            raise InvalidInput(f"{address!r} is no address, expected one like grpc://host:8001")
         self._address = address
-        app = parts.path.strip("/")
-        self._metadata = (("application", app),) if app else ()
-        self._channel = grpc.aio.insecure_channel(parts.netloc)
+        self._channel, self._metadata = channel_to(address)
         self._stub: Any = oip_pb2_grpc.GRPCInferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def infer(self, model: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 import io
 import json
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,10 @@ from tests.fakes import Sender
 from tests.files import DOUBLE, Cell, Layer, expected, save_exported, save_onnx, save_script
 from tests.speech import takes
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+pytestmark = [
+    pytest.mark.usefixtures("quiet_torch"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
+]
 
 STATE = {"name": "h", "next": "h_next"}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -36,15 +38,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "cell.pt2": {"state": [{"name": "h", "next": "1"}], "outputs": {"y": "0"}},
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet_torch() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Models one after the other as one, and the models of real work that go into it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,7 @@ from tests.fakes import Sender
 from tests.files import save_onnx
 from tests.speech import takes
 
-
-@pytest.fixture(autouse=True)
-def quiet_torch() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quiet_torch")
 
 
 def load(name: str, **options: Any) -> Any:
