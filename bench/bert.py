@@ -64,9 +64,9 @@ class Setting:
         return f"BERT {self.size}, {self.dtype}, {self.length} tokens"
 
     def args(self, batching: Mapping[str, Any], *, ragged: bool = False) -> dict[str, Any]:
-        """Of an application; on a GPU rows are padded to `length`, or if ragged to parts of it."""
+        """Of an application; on a GPU rows are padded to `length`, or if ragged packed."""
         options = {"weights": "random", "size": self.size, "head": "answer", "input": "tokens"}
-        lengths = {} if ragged else {"graph_lengths": [self.length]}
+        lengths = {} if ragged else {"graph_lengths": [self.length], "pack": False}
         return {
             "model": {"name": "bert", **options, "max_length": self.length},
             "engine": {"device": self.device},

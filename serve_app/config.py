@@ -174,7 +174,9 @@ class BatchingConfig:
     batch that may be padding, where rows differ in length. `priorities`: 1 is the first of them, and the highest.
     `instances`: batches that a replica runs at the same time, on the same weights. `dtype`: of weights and products.
     `graph_lengths`: on a GPU, the lengths that rows are padded to, rising, since each needs CUDA graphs of its own
-    (none: a quarter, half, three quarters and all of the longest that the model takes).
+    (none: a quarter, half, three quarters and all of the longest that the model takes). `pack`: rows of a model that
+    takes them so lie one behind the other; then their lengths do not matter, nor what `max_padding` and `graph_lengths`
+    say.
     """
 
     max_batch_size: int = 64
@@ -186,6 +188,7 @@ class BatchingConfig:
     instances: int = 1
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     graph_lengths: tuple[int, ...] = ()
+    pack: bool = True
 
     def __post_init__(self) -> None:
         if any(a >= b for a, b in pairwise((0, *self.graph_lengths))):

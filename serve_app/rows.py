@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +24,8 @@ class BatchedSpec:
     """
 
     name: str
-    inputs: Mapping[str, TensorSpec]
-    outputs: Mapping[str, TensorSpec]
+    inputs: Mapping[str, TensorSpec] = field(hash=False)
+    outputs: Mapping[str, TensorSpec] = field(hash=False)
     optional: tuple[str, ...] = ()
     max_length: int = 0
     max_batch_size: int = 1
@@ -58,66 +59,74 @@ class RowsResult(NamedTuple):
     queued_us: int = 0
 
 
-@dataclass(slots=True)
-class Checked:
-    """What a check has found: the number of rows, and their length where a dimension is of any length (else 1)."""
-
-    rows: int = 0
-    length: int = 1
-    _seen: dict[str, str] = field(default_factory=dict)
-
-    def same(self, what: str, size: int, name: str) -> None:
-        """Note a size of an input; raises InvalidInput unless the inputs before have the same."""
-        if what in self._seen and getattr(self, what) != size:
-            raise InvalidInput(
-                f"input '{name}' has {what}={size}, input '{self._seen[what]}' has {what}={getattr(self, what)}: send "
-                "the same of all"
-            )
-        self._seen[what] = name
-        setattr(self, what, size)
+Look = tuple[str, str | np.dtype[Any], tuple[int, ...]]
+"""An input's name, dtype and shape; what is no array has a type instead of a dtype."""
 
 
-def check_rows(request: RowsRequest, spec: BatchedSpec) -> Checked:
-    """Raise InvalidInput unless the request is one that the model takes, values aside."""
-    for name in request.inputs:
-        if name not in spec.inputs:
-            raise InvalidInput(
-                f"unexpected inference input '{name}' for model '{spec.name}', it takes {', '.join(spec.inputs)}"
-            )
-    found = Checked()
-    for name, tensor in spec.inputs.items():
-        if name in request.inputs:
-            _check_input(name, request.inputs[name], tensor, spec, found)
-        elif name not in spec.optional:
-            raise InvalidInput(f"input '{name}' is missing for model '{spec.name}', it takes {', '.join(spec.inputs)}")
-    if not 1 <= found.rows <= spec.max_batch_size:
-        raise InvalidInput(
-            f"a request of {found.rows} rows arrived, model '{spec.name}' takes 1 to {spec.max_batch_size}: send them "
-            "in parts, or raise batching.max_batch_size"
-        )
-    if found.length < 1 or 0 < spec.max_length < found.length:
-        limit = spec.max_length or "any number"
-        raise InvalidInput(f"rows of length {found.length} arrived, model '{spec.name}' takes 1 to {limit}: cut them")
+def check_rows(request: RowsRequest, spec: BatchedSpec) -> int:
+    """How many rows it has. Raises InvalidInput unless the request is one that the model takes, values aside."""
     if request.priority is not None and not 1 <= request.priority <= spec.num_priorities:
         raise InvalidInput(f"priority is {request.priority}, model '{spec.name}' has 1 to {spec.num_priorities}")
     if not request.timeout_s >= 0:
         raise InvalidInput(f"the timeout is {request.timeout_s} s, expected 0 or more")
-    return found
+    inputs: Mapping[str, Any] = request.inputs
+    looks = [
+        (name, x.dtype, x.shape) if isinstance(x, np.ndarray) else (name, type(x).__name__, ())
+        for name, x in inputs.items()
+    ]
+    return _check_looks(spec, tuple(looks))
 
 
-def _check_input(name: str, x: Any, tensor: TensorSpec, spec: BatchedSpec, found: Checked) -> None:
-    if not isinstance(x, np.ndarray) or x.dtype != tensor.dtype:
-        kind = x.dtype if isinstance(x, np.ndarray) else type(x).__name__
+@lru_cache(maxsize=1024)
+def _check_looks(spec: BatchedSpec, looks: tuple[Look, ...]) -> int:
+    """See `check_rows`. What many requests look like is looked at once."""
+    inputs = {name: (kind, shape) for name, kind, shape in looks}
+    for name in inputs:
+        if name not in spec.inputs:
+            raise InvalidInput(
+                f"unexpected inference input '{name}' for model '{spec.name}', it takes {', '.join(spec.inputs)}"
+            )
+    seen: dict[str, tuple[str, int]] = {}  # of which input, how much
+
+    def same(what: str, size: int, name: str) -> None:
+        other, first = seen.setdefault(what, (name, size))
+        if size != first:
+            raise InvalidInput(
+                f"input '{name}' has {what}={size}, input '{other}' has {what}={first}: send the same of all"
+            )
+
+    for name, tensor in spec.inputs.items():
+        if name in inputs:
+            kind, shape = inputs[name]
+            _check_input(name, kind, shape, tensor, spec)
+            same("rows", shape[0], name)
+            for size, have in zip(tensor.shape, shape[1:], strict=True):
+                if size == ANY:
+                    same("length", have, name)
+        elif name not in spec.optional:
+            raise InvalidInput(f"input '{name}' is missing for model '{spec.name}', it takes {', '.join(spec.inputs)}")
+    rows, length = (seen.get(what, ("", least))[1] for what, least in (("rows", 0), ("length", 1)))
+    if not 1 <= rows <= spec.max_batch_size:
+        raise InvalidInput(
+            f"a request of {rows} rows arrived, model '{spec.name}' takes 1 to {spec.max_batch_size}: send them in "
+            "parts, or raise batching.max_batch_size"
+        )
+    if length < 1 or 0 < spec.max_length < length:
+        limit = spec.max_length or "any number"
+        raise InvalidInput(f"rows of length {length} arrived, model '{spec.name}' takes 1 to {limit}: cut them")
+    return rows
+
+
+def _check_input(
+    name: str, kind: str | np.dtype[Any], shape: tuple[int, ...], tensor: TensorSpec, spec: BatchedSpec
+) -> None:
+    if isinstance(kind, str) or kind != tensor.dtype:
         raise InvalidInput(
             f"input '{name}' of {kind} arrived, model '{spec.name}' takes arrays of {tensor.dtype}: convert it first"
         )
     due = (ANY, *tensor.shape)
-    if x.ndim != len(due) or any(size not in (ANY, have) for size, have in zip(due, x.shape, strict=True)):
-        expected, got = ",".join(map(str, due)), ",".join(map(str, x.shape))
+    if len(shape) != len(due) or any(size not in (ANY, have) for size, have in zip(due, shape, strict=True)):
+        expected, got = ",".join(map(str, due)), ",".join(map(str, shape))
         raise InvalidInput(
             f"unexpected shape for input '{name}' for model '{spec.name}'. Expected [{expected}], got [{got}]"
         )
-    found.same("rows", len(x), name)
-    for size, have in zip(tensor.shape, x.shape[1:], strict=True):
-        if size == ANY:
-            found.same("length", have, name)

@@ -10,6 +10,7 @@ import torch
 from serve_app.config import AppConfig, BatchingConfig, EngineConfig, ModelConfig
 from serve_app.engine.batcher import Batcher, build_batcher
 from serve_app.errors import InvalidInput
+from serve_app.models.stateless import Packed
 from serve_app.rows import BatchedSpec, RowsRequest, RowsResult
 from serve_app.spec import TensorSpec
 
@@ -40,6 +41,25 @@ class MaskedSum:
         if (ids == 666).any():
             raise RuntimeError("a bad row")
         return {"total": ids.sum(1).float(), "sums": ids.cumsum(1)}
+
+
+class PackedSum(MaskedSum):
+    """The same of rows that lie one behind the other."""
+
+    packs = True
+
+    def forward(self, inputs: Mapping[str, torch.Tensor], packed: Packed | None = None) -> Mapping[str, torch.Tensor]:
+        if packed is None:
+            return super().forward(inputs)
+        ids = inputs["ids"] * inputs["mask"]
+        self.shapes.append((ids.shape[0], ids.shape[1]))
+        if (ids == 666).any():
+            raise RuntimeError("a bad row")
+        so_far = ids.flatten().cumsum(0)
+        first = torch.arange(ids.numel()) - packed.position.flatten()  # of its row
+        before = so_far[first] - ids.flatten()[first]
+        of_row = packed.row.flatten() == torch.arange(packed.num_rows)[:, None]
+        return {"total": (of_row * ids.flatten()).sum(1).float(), "sums": (so_far - before).reshape(ids.shape)}
 
 
 class Words:

@@ -2,9 +2,8 @@
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from queue import SimpleQueue
+from collections.abc import Callable, Mapping, Sequence
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -43,6 +42,7 @@ class BatchGraphs:
         self._sizes = sizes
         self._lengths = lengths
         self._free: SimpleQueue[dict[tuple[int, int], BatchGraph]] = SimpleQueue()
+        self._taken: dict[BatchGraph, dict[tuple[int, int], BatchGraph]] = {}
         own = [(torch.cuda.graph_pool_handle(), _stream(device)) for _ in range(instances)]
         for memory, stream in own * DEPTH:
             graphs: dict[tuple[int, int], BatchGraph] = {}
@@ -69,18 +69,26 @@ class BatchGraphs:
         """The length that a row is padded to by itself."""
         return _next(self._lengths, length) or length
 
-    @contextmanager
-    def taken(self, size: int, length: int) -> Iterator["BatchGraph | None"]:
-        """The graph for a batch, which nobody else has meanwhile; None where there is none."""
-        graphs = self._free.get()
+    def take(self, size: int, length: int) -> "BatchGraph | None":
+        """The graph for a batch, which nobody else has until it is given back; None where there is none, or no more."""
         try:
-            yield graphs.get((_next(self._sizes, size), _next(self._lengths, length)))
-        finally:
+            graphs = self._free.get_nowait()
+        except Empty:
+            return None
+        graph = graphs.get((_next(self._sizes, size), _next(self._lengths, length)))
+        if graph is None:
             self._free.put(graphs)
+        else:
+            self._taken[graph] = graphs
+        return graph
+
+    def give_back(self, graph: "BatchGraph") -> None:
+        """Its outputs have been taken."""
+        self._free.put(self._taken.pop(graph))
 
 
 class BatchGraph:
-    """`inputs`: arrays [size, *shape] in pinned memory, to be filled before `run`."""
+    """`inputs`: arrays [size, *shape] in pinned memory, to be filled before `launch`. `nbytes`: with the outputs."""
 
     def __init__(
         self,
@@ -117,13 +125,20 @@ class BatchGraph:
 
         self._graph = capture(step, stream.device, memory)
         self._outputs = [output.numpy() for output in outputs]
+        self.nbytes = sum(x.nbytes for x in (*self.inputs.values(), *self._outputs))
 
-    def run(self, rows: int) -> list[np.ndarray]:
-        """Outputs [rows, *shape] of the first rows. Raises torch.AcceleratorError."""
+    def launch(self) -> None:
+        """Run with what is in `inputs`. Raises torch.AcceleratorError."""
         with torch.cuda.stream(self._stream):
             self._graph.replay()
             self._done.record()
+
+    def wait(self) -> None:
+        """Until it has run. Raises torch.AcceleratorError."""
         self._done.synchronize()
+
+    def outputs(self, rows: int) -> list[np.ndarray]:
+        """What it has given, [rows, *shape] of the first rows."""
         return [output[:rows].copy() for output in self._outputs]
 
 

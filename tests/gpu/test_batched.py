@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from bench.batched import Encoder
+from serve_app.config import ModelConfig
 from serve_app.engine.batch_graphs import BatchGraph
-from serve_app.engine.batch_runner import BatchRunner, Row
+from serve_app.engine.batch_runner import BatchRunner, Replay, Row
 from serve_app.errors import InferenceFailed
+from serve_app.models import registry
 from serve_app.spec import TensorSpec
 
 pytestmark = [
@@ -53,8 +55,8 @@ def test_graphs_from_several_threads_give_what_the_cpu_gives(
     there = BatchRunner(model, torch.device("cuda"), dtype)
     there.warm_up(SIZES, LENGTHS, instances=2)
     replays = []
-    run = BatchGraph.run
-    monkeypatch.setattr(BatchGraph, "run", lambda graph, count: replays.append(count) or run(graph, count))
+    outputs = BatchGraph.outputs
+    monkeypatch.setattr(BatchGraph, "outputs", lambda graph, count: replays.append(count) or outputs(graph, count))
     made = rows(here, 120)
     cuts = np.cumsum(np.random.default_rng(1).integers(1, 9, 60))
     batches = [made[a:b] for a, b in zip([0, *cuts[:-1]], cuts, strict=True) if made[a:b]]
@@ -65,6 +67,25 @@ def test_graphs_from_several_threads_give_what_the_cpu_gives(
         (expected,) = here.run([row])
         assert isinstance(result, dict) and isinstance(expected, dict)
         np.testing.assert_allclose(result["embedding"], expected["embedding"], atol=tolerance)
+
+
+def test_packed_rows_of_bert_in_graphs_give_what_each_alone_gives() -> None:
+    pytest.importorskip("transformers")
+    options = {"weights": "random", "size": "mini", "head": "answer", "input": "tokens", "max_length": 96}
+    model = registry.load_stateless(ModelConfig("bert", options))
+    alone = BatchRunner(copy.deepcopy(model), torch.device("cuda"), torch.float16)
+    packed = BatchRunner(model, torch.device("cuda"), torch.float16, pack_rows=8)
+    packed.warm_up(SIZES)
+    rng = np.random.default_rng(0)
+    for lengths in ([1], [96] * 8, rng.integers(1, 97, 8), [5, 90, 3], rng.integers(1, 20, 8)):
+        made = [packed.rows({"input_ids": rng.integers(1, 1000, (1, length))}, 1)[0] for length in lengths]
+        started = packed.start(made)
+        assert isinstance(started, Replay)
+        started.wait()
+        for row, result in zip(made, started.results(), strict=True):
+            (expected,) = alone.run([row])
+            assert isinstance(result, dict) and isinstance(expected, dict)
+            np.testing.assert_allclose(result["start"], expected["start"], atol=2e-2)
 
 
 def test_rows_cost_what_the_next_longer_graph_does() -> None:

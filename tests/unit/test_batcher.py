@@ -6,7 +6,6 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from queue import SimpleQueue
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,12 @@ import pytest
 import torch
 
 from serve_app.config import AppConfig, BatchingConfig, EngineConfig, ModelConfig, PriorityConfig
-from serve_app.engine.batch_graphs import BatchGraphs
+from serve_app.engine.batch_graphs import BatchGraph, BatchGraphs
 from serve_app.engine.batch_runner import BatchRunner, Row
 from serve_app.engine.batcher import Batcher, build_batcher
 from serve_app.errors import ConfigError, InferenceFailed, InvalidInput, Overloaded, TimedOut, Unavailable
 from serve_app.rows import RowsRequest
-from tests.stateless import MaskedSum
+from tests.stateless import MaskedSum, PackedSum
 
 pytestmark = pytest.mark.asyncio
 
@@ -45,9 +44,10 @@ def model_of(batcher: Batcher) -> MaskedSum:
     return model
 
 
-async def test_many_requests_of_any_length_equal_each_alone() -> None:
+@pytest.mark.parametrize("model", ["MaskedSum", "PackedSum"])
+async def test_many_requests_of_any_length_equal_each_alone(model: str) -> None:
     rng = random.Random(0)
-    async with served(max_batch_size=16, max_padding=0.2, instances=2) as batcher:
+    async with served(model, max_batch_size=16, max_padding=0.2, instances=2) as batcher:
 
         async def one() -> None:
             length = rng.randint(1, 32)
@@ -72,8 +72,22 @@ async def test_what_arrives_together_runs_together() -> None:
         assert model_of(batcher).shapes[warmed:] == [(8, 3)]
 
 
-async def test_a_bad_row_costs_no_other() -> None:
-    async with served(max_batch_size=16) as batcher:
+async def test_rows_one_behind_the_other_share_a_batch_whatever_their_length() -> None:
+    async with served("PackedSum", max_batch_size=8) as batcher:
+        warmed = len(model_of(batcher).shapes)
+        asked = [ask([i] * length) for i, length in enumerate((32, 5, 27, 1, 20, 2, 10, 30))]
+        results = await asyncio.gather(*map(batcher.infer, asked))
+        assert [values["total"].tolist() for values, *_ in results] == [[0], [5], [54], [3], [80], [10], [60], [210]]
+        assert [values["sums"].shape for values, *_ in results] == [x.inputs["ids"].shape for x in asked]
+        assert model_of(batcher).shapes[warmed:] == [(4, 32)], "127 of 128 tokens are some row's"
+    async with served("PackedSum", max_batch_size=8, pack=False, max_padding=0) as batcher:
+        await asyncio.gather(*map(batcher.infer, asked))
+        assert len(model_of(batcher).shapes) > 8, "one for each length"
+
+
+@pytest.mark.parametrize("model", ["MaskedSum", "PackedSum"])
+async def test_a_bad_row_costs_no_other(model: str) -> None:
+    async with served(model, max_batch_size=16) as batcher:
         requests = [ask([i, i]) for i in range(16)]
         requests[5] = ask([666, 1])
         results = await asyncio.gather(*map(batcher.infer, requests), return_exceptions=True)
@@ -188,7 +202,7 @@ async def test_weights_and_inputs_in_another_dtype() -> None:
     with pytest.raises(ConfigError, match="has no section batching"):
         build_batcher(config)
     model = Half()
-    runner = BatchRunner(model, torch.device("cpu"), torch.bfloat16)  # type: ignore[arg-type]
+    runner = BatchRunner(model, torch.device("cpu"), torch.bfloat16)
     (outputs,) = runner.run(runner.rows({"x": np.ones((1, 2), np.float32)}, 1))
     assert isinstance(outputs, dict)
     assert outputs["y"].dtype == np.float32
@@ -212,24 +226,55 @@ async def test_a_model_that_is_too_large_says_what_to_do(monkeypatch: pytest.Mon
             pass
 
 
+class GraphByHand:
+    """None: its inputs are filled and its outputs taken as those of a CUDA graph."""
+
+    nbytes = 0
+
+    def __init__(self, runner: BatchRunner, size: int, length: int) -> None:
+        self.inputs = {name: np.full((size, length), 9, np.int64) for name in runner._prepared}
+        self._runner = runner
+        self._arrays: list[np.ndarray] = []
+
+    def launch(self) -> None:
+        inputs = {name: torch.from_numpy(x) for name, x in self.inputs.items()}
+        self._arrays = [y.numpy() for y in self._runner._compute(inputs)]
+
+    def wait(self) -> None:
+        assert self._arrays
+
+    def outputs(self, rows: int) -> list[np.ndarray]:
+        return [y[:rows] for y in self._arrays]
+
+
 class ByHand(BatchGraphs):
-    """Graphs that are none: their inputs are filled and their outputs taken as those of CUDA graphs."""
+    """Graphs that are none, and which of them were given back."""
 
     def __init__(self, runner: BatchRunner, sizes: list[int], lengths: list[int]) -> None:
-        self._sizes, self._lengths, self._free = sizes, lengths, SimpleQueue()
+        self._sizes, self._lengths, self._free, self._taken = sizes, lengths, SimpleQueue(), {}
         self.used: list[tuple[int, int]] = []
-        self._free.put({(size, length): self._graph(runner, size, length) for size in sizes for length in lengths})
+        graphs: dict[tuple[int, int], Any] = {
+            (size, length): GraphByHand(runner, size, length) for size in sizes for length in lengths
+        }
+        self._free.put(graphs)
 
-    def _graph(self, runner: BatchRunner, size: int, length: int) -> Any:
-        inputs = {name: np.full((size, length), 9, np.int64) for name in ("ids", "mask")}
+    def give_back(self, graph: BatchGraph) -> None:
+        self.used += [key for key, other in self._taken[graph].items() if other is graph]
+        super().give_back(graph)
 
-        def run(rows: int) -> list[np.ndarray]:
-            self.used.append((size, length))
-            return [
-                y.numpy()[:rows] for y in runner._compute({name: torch.from_numpy(x) for name, x in inputs.items()})
-            ]
 
-        return SimpleNamespace(inputs=inputs, run=run)
+async def test_packed_rows_fill_the_next_graph() -> None:
+    runner, rng = BatchRunner(PackedSum(), torch.device("cpu"), torch.float32, pack_rows=8), random.Random(0)
+    runner._graphs = graphs = ByHand(runner, [1, 2, 4], [32])
+    for lengths, expected in (([3], (1, 32)), ([20, 20, 9, 12], (2, 32)), ([30, 20, 20], (4, 32)), ([32] * 5, None)):
+        graphs.used.clear()
+        ids = [[rng.randint(0, 600) for _ in range(length)] for length in lengths]
+        found = runner.run([runner.rows({"ids": np.array([row])}, 1)[0] for row in ids])
+        assert graphs.used == ([expected] if expected else [])
+        for row, result in zip(ids, found, strict=True):
+            assert isinstance(result, dict)
+            assert result["total"] == sum(row)
+            assert result["sums"].tolist() == np.cumsum(row).tolist()
 
 
 async def test_batches_are_padded_to_the_next_graph_and_run_without_where_there_is_none() -> None:
@@ -245,10 +290,14 @@ async def test_batches_are_padded_to_the_next_graph_and_run_without_where_there_
         assert graphs.used == ([expected] if expected else [])
         for row, result in zip(ids, found, strict=True):
             assert isinstance(result, dict)
-            assert (result["total"], result["sums"].tolist()) == (sum(row), np.cumsum(row).tolist())
+            assert result["total"] == sum(row)
+            assert result["sums"].tolist() == np.cumsum(row).tolist()
 
 
-async def test_a_second_batch_is_taken_in_beside_one_that_runs_if_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_second_batch_is_taken_in_beside_one_that_runs_if_it_is_worth_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A quarter of a full one."""
     go, began = threading.Event(), []
 
     def run(runner: BatchRunner, rows: Sequence[Row]) -> list[Any]:
@@ -258,12 +307,12 @@ async def test_a_second_batch_is_taken_in_beside_one_that_runs_if_it_is_full(mon
 
     monkeypatch.setattr(BatchRunner, "run", run)
     monkeypatch.setattr(BatchRunner, "depth", 2)
-    async with served(max_batch_size=4) as batcher:
+    async with served(max_batch_size=8) as batcher:
         asked: list[asyncio.Task[Any]] = []
-        for more, expected in ((1, [1]), (3, [1]), (1, [1, 4]), (9, [1, 4])):
+        for more, expected in ((1, [1]), (1, [1]), (1, [1, 2]), (17, [1, 2])):
             asked += [asyncio.create_task(batcher.infer(ask([1]))) for _ in range(more)]
             await asyncio.sleep(0.05)
             assert began == expected
         go.set()
         await asyncio.gather(*asked)
-        assert began == [1, 4, 4, 4, 1]
+        assert began == [1, 2, 8, 8, 1]
