@@ -125,22 +125,26 @@ def make_engine(
     session: SessionConfig | None = None,
 ) -> Engine:
     """An engine for steps of `batch` sessions and k timesteps, with `groups` times as many sessions."""
+    return Engine(model, config_for(batch, k, groups, slots, device, session))
+
+
+def config_for(
+    batch: int, k: int, groups: int, slots: int | None, device: str, session: SessionConfig | None = None
+) -> AppConfig:
+    """See make_engine."""
     sessions = groups * batch
-    return Engine(
-        model,
-        AppConfig(
-            engine=EngineConfig(
-                device=device,
-                slots=slots or sessions,
-                max_batch_size=batch,
-                step_timesteps=tuple(sorted({1, k})),
-                calibration_file="",
-                max_pending_bytes=2**32,
-                max_retained_bytes=2**34,
-            ),
-            session=replace(session or SessionConfig(), max_sessions=sessions),
-            frame=FrameConfig(max_bytes=2**30, answer_within_s=60),
+    return AppConfig(
+        engine=EngineConfig(
+            device=device,
+            slots=slots or sessions,
+            max_batch_size=batch,
+            step_timesteps=tuple(sorted({1, k})),
+            calibration_file="",
+            max_pending_bytes=2**32,
+            max_retained_bytes=2**34,
         ),
+        session=replace(session or SessionConfig(), max_sessions=sessions),
+        frame=FrameConfig(max_bytes=2**30, answer_within_s=60),
     )
 
 
