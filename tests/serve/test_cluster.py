@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from clients.blocking import BlockingClient
-from tests.serve.conftest import free_port
+from cluster.local import free_port
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(120)]
 
