@@ -15,12 +15,9 @@ import asyncio
 import itertools
 import os
 import random
-import socket
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,7 +35,8 @@ from bench.closed_loop import INPUT, SEED, TOLERANCE, plain_module
 from bench.report import json_option, save, show_hardware, table
 from clients.client import Client, connect
 from clients.session import Session
-from serve_app.__main__ import end_haproxy, find_haproxy, haproxy_env
+from cluster.local import free_port, local_cluster
+from serve_app.__main__ import find_haproxy
 from serve_app.app import build
 from serve_app.deployments.transport import NAMESPACE, SERVE_NAMESPACE
 
@@ -54,8 +52,6 @@ KINDS = (
     "directory and replica", "controller",
 )  # fmt: skip
 RESUME_WITHIN_S = 60.0
-HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
-"""Besides the one for clients: others on this machine may have Ray's own."""
 
 
 @dataclass
@@ -170,44 +166,6 @@ class Killer:
             if found := [name for name in names if name.startswith("SERVE_REPLICA::lockstep#Ingress#")]:
                 return self._rng.choice(found)
             time.sleep(0.1)
-
-
-@contextmanager
-def local_cluster(
-    num_nodes: int, cpus: int, http_port: int | None = None, head_cpus: int = 1
-) -> Iterator[tuple[Cluster, list[Any]]]:
-    """A head, where the driver and Serve's controller are, and HAProxy if it has a port; and worker nodes."""
-    with TemporaryDirectory(prefix="lc", dir="/tmp") as folder:
-        (Path(folder) / "ray").mkdir()
-        if http_port is not None:
-            os.environ |= {**haproxy_env(Path(folder)), **{key: str(free_port()) for key in HAPROXY_PORTS}}
-        os.environ["RAY_TMPDIR"] = folder  # Ray writes there which cluster is the current one
-        health = {
-            "health_check_period_ms": 500,
-            "health_check_timeout_ms": 1000,
-            "health_check_failure_threshold": 3,
-            "health_check_initial_delay_ms": 500,
-        }
-        head = {"num_cpus": head_cpus, "_system_config": health, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            nodes = [cluster.add_node(num_cpus=cpus) for _ in range(num_nodes)]
-            ray.init(address=cluster.address, namespace="chaos", log_to_driver=False)
-            proxy = {"location": "NoServer"} if http_port is None else {"location": "HeadOnly", "port": http_port}
-            serve.start(http_options=proxy, logging_config={"log_level": "ERROR"})
-            yield cluster, nodes
-        finally:
-            serve.shutdown()  # type: ignore[no-untyped-call]
-            ray.shutdown()
-            cluster.shutdown()  # type: ignore[no-untyped-call]
-            end_haproxy(folder)
-
-
-def free_port() -> int:
-    """One that nobody listens at now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def load(lines: list[Line], address: str, until: float) -> None:

@@ -22,8 +22,8 @@ import psutil
 import ray
 from ray import serve
 
-from bench.chaos import local_cluster
 from bench.report import json_option, save, show_hardware, table
+from cluster.local import local_cluster
 from serve_app.app import build
 from serve_app.checkpoint import Checkpoint, encode_checkpoint
 from serve_app.config import DurabilityConfig

@@ -23,10 +23,11 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[at
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from bench.chaos import PERIOD_S, Line, local_cluster, run_session, wrong
+from bench.chaos import PERIOD_S, Line, run_session, wrong
 from bench.closed_loop import SEED
 from bench.report import json_option, save, show_hardware, table
 from clients.client import connect
+from cluster.local import local_cluster
 from serve_app.deployments.transport import NAMESPACE
 from serve_app.ingress.outbox import Outbox
 from serve_app.session import Session

@@ -16,6 +16,12 @@ import psutil
 
 STOP_WITHIN_S = 10
 
+SERVE_ENV = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.2",  # after three in vain it is started again
+}
+"""Of each node's processes, from before Ray starts. On a cluster it comes from cluster/Dockerfile."""
+
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option("--haproxy/--no-haproxy", default=True, show_default=True, help="--no-haproxy: Serve's own proxy.")
@@ -46,8 +52,7 @@ def haproxy_env(folder: Path) -> dict[str, str]:
     """What Ray needs in its environment; HAProxy's files lie in `folder`, so that it can be told from others."""
     prefix = "RAY_SERVE_HAPROXY"
     return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.2",  # after three in vain it is started again
+        **SERVE_ENV,
         f"{prefix}_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         f"{prefix}_SOCKET_PATH": str(folder / "admin.sock"),
         f"{prefix}_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),

@@ -213,6 +213,7 @@ class BatchingConfig:
 class AppConfig:
     """The tree of one model. `replicas`: replicas of the model; `num_gpus`: GPUs that each gets from Ray.
 
+    `accelerator_type`: what kind of GPU that has to be, as Ray calls it: L4, A10G, H100 (empty: any).
     `ingress_replicas`: ways in, for clients without Ray; they, `grpc` and `durability` are common to all models.
 
     `batching`: of a stateless model only; it has no use for session, frame and durability.
@@ -227,10 +228,16 @@ class AppConfig:
     batching: BatchingConfig | None = None
     replicas: int = 1
     num_gpus: float = 0.0
+    accelerator_type: str = ""
     ingress_replicas: int = 1
 
     def __post_init__(self) -> None:
         _at_least("", self, 1, "replicas", "ingress_replicas")
+        if self.accelerator_type and not self.num_gpus:
+            raise ConfigError(
+                f"accelerator_type is {self.accelerator_type!r} and num_gpus is 0: a replica would have no GPU of it, "
+                "give num_gpus: 1"
+            )
 
 
 def load_config(args: Mapping[str, Any]) -> AppConfig:

@@ -67,5 +67,9 @@ def _model(replica: type[Any], config: AppConfig) -> Any:
         graceful_shutdown_timeout_s=10,
         health_check_period_s=2,  # where a replica has died the next should come soon
         logging_config=QUIET,
-        ray_actor_options={"num_gpus": config.num_gpus, "runtime_env": {"env_vars": OWNER_ENV}},
+        ray_actor_options={
+            "num_gpus": config.num_gpus,
+            "accelerator_type": config.accelerator_type or None,
+            "runtime_env": {"env_vars": OWNER_ENV},
+        },
     )(replica)

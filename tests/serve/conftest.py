@@ -3,7 +3,6 @@
 import gc
 import logging
 import os
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +13,8 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.local import free_port
 from serve_app.app import build
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ import pytest
 
 from clients.client import Client, connect
 from clients.session import Session
+from cluster.local import free_port
 from serve_app.errors import LockstepError
-from tests.serve.conftest import free_port
 from tests.serve.test_application import alone, collect, noise
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(240)]

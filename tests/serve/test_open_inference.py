@@ -18,11 +18,11 @@ import pytest
 import torch
 import yaml
 
+from cluster.local import free_port
 from serve_app.config import ModelConfig
 from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.protos import oip_pb2_grpc
 from serve_app.models import registry
-from tests.serve.conftest import free_port
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(240)]
 

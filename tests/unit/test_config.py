@@ -155,6 +155,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"frame.max_bytes": "100"}, ["frame.max_bytes is 100", "the least is 65536"]),
     ({"replicas": 0}, ["replicas is 0", "the least is 1"]),
+    ({"accelerator_type": "L4"}, ["accelerator_type is 'L4'", "num_gpus is 0", "give num_gpus: 1"]),
     ({"replicas": "auto"}, ["replicas is 'auto'", "a whole number"]),
     ({"engine..slots": "1"}, ["'engine..slots'", "section.name"]),
 ]

@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_structure_names_every_file_and_no_other() -> None:
     text = (ROOT / "docs/structure.md").read_text()
-    named = set(re.findall(r"`((?:serve_app|clients)/[\w/]+\.py)`", text))
+    named = set(re.findall(r"`((?:serve_app|clients|cluster)/[\w/]+\.py)`", text))
     there = {
         str(path.relative_to(ROOT))
-        for package in ("serve_app", "clients")
+        for package in ("serve_app", "clients", "cluster")
         for path in (ROOT / package).rglob("*.py")
         if path.name != "__init__.py"
     }
