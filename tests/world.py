@@ -474,7 +474,7 @@ class Replica:
         try:
             self.engine.receive(decode_frame(data), call, self.world.loop.now)
         except LockstepError as error:
-            call.answer(encode_reply(error))
+            call.answer(b"".join(encode_reply(error)))
         self._answer()
 
     def renew(self) -> None:
@@ -502,7 +502,7 @@ class Replica:
             return
         for call, answer in self.engine.farewell(now) if self.is_draining else self.engine.answers(now):
             assert isinstance(call, Call)
-            call.answer(encode_reply(answer))
+            call.answer(b"".join(encode_reply(answer)))
         if self.is_draining and self.engine.parted:
             self.kill()
 
@@ -603,7 +603,7 @@ class FrameChannel:
         self.world, self.source, self.owner = world, source, owner
 
     async def call(self, frame: Frame) -> Answer:
-        data = encode_frame(frame)
+        data = b"".join(encode_frame(frame))
         if self.owner not in self.world.owners:
             raise StateLost(f"{self.owner} is gone")
 
@@ -620,7 +620,7 @@ class FrameChannel:
 
 
 def _gone(why: str) -> bytes:
-    return encode_reply(StateLost(why))
+    return b"".join(encode_reply(StateLost(why)))
 
 
 class Connection:

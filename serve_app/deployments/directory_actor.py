@@ -20,15 +20,18 @@ from serve_app.deployments.messages import CallServer, Codec, is_listening
 from serve_app.directory import Ask, Described, Directory, Grant, Owner, Record, SessionStatistics, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.spec import ModelSpec
+from serve_app.wire import Parts
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
 PUBLISH_EVERY_S = 1.0
 
 
-OPENS: Codec[Sequence[Ask], Sequence[Grant | LockstepError]] = Codec(
-    pickle.dumps, pickle.loads, pickle.dumps, pickle.loads
-)
+def _dumps(message: object) -> Parts:
+    return [pickle.dumps(message)]
+
+
+OPENS: Codec[Sequence[Ask], Sequence[Grant | LockstepError]] = Codec(_dumps, pickle.loads, _dumps, pickle.loads)
 
 
 class DirectoryActor:

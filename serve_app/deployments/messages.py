@@ -20,11 +20,13 @@ from itertools import count
 from struct import Struct
 from typing import Generic, TypeVar, cast
 
+import numpy as np
 from ray._common.network_utils import build_address, parse_address  # type: ignore[attr-defined]
 from ray._private.authentication.authentication_utils import is_token_auth_enabled, validate_request_token
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 from serve_app.errors import LockstepError
+from serve_app.wire import Parts
 
 logger = logging.getLogger(__name__)
 Q = TypeVar("Q")
@@ -62,11 +64,11 @@ async def is_listening(address: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Codec(Generic[Q, A]):
-    """Questions and answers ↔ bytes; those that are read are good only while they are decoded."""
+    """Questions and answers ↔ bytes, in parts that are sent one after the other; what is read is the reader's."""
 
-    encode: Callable[[Q], bytes]
+    encode: Callable[[Q], Parts]
     decode: Callable[[memoryview], Q]
-    encode_reply: Callable[[A | LockstepError], bytes]
+    encode_reply: Callable[[A | LockstepError], Parts]
     decode_reply: Callable[[memoryview], A | LockstepError]
 
 
@@ -150,17 +152,18 @@ class CallChannel(Generic[Q, A]):
         loop, answerer = asyncio.get_running_loop(), partial(_Answerer, self._codec)
         async with asyncio.timeout(CONNECT_WITHIN_S):
             _, connected = await loop.create_connection(answerer, host, int(port), ssl=_client_tls())
-        connected.send(TOKEN, _token().encode())
+        connected.send(TOKEN, [_token().encode()])
         return connected
 
 
 class _Messages(asyncio.BufferedProtocol):
-    """Numbered messages in both directions; `take` gets those that have come, whose bytes are good during that only."""
+    """Numbered messages in both directions; `take` gets those that have come."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self._buffer = bytearray(BUFFER_BYTES)
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._end = 0
+        self._large: tuple[int, memoryview] | None = None  # a message that the buffer does not hold, and its number
         #: There is no connection any more.
         self.lost = asyncio.Event()
         #: Of a message that comes.
@@ -170,10 +173,10 @@ class _Messages(asyncio.BufferedProtocol):
         """The next message."""
         raise NotImplementedError
 
-    def send(self, number: int, data: bytes) -> None:
+    def send(self, number: int, parts: Parts) -> None:
         """Send a message, if there still is a connection."""
         if self._transport is not None:
-            self._transport.writelines((HEADER.pack(number, len(data)), data))
+            self._transport.writelines((HEADER.pack(number, sum(map(len, parts))), *parts))
 
     @property
     def is_closed(self) -> bool:
@@ -199,27 +202,39 @@ class _Messages(asyncio.BufferedProtocol):
         self.lost.set()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return memoryview(self._buffer)[self._end :]
+        return (self._buffer if self._large is None else self._large[1])[self._end :]
 
     def buffer_updated(self, nbytes: int) -> None:
         self._end += nbytes
-        view, begin, needed = memoryview(self._buffer), 0, HEADER.size
+        if self._large is not None:
+            number, whole = self._large
+            if self._end == len(whole):
+                self._large, self._end = None, 0
+                self.take(number, whole)
+            return
+        begin = 0
         while self._end - begin >= HEADER.size and self._transport is not None:
-            number, length = HEADER.unpack_from(view, begin)
-            needed = HEADER.size + length
+            number, length = HEADER.unpack_from(self._buffer, begin)
             if length > self.max_bytes:
                 self.refuse(f"a message of {length} bytes, where the limit is {self.max_bytes}")
                 return
-            if self._end - begin < needed:
+            first, end = begin + HEADER.size, begin + HEADER.size + length
+            if end > self._end:
+                if HEADER.size + length > len(self._buffer):
+                    self._large = number, np.empty(length, np.uint8).data
+                    self._to_front(first, self._large[1])
+                    return
                 break
-            self.take(number, view[begin + HEADER.size : begin + needed])
-            begin, needed = begin + needed, HEADER.size
-        if begin > 0 or needed > len(self._buffer):  # what has not come whole to the front, with room for its rest
-            rest = view[begin : self._end]
-            if needed > len(self._buffer):
-                self._buffer = bytearray(needed)
-            memoryview(self._buffer)[: len(rest)] = rest
-            self._end = len(rest)
+            self.take(number, memoryview(bytes(self._buffer[first:end])))
+            begin = end
+        if begin > 0:
+            self._to_front(begin, self._buffer)
+
+    def _to_front(self, begin: int, of: memoryview) -> None:
+        """What has come since `begin` is the first there."""
+        rest = bytes(self._buffer[begin : self._end])
+        of[: len(rest)] = rest
+        self._end = len(rest)
 
 
 class _Caller(_Messages, Generic[Q, A]):

@@ -10,12 +10,13 @@ import pytest
 from serve_app.deployments import messages
 from serve_app.deployments.messages import HEADER, MAX_TOKEN_BYTES, TOKEN, CallChannel, CallServer, Codec
 from serve_app.errors import LockstepError, Overloaded, from_wire
+from serve_app.wire import Parts
 
 pytestmark = pytest.mark.asyncio
 
 
-def encode_reply(reply: bytes | LockstepError) -> bytes:
-    return b"!" + reply.to_wire()["message"].encode() if isinstance(reply, LockstepError) else b"." + reply
+def encode_reply(reply: bytes | LockstepError) -> Parts:
+    return [b"!", reply.to_wire()["message"].encode()] if isinstance(reply, LockstepError) else [b".", reply]
 
 
 def decode_reply(data: memoryview) -> bytes | LockstepError:
@@ -24,7 +25,7 @@ def decode_reply(data: memoryview) -> bytes | LockstepError:
     return bytes(data[1:])
 
 
-CODEC: Codec[bytes, bytes] = Codec(lambda data: data, bytes, encode_reply, decode_reply)
+CODEC: Codec[bytes, bytes] = Codec(lambda data: [data], bytes, encode_reply, decode_reply)
 
 
 async def shuffled(question: bytes) -> bytes:
