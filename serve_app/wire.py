@@ -32,7 +32,7 @@ def encode_reply(reply: Answer | LockstepError) -> bytes:
         return _pack((reply.to_wire(), None, (), (), None))
     columns = (reply.epoch, reply.next, reply.rewind, reply.start, reply.length)
     outputs = {name: _pack_array(values) for name, values in reply.outputs.items()}
-    notices = [(n.epoch, n.kind, n.error, n.reason, n.progress, n.rewind) for n in reply.notices]
+    notices = [(n.epoch, n.kind, n.error, n.reason, n.progress, n.rewind, n.acked) for n in reply.notices]
     kept = reply.checkpoints
     checkpoints = None if kept is None else pack_all((kept.epoch, kept.at, *kept.state))
     return _pack((None, _pack_array(np.concatenate([columns, reply.timing])), outputs, notices, checkpoints))

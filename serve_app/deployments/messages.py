@@ -114,18 +114,25 @@ class CallChannel(Generic[Q, A]):
         self._connecting: asyncio.Task[_Answerer[Q, A]] | None = None
         self._is_closed = False
 
+    async def connect(self) -> None:
+        """Be connected. Raises OSError; nothing has been asked then."""
+        await self._connected()
+
     async def call(self, question: Q) -> A:
         """The answer. Raises what the other side does, OSError where it cannot be reached (TimeoutError is one)."""
-        if self._is_closed:
-            raise ConnectionError("the connection was closed here")
-        if self._connecting is None:
-            self._connecting = asyncio.get_running_loop().create_task(self._connect(), context=contextvars.Context())
-        answerer = await asyncio.shield(self._connecting)
+        answerer = await self._connected()
         async with asyncio.timeout(ANSWER_WITHIN_S):
             reply = await answerer.call(question)
         if isinstance(reply, LockstepError):
             raise reply
         return reply
+
+    async def _connected(self) -> "_Answerer[Q, A]":
+        if self._is_closed:
+            raise ConnectionError("the connection was closed here")
+        if self._connecting is None:
+            self._connecting = asyncio.get_running_loop().create_task(self._connect(), context=contextvars.Context())
+        return await asyncio.shield(self._connecting)
 
     @property
     def is_lost(self) -> bool:
