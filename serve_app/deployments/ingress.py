@@ -1,5 +1,6 @@
 """The way in for clients that know nothing of Ray: HTTP, WebSocket and gRPC."""
 
+import asyncio
 from typing import Any
 
 import ray
@@ -43,8 +44,8 @@ class Ingress(InferenceService):
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http(self._hub, self.inference)
 
-    async def _answer_peer(self, asked: Asked) -> Any:
-        return await self.inference.peers.answer(asked)
+    async def _answer_peer(self, asked: Asked, asker_lost: asyncio.Event) -> Any:
+        return await self.inference.peers.answer(asked, asker_lost)
 
     async def __del__(self) -> None:
         self._server.refuse()

@@ -43,6 +43,8 @@ MAX_BYTES = 2**31
 MAX_TOKEN_BYTES = 65536
 BUFFER_BYTES = 256 * 1024
 HEADER = Struct("<QQ")
+CALLER_LOST: contextvars.ContextVar[asyncio.Event] = contextvars.ContextVar("caller_lost")
+"""For whatever answers a call: is set when the connection is lost that the call has come by."""
 TOKEN = 0
 """The number of the first message."""
 
@@ -277,6 +279,7 @@ class _Caller(_Messages, Generic[Q, A]):
             self.refuse("its first message is not Ray's token")
 
     async def _run(self, number: int, question: Q) -> None:
+        CALLER_LOST.set(self.lost)
         try:
             reply: A | LockstepError = await self._answer(question)
         except LockstepError as error:

@@ -1,18 +1,19 @@
 """What ingresses ask each other (see ingress.peers), as calls over TCP. Both ends are of one application: pickled."""
 
+import asyncio
 import pickle
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from serve_app.deployments.messages import CallChannel, CallServer, Codec
+from serve_app.deployments.messages import CALLER_LOST, CallChannel, CallServer, Codec
 from serve_app.ingress.peers import Asked, NotReached
 
 QUESTIONS: Codec[Asked, Any] = Codec(pickle.dumps, pickle.loads, pickle.dumps, pickle.loads)
 
 
-def peer_server(answer: Callable[[Asked], Awaitable[Any]]) -> CallServer[Asked, Any]:
-    """The port of one ingress; `answer` is what takes the questions."""
-    return CallServer(QUESTIONS, answer)
+def peer_server(answer: Callable[[Asked, asyncio.Event], Awaitable[Any]]) -> CallServer[Asked, Any]:
+    """The port of one ingress; `answer` is what takes the questions (see Peers.answer)."""
+    return CallServer(QUESTIONS, lambda asked: answer(asked, CALLER_LOST.get()))
 
 
 class PeerChannels:

@@ -442,7 +442,7 @@ async def _find(request: Request, name: str, *, take_over: bool) -> Session | No
     return session
 
 
-async def _answer_peer(app: FastAPI, call: HttpCall) -> HttpReply | NotHere:
+async def _answer_peer(app: FastAPI, call: HttpCall, asker_lost: asyncio.Event) -> HttpReply | NotHere:
     """Do what another ingress was asked to do with a session that is here."""
     with suppress(SessionEnded):  # which the answer will say
         if app.state.hub.find(call.session) is None:

@@ -307,10 +307,10 @@ class InferenceServer:
         except LockstepError as error:
             return error
 
-    async def _run_forwarded(self, asked: Forwarded) -> Any:
-        return await self.space(asked.client).run_forwarded(asked.request)
+    async def _run_forwarded(self, asked: Forwarded, asker_lost: asyncio.Event) -> Any:
+        return await self.space(asked.client).run_forwarded(asked.request._replace(asker_lost=asker_lost))
 
-    async def _let_go(self, ask: LetGo) -> Any:
+    async def _let_go(self, ask: LetGo, asker_lost: asyncio.Event) -> Any:
         return await self.space(ask.client).let_go(ask)
 
     async def _models(self) -> dict[str, ModelSpec | BatchedSpec]:

@@ -4,6 +4,7 @@ An ingress whose sender name has an address (`sender_at`) can be asked there. Wh
 that is remembered, and asked again where it is so no longer.
 """
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -75,23 +76,24 @@ class Peers:
         self._hub = hub
         self._calls = calls or _NoCalls()
         self._senders: OrderedDict[str, str] = OrderedDict()  # of sessions, those that were used last
-        self._handlers: dict[type, Callable[[Any], Awaitable[Any]]] = {}
+        self._handlers: dict[type, Callable[[Any, asyncio.Event], Awaitable[Any]]] = {}
 
-    def on(self, kind: type[Q], handle: Callable[[Q], Awaitable[Any]]) -> None:
-        """Have questions of that kind answered here; NOT_HERE is the answer where the session is not."""
+    def on(self, kind: type[Q], handle: Callable[[Q, asyncio.Event], Awaitable[Any]]) -> None:
+        """Have questions of that kind answered here; NOT_HERE is the answer where the session is not. See `answer`."""
         self._handlers[kind] = handle
 
-    async def answer(self, asked: Asked) -> Any:
-        """What another ingress asks. Raises LockstepError."""
+    async def answer(self, asked: Asked, asker_lost: asyncio.Event) -> Any:
+        """What another ingress asks. asker_lost: is set should that die. Raises LockstepError."""
         if asked.sender != self._hub.sender:
             return NOT_HERE
-        reply = await self._handlers[type(asked.question)](asked.question)
+        reply = await self._handlers[type(asked.question)](asked.question, asker_lost)
         return self._not_here(asked.session) if isinstance(reply, NotHere) else reply
 
     async def ask(self, session: str, question: Any) -> Any:
         """What the ingress answers that has the session. Raises UnknownSession, LockstepErrors of its own, Gone.
 
-        UnknownSession too for a session of a sender that cannot be asked: a client with a handle, say.
+        UnknownSession too for one that has ended at `sender` (in its details), and for one of a sender that cannot be
+        asked: a client with a handle, say.
         """
         tried = self._hub.sender
         reply: Any = self._not_here(session)
@@ -101,7 +103,7 @@ class Peers:
             if sender == tried:
                 self.forget(session)
                 if reply.has_ended:
-                    raise UnknownSession(f"session {session!r} has ended")
+                    raise UnknownSession(f"session {session!r} has ended", sender=sender)
                 raise Gone(sender, was_asked=False)
             if not address:
                 raise UnknownSession(f"session {session!r} has a way in of its own, which cannot be asked from here")

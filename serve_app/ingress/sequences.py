@@ -54,7 +54,8 @@ class Request(NamedTuple):
 
     priority: of the whole sequence, from 1, the highest (0: not said). deadline: by when it is to be answered, on the
     monotonic clock. notice: with its start, whether to tell of an end that the client has not asked for. timestep: the
-    number of its first, where the client gives it.
+    number of its first, where the client gives it. asker_lost: of what came by another ingress; it is set should that
+    die, and maybe the answer with it.
     """
 
     model: str
@@ -66,6 +67,7 @@ class Request(NamedTuple):
     deadline: float = math.inf
     notice: bool = False
     timestep: int | None = None
+    asker_lost: asyncio.Event | None = None
 
 
 class Forwarded(NamedTuple):
@@ -267,8 +269,8 @@ class Space:
             self._hub.has_ended(left.owner, left.epoch)
         except Gone as gone:
             await self._hub.discard(name, gone.sender)
-        except UnknownSession:
-            pass  # it has ended by now
+        except UnknownSession as error:  # it has ended, and the directory may have to be told
+            await self._hub.discard(name, error.details.get("sender", ""))
         peers.forget(name)
 
     async def _take_over(self, peers: Peers, request: Request, gone: Gone | None = None) -> Session:
@@ -388,16 +390,16 @@ class Sequence:
         #: What it began with; None where it began elsewhere.
         self.priority: int | None = None
         self.over: Callable[[], None] = lambda: None
-        #: Whether its client has the last answers is not known, and it has not gone on since.
-        self.is_broken = False
         self._hub = hub
         self._name = name
         self._outlives = outlives
         self._session: Session | None = None
         self._early: deque[tuple[Request, Reply]] = deque()  # came before the session was open, or took the first
         self._asked: deque[_Asked] = deque()
+        self._is_broken = False  # it was told so
         self._resent: int | None = None  # the next request starts there, not at the session's next timestep
         self._has_lost = False  # a request that may have run elsewhere
+        self._ways: set[asyncio.Event] = set()  # by which requests came whose answers may not have been sent yet
         self._answered = 0
         self._sending: asyncio.TimerHandle | None = None
         self._is_over = asyncio.get_running_loop().create_future()
@@ -407,7 +409,7 @@ class Sequence:
 
     def ask(self, request: Request, reply: Reply, *, is_lost: bool = False) -> None:
         """See Space.ask. is_lost: it was on its way to another ingress, and may have run; it is only told so."""
-        if self.ends:
+        if self.ends and not self._lost_an_answer:
             reply(_not_started(request))
         elif self._session is None or self._early:
             if sum(len(early.x) for early, _ in self._early) > MAX_EARLY:
@@ -417,10 +419,22 @@ class Sequence:
             self._has_lost |= is_lost
             self.ends = request.end
             self._early.append((request, reply))
-        elif is_lost or (self.is_broken and self.stream is not None and request.timestep is None):
+        elif is_lost or (self._is_broken and self.stream is not None and request.timestep is None):
             reply(self._resend(self._session))  # on a stream more may be on its way that was sent before this was read
+        elif self._lost_an_answer and request.timestep is None:
+            self._break(self._session)
+            reply(self._resend(self._session))
         else:
             self._submit(self._session, request, reply)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether it is not known that its client has the last answers, and it has not gone on since."""
+        return self._is_broken or self._lost_an_answer
+
+    @property
+    def _lost_an_answer(self) -> bool:
+        return any(way.is_set() for way in self._ways)
 
     @property
     def is_open(self) -> bool:
@@ -483,7 +497,8 @@ class Sequence:
 
     def _break(self, session: Session) -> None:
         """Who has asked by now is told from where to resend; those that follow start there."""
-        self.is_broken, self._resent, self.ends = True, session.acked, False
+        self._is_broken, self._resent, self.ends = True, session.acked, False
+        self._ways.clear()
         early, self._early = self._early, deque()
         for request, reply in early:
             if request.timestep is None:
@@ -513,6 +528,8 @@ class Sequence:
         known = self._resent if request.timestep is None else request.timestep
         if self._outlives:
             self._ack(session, self._answered if known is None else min(self._answered, known))
+        if request.asker_lost is not None:
+            self._ways.add(request.asker_lost)
         try:
             start = session.next if known is None else known
             if start < session.acked:
@@ -536,7 +553,7 @@ class Sequence:
             self.ends = self.ends and not request.end
             reply(error)
         else:
-            self.ends, self.is_broken = self.ends or request.end, False
+            self.ends, self._is_broken = self.ends or request.end, False
             self._resent = end if end < session.next else None
             if end <= session.progress:
                 self._on_change()
@@ -574,35 +591,45 @@ class Sequence:
         first = min(each.start for each in asked) if self._outlives else asked[0].start
         outputs = session.peek(first)
         timing = Timing() if outputs is None else outputs.timing
-        closes = False
         while asked and asked[0].end <= progress:
-            request, reply, start, end = asked.popleft()
+            _, reply, start, end = asked.popleft()
             values = (
                 {name: np.empty((0, *spec.shape), spec.dtype) for name, spec in session.spec.outputs.items()}
                 if outputs is None
                 else {name: value[start - first : end - first] for name, value in outputs.values.items()}
             )
-            closes = closes or request.end
             self._answered = max(self._answered, end)
             reply(Result(values, timing))
-        if self._outlives and not closes:
-            self._sending = self._sending or asyncio.get_running_loop().call_later(SENT_AFTER_S, self._sent, end)
-            return
-        session.ack(min(end, progress))
-        if closes:
-            session.close()
+        if not self._outlives:
+            session.ack(min(end, progress))
+        elif self._has_closed and not self._ways:
+            self._sent(session, end)
+        else:
+            sent = self._sending
+            self._sending = sent or asyncio.get_running_loop().call_later(SENT_AFTER_S, self._sent, session, end)
 
-    def _sent(self, end: int) -> None:
-        """The answers for the timesteps below have been sent for certain."""
+    @property
+    def _has_closed(self) -> bool:
+        """Whether all is answered that there will be."""
+        return self.ends and not self._early and not self._asked
+
+    def _sent(self, session: Session, end: int) -> None:
+        """The answers for the timesteps below have been sent for certain, unless the way back was lost since."""
         self._sending = None
-        if self._session is not None:
-            self._ack(self._session, end)
+        if self._lost_an_answer:
+            self.ends = False  # the next request is told
+            return
+        self._ack(session, end)
         if end < self._answered:
-            self._sending = asyncio.get_running_loop().call_later(SENT_AFTER_S, self._sent, self._answered)
+            self._sending = asyncio.get_running_loop().call_later(SENT_AFTER_S, self._sent, session, self._answered)
+        elif self._has_closed:
+            session.close()
 
     def _ack(self, session: Session, timestep: int) -> None:
         """Keep no answer below, unless somebody asks for it again."""
         session.ack(min([timestep, *(each.start for each in self._asked)]))
+        if session.acked == session.next:
+            self._ways.clear()
 
     def _fail(self, error: LockstepError) -> None:
         asked, self._asked = self._asked, deque()
