@@ -32,6 +32,7 @@ from serve_app.errors import (
     StateLost,
     TimedOut,
     TooLate,
+    Unavailable,
     UnknownSession,
     WindowFull,
 )
@@ -47,6 +48,8 @@ MAX_EARLY = 4096
 """Timesteps of a sequence that may wait for its session to open."""
 SENT_AFTER_S = 0.05
 """An answer is taken to have been sent then, if no other request has come before: it is not kept any more."""
+SENT_BY_ANOTHER_AFTER_S = 1.0
+"""The same, of one that another ingress has to send, which may be busy."""
 
 
 class Request(NamedTuple):
@@ -450,6 +453,9 @@ class Sequence:
 
     async def make_way(self) -> None:
         """Wait until it is over, which it is soon: unless it ends anyway it is aborted."""
+        if self._sending is not None and self._session is not None and self._has_closed:
+            self._sending.cancel()
+            self._sent(self._session, self._answered)
         if not self.ends:
             self.abort()
         await asyncio.shield(self._is_over)
@@ -525,6 +531,10 @@ class Sequence:
 
     def _submit(self, session: Session, request: Request, reply: Reply) -> None:
         """Raises WindowFull; other errors are the reply."""
+        if request.asker_lost is not None and request.asker_lost.is_set():
+            self.ends = self.ends and not request.end
+            reply(Unavailable(f"a request of {self._name} was not run: the ingress that it came by is gone"))
+            return
         known = self._resent if request.timestep is None else request.timestep
         if self._outlives:
             self._ack(session, self._answered if known is None else min(self._answered, known))
@@ -602,11 +612,12 @@ class Sequence:
             reply(Result(values, timing))
         if not self._outlives:
             session.ack(min(end, progress))
-        elif self._has_closed and not self._ways:
-            self._sent(session, end)
-        else:
-            sent = self._sending
-            self._sending = sent or asyncio.get_running_loop().call_later(SENT_AFTER_S, self._sent, session, end)
+        elif self._sending is None:
+            self._send_by(session, end)
+
+    def _send_by(self, session: Session, end: int) -> None:
+        after_s = SENT_BY_ANOTHER_AFTER_S if self._ways else SENT_AFTER_S
+        self._sending = asyncio.get_running_loop().call_later(after_s, self._sent, session, end)
 
     @property
     def _has_closed(self) -> bool:
@@ -621,7 +632,7 @@ class Sequence:
             return
         self._ack(session, end)
         if end < self._answered:
-            self._sending = asyncio.get_running_loop().call_later(SENT_AFTER_S, self._sent, session, self._answered)
+            self._send_by(session, self._answered)
         elif self._has_closed:
             session.close()
 

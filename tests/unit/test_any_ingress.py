@@ -42,6 +42,11 @@ TOLD_S = 0.2
 """Then an owner knows that an answer has been sent."""
 
 
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequences, "SENT_BY_ANOTHER_AFTER_S", sequences.SENT_AFTER_S)
+
+
 class Died(Exception):
     """The ingress, with the connection that was to bring the answer."""
 
@@ -92,7 +97,7 @@ class Ingress:
     async def call(self, address: str, asked: Asked) -> Any:
         """See peers.Calls."""
         other = self.listening[address]
-        if other.died.is_set():
+        if other.died.is_set() or self.died.is_set():
             raise NotReached(address)
         asked = pickle.loads(pickle.dumps(asked))
         reply = await other.until_death(other.peers.answer(asked, self.died), ConnectionError())
@@ -508,6 +513,9 @@ class Client:
             except StartMismatch as error:
                 at = error.details["expected"]
                 continue
+            except StateLost:  # a second ingress has died while it took the sequence over
+                at = 0
+                continue
             assert found == self.expected[at:end], f"{self.sequence} from {at} on"
             at = end
             if self.rng.random() < 0.3:
@@ -517,7 +525,7 @@ class Client:
 @pytest.mark.parametrize("seed", range(6))
 async def test_each_output_comes_once_whatever_ingresses_die(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests of many sequences through whichever ingress, while they die at random and others start."""
-    monkeypatch.setattr(sequences, "SENT_AFTER_S", 0.01)
+    monkeypatch.setattr(sequences, "SENT_BY_ANOTHER_AFTER_S", 1.0)  # nothing here stands still for so long
     rng = random.Random(seed)
     async with ingresses(3, owners=2) as (cluster, *some):
         listening = some[0].listening
@@ -529,7 +537,7 @@ async def test_each_output_comes_once_whatever_ingresses_die(seed: int, monkeypa
 
         async def die() -> None:
             for number in range(8):
-                await asyncio.sleep(rng.random() * 0.15)
+                await asyncio.sleep(rng.random() * 0.5)
                 rng.choice(alive()).kill()
                 Ingress(cluster, f"10.0.1.{number}:1", listening)
 
