@@ -423,10 +423,11 @@ class Sequence:
             self.ends = request.end
             self._early.append((request, reply))
         elif is_lost or (self._is_broken and self.stream is not None and request.timestep is None):
-            reply(self._resend(self._session))  # on a stream more may be on its way that was sent before this was read
+            # On a stream more may be on its way that was sent before this was read.
+            self._tell_resend(self._session, request, reply)
         elif self._lost_an_answer and request.timestep is None:
             self._break(self._session)
-            reply(self._resend(self._session))
+            self._tell_resend(self._session, request, reply)
         else:
             self._submit(self._session, request, reply)
 
@@ -508,16 +509,19 @@ class Sequence:
         early, self._early = self._early, deque()
         for request, reply in early:
             if request.timestep is None:
-                reply(self._resend(session))
+                self._tell_resend(session, request, reply)
             else:
                 self._early.append((request, reply))
 
-    def _resend(self, session: Session) -> LockstepError:
-        return StartMismatch(
+    def _tell_resend(self, session: Session, request: Request, reply: Reply) -> None:
+        if request.asker_lost is not None:
+            self._ways.add(request.asker_lost)  # should this be lost, the next is told again
+        error = StartMismatch(
             f"{self._name} has lost its way in, and which of its last answers have arrived is not known: resend from "
             f"timestep {session.acked}, those that have run are answered as they were; or start again",
             expected=session.acked,
         )
+        reply(error)
 
     def _submit_early(self, session: Session) -> None:
         """What came before the session was open, as far as its window takes it; the rest goes after outputs."""

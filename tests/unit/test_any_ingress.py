@@ -373,6 +373,27 @@ async def test_an_answer_that_is_lost_with_the_ingress_that_asked_for_it_is_had_
         assert cluster.engines["owner-0"].stats.timesteps == (3 if ends else 4)
 
 
+async def test_an_error_that_is_lost_is_told_again() -> None:
+    async with ingresses(3) as (cluster, one, two, three):
+        await one.infer(7, [1, 2], start=True)
+        await asyncio.sleep(TOLD_S)
+        cluster.delay_s = lambda: 0.05
+        for each in (two, three):  # the answer is lost, and then the error
+            asking = asyncio.create_task(each.infer(7, [3]))
+            while not any(way is each.died for way in ways_of(one)):
+                await asyncio.sleep(0)
+            each.kill()
+            with pytest.raises(Died):
+                await asking
+        assert (await expect(StartMismatch, one.infer(7, [3]))).details == {"expected": 2}
+        assert await one.infer(7, [3]) == [6]
+
+
+def ways_of(ingress: Ingress) -> set[asyncio.Event]:
+    (sequence,) = ingress.inference.space(None)._sequences.values()
+    return sequence._ways
+
+
 async def test_two_ingresses_that_take_over_at_once() -> None:
     async with ingresses(3) as (_, one, *others):
         await one.infer(7, [1], start=True)
