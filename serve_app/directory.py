@@ -425,8 +425,8 @@ class Directory:
             if session is None and epoch >= self._first_epoch:
                 session = self._held[None].get(epoch)
             if session is not None:
-                if self._sessions[session].resumable:
-                    dropped.append(key_of(session))
+                if self._sessions[session].resumable and (key := key_of(session)) in self._kept:
+                    dropped.append(key)
                 self._forget(session)
         return dropped
 

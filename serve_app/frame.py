@@ -18,13 +18,20 @@ MOVE = -3
 """`close` of a session that its owner is to give back to its sender, with its state, to go on elsewhere."""
 
 
+TAKEN_OVER = "taken over"
+"""Why a session has ended for its sender, when another sender has it."""
+UNKNOWN = -1
+"""`acked` of a session of which nobody knows what its client has."""
+
+
 @dataclass(frozen=True, slots=True)
 class Open:
     """Take a session in. `initial_state`: the state's tensors in the order of the model's, None for the model's own.
 
     start: the first timestep that it brings; what was before ran elsewhere, and left that state. adopts: the epoch of a
     session that is here, or -1; it goes on under the new epoch with another sender. rewind: its failed steps before
-    that. acked: its client has the outputs below; the sender has those from there to `start`.
+    that. acked: its client has the outputs below; the sender has those from there to `start`. UNKNOWN, of one that is
+    adopted: those that were acknowledged.
     """
 
     epoch: int
@@ -41,7 +48,7 @@ class Notice:
     """Something about one session that is not an output: opened, refused, failed, ended, or moving (elsewhere).
 
     Or that its state, which was asked for, is the model's own (fresh). `progress` of one that was adopted: the
-    timesteps accepted, after `rewind` failed steps.
+    timesteps accepted, after `rewind` failed steps; `acked`: its outputs come from there on.
     """
 
     epoch: int
@@ -50,6 +57,7 @@ class Notice:
     reason: str = ""
     progress: int = 0
     rewind: int = 0
+    acked: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -428,12 +428,19 @@ class Session:
         return self._checkpoints[0]
 
     def adopt(self, acked: int) -> None:
-        """It was sent from elsewhere until now, and its client has the outputs below `acked`; the others come here."""
+        """It was sent from elsewhere until now, and its client has the outputs below `acked`; the others come here.
+
+        Or, where `adopted` says so, more of them.
+        """
         self.progress = self.acked = self.acked_told = self._read = acked
         self._checkpoints.clear()  # one comes with the first outputs
 
-    def adopted(self, accepted: int, rewind: int) -> None:
-        """The owner has its inputs below `accepted`, after so many failed steps."""
+    def adopted(self, accepted: int, rewind: int, acked: int = 0) -> None:
+        """The owner has its inputs below `accepted`, after so many failed steps, and its outputs from `acked` on."""
+        if acked > self.progress:
+            self.progress = acked
+            self._join()
+        self.acked = self._read = max(self.acked, acked)
         if rewind >= self.rewind:  # else a step has failed since, which was heard of first
             self.next = self.handed = self.accepted = accepted
             self.rewind = rewind
@@ -461,6 +468,10 @@ class Session:
     def keep_with(self, keep: Keep, kept: int) -> None:
         """Have checkpoints kept, each when its client has the outputs below; the last was that of `kept`."""
         self._keep, self.kept = keep, kept
+
+    def must_number(self) -> None:
+        """Its client has to say where its next segment starts: what is here may not be all that it has sent."""
+        self._must_number = True
 
     def returned(self, acked: int) -> None:
         """Its client is back, and has the outputs below `acked`: what was read from there on has not arrived."""
@@ -666,7 +677,7 @@ class Session:
     def _raise_unnumbered(self) -> None:
         if self._must_number:
             raise StartMismatch(
-                f"session {self.name!r} was restored at timestep {self.next}, and a message came without a start: "
+                f"session {self.name!r} goes on from timestep {self.next}, and a message came without a start: "
                 f"resend from {self.next}, and say so",
                 expected=self.next,
                 rewind=self.rewind,

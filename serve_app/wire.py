@@ -50,7 +50,7 @@ def encode_reply(reply: Answer | LockstepError) -> Parts:
     columns = (reply.epoch, reply.next, reply.rewind, reply.start, reply.length)
     table = message.add(np.concatenate([columns, reply.timing]))
     outputs = {name: message.add(values) for name, values in reply.outputs.items()}
-    notices = [(n.epoch, n.kind, n.error, n.reason, n.progress, n.rewind) for n in reply.notices]
+    notices = [(n.epoch, n.kind, n.error, n.reason, n.progress, n.rewind, n.acked) for n in reply.notices]
     kept = reply.checkpoints
     checkpoints = None if kept is None else message.add_all((kept.epoch, kept.at, *kept.state))
     return message.parts((None, table, outputs, notices, checkpoints))

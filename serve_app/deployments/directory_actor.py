@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import math
-import pickle
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import TypeVar
@@ -16,22 +15,17 @@ from serve_app.checkpoint import decode_checkpoint
 from serve_app.checkpoint_store import CheckpointStore, key_of, open_store
 from serve_app.config import DurabilityConfig
 from serve_app.deployments.directory_metrics import DirectoryMetrics
-from serve_app.deployments.messages import CallServer, Codec, is_listening
+from serve_app.deployments.messages import PICKLED, CallServer, Codec, is_listening
 from serve_app.directory import Ask, Described, Directory, Grant, Owner, Record, SessionStatistics, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.spec import ModelSpec
-from serve_app.wire import Parts
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
 PUBLISH_EVERY_S = 1.0
 
 
-def _dumps(message: object) -> Parts:
-    return [pickle.dumps(message)]
-
-
-OPENS: Codec[Sequence[Ask], Sequence[Grant | LockstepError]] = Codec(_dumps, pickle.loads, _dumps, pickle.loads)
+OPENS: Codec[Sequence[Ask], Sequence[Grant | LockstepError]] = PICKLED
 
 
 class DirectoryActor:

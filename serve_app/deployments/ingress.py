@@ -1,17 +1,21 @@
 """The way in for clients that know nothing of Ray: HTTP, WebSocket and gRPC."""
 
+import asyncio
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 
 from serve_app.config import GrpcConfig
+from serve_app.deployments.peer_channels import PeerChannels, peer_server
 from serve_app.deployments.serve_models import ServeModels
 from serve_app.deployments.transport import BatchedHandles, RayDirectory
 from serve_app.ingress.http import build_http
 from serve_app.ingress.hub import Hub
 from serve_app.ingress.oip import InferenceServer
 from serve_app.ingress.oip_grpc import InferenceService
+from serve_app.ingress.peers import Asked, Peers, sender_at
 
 
 @serve.ingress()
@@ -25,10 +29,14 @@ class Ingress(InferenceService):
         self._owners = owners
         app = serve.get_replica_context().app_name
         directory = RayDirectory(app)
-        self._hub = Hub(directory, ack_on_receipt=False)
+        self._peer_server = peer_server(self._answer_peer)
+        address = await self._peer_server.start(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        self._hub = Hub(directory, ack_on_receipt=False, sender=sender_at(address))
+        self._channels = PeerChannels()
+        peers = Peers(self._hub, self._channels)
         self._batched = BatchedHandles(batched)
         self._models = ServeModels(app, directory, deployments)
-        self.inference = InferenceServer(self._hub, self._batched, self._models)
+        self.inference = InferenceServer(self._hub, self._batched, self._models, peers)
         self._server = self.server()
         if grpc.port:
             await self._server.start(grpc.host, grpc.port)
@@ -36,8 +44,13 @@ class Ingress(InferenceService):
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http(self._hub, self.inference)
 
+    async def _answer_peer(self, asked: Asked, asker_lost: asyncio.Event) -> Any:
+        return await self.inference.peers.answer(asked, asker_lost)
+
     async def __del__(self) -> None:
         self._server.refuse()
+        await self._peer_server.stop()
+        await self._channels.stop()
         await self._models.stop()
         await self._batched.stop()
         await self._hub.stop()

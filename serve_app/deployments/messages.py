@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import logging
 import os
+import pickle
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from struct import Struct
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 from ray._common.network_utils import build_address, parse_address  # type: ignore[attr-defined]
@@ -45,6 +46,8 @@ MAX_BYTES = 2**31
 MAX_TOKEN_BYTES = 65536
 BUFFER_BYTES = 256 * 1024
 HEADER = Struct("<QQ")
+CALLER_LOST: contextvars.ContextVar[asyncio.Event] = contextvars.ContextVar("caller_lost")
+"""For whatever answers a call: is set when the connection is lost that the call has come by."""
 TOKEN = 0
 """The number of the first message."""
 
@@ -70,6 +73,14 @@ class Codec(Generic[Q, A]):
     decode: Callable[[memoryview], Q]
     encode_reply: Callable[[A | LockstepError], Parts]
     decode_reply: Callable[[memoryview], A | LockstepError]
+
+
+def _pickled(message: object) -> Parts:
+    return [pickle.dumps(message)]
+
+
+PICKLED: Codec[Any, Any] = Codec(_pickled, pickle.loads, _pickled, pickle.loads)
+"""Of two ends of one application, whose messages are small."""
 
 
 class CallServer(Generic[Q, A]):
@@ -116,18 +127,25 @@ class CallChannel(Generic[Q, A]):
         self._connecting: asyncio.Task[_Answerer[Q, A]] | None = None
         self._is_closed = False
 
+    async def connect(self) -> None:
+        """Be connected. Raises OSError; nothing has been asked then."""
+        await self._connected()
+
     async def call(self, question: Q) -> A:
         """The answer. Raises what the other side does, OSError where it cannot be reached (TimeoutError is one)."""
-        if self._is_closed:
-            raise ConnectionError("the connection was closed here")
-        if self._connecting is None:
-            self._connecting = asyncio.get_running_loop().create_task(self._connect(), context=contextvars.Context())
-        answerer = await asyncio.shield(self._connecting)
+        answerer = await self._connected()
         async with asyncio.timeout(ANSWER_WITHIN_S):
             reply = await answerer.call(question)
         if isinstance(reply, LockstepError):
             raise reply
         return reply
+
+    async def _connected(self) -> "_Answerer[Q, A]":
+        if self._is_closed:
+            raise ConnectionError("the connection was closed here")
+        if self._connecting is None:
+            self._connecting = asyncio.get_running_loop().create_task(self._connect(), context=contextvars.Context())
+        return await asyncio.shield(self._connecting)
 
     @property
     def is_lost(self) -> bool:
@@ -285,6 +303,7 @@ class _Caller(_Messages, Generic[Q, A]):
             self.refuse("its first message is not Ray's token")
 
     async def _run(self, number: int, question: Q) -> None:
+        CALLER_LOST.set(self.lost)
         try:
             reply: A | LockstepError = await self._answer(question)
         except LockstepError as error:

@@ -25,7 +25,7 @@ from serve_app.engine.state_pool import StatePool
 from serve_app.engine.stats import Stats, StepRecord
 from serve_app.engine.timesteps import EVERYTHING, TimestepStore
 from serve_app.errors import ConfigError, InvalidInput, LockstepError, NotOwner, StepFailed
-from serve_app.frame import ABORT, MOVE, Answer, Checkpoints, Frame, Notice, Open
+from serve_app.frame import ABORT, MOVE, TAKEN_OVER, UNKNOWN, Answer, Checkpoints, Frame, Notice, Open
 from serve_app.models.fingerprint import fingerprint
 from serve_app.models.interface import RecurrentModel
 from serve_app.policy.batching import powers_of_two
@@ -311,22 +311,23 @@ class Engine:
         row = self._sessions.row_of(ask.adopts)
         if row < 0 or self._sessions.status[row] != Status.OPEN:
             raise NotOwner(f"session {ask.session!r} is not here any more, or has ended")
-        if ask.acked < (first := max(int(self._sessions.acked[row]), int(self._sessions.began[row]))):
-            raise NotOwner(f"outputs of session {ask.session!r} are here from timestep {first} on, not {ask.acked}")
+        acked = int(self._sessions.acked[row]) if ask.acked == UNKNOWN else ask.acked
+        if acked < (first := max(int(self._sessions.acked[row]), int(self._sessions.began[row]))):
+            raise NotOwner(f"outputs of session {ask.session!r} are here from timestep {first} on, not {acked}")
         while self._flights:  # they know it by its old epoch
             self._complete(self._flights.popleft(), now)
         if self._sessions.status[row] != Status.OPEN:
             raise NotOwner(f"session {ask.session!r} has ended")
         before = self._mail[int(self._sessions.sender[row])]
         before.num_sessions -= 1
-        before.notices.append(Notice(ask.adopts, "ended", reason="taken over", progress=ask.acked))
+        before.notices.append(Notice(ask.adopts, "ended", reason=TAKEN_OVER, progress=acked))
         self._mail[sender].num_sessions += 1
-        self._sessions.adopt(row, ask.epoch, sender, ask.acked, now)
+        self._sessions.adopt(row, ask.epoch, sender, acked, now)
         rows = np.array([row])
         self._outputs.drop_below(rows, self._sessions.acked[rows])
         self._mail[sender].mark(rows)
         accepted, rewind = int(self._sessions.next[row]), int(self._sessions.rewind[row])
-        return Notice(ask.epoch, "opened", progress=accepted, rewind=rewind)
+        return Notice(ask.epoch, "opened", progress=accepted, rewind=rewind, acked=acked)
 
     def _read_checkpoints(self, now: float) -> None:
         if self._checkpoints.read_at <= now:

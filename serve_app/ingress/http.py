@@ -4,8 +4,10 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, NamedTuple
 
+import httpx
 import numpy as np
 from fastapi import APIRouter, FastAPI, Query, Request, Response, WebSocket
 from fastapi.exceptions import RequestValidationError
@@ -15,7 +17,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 
 from serve_app.directory import Described
-from serve_app.errors import InvalidInput, LockstepError, Unavailable
+from serve_app.errors import InvalidInput, LockstepError, SessionEnded, Unavailable, UnknownSession
+from serve_app.frame import UNKNOWN
 from serve_app.ingress import oip_http
 from serve_app.ingress.codec import (
     JSON,
@@ -32,14 +35,20 @@ from serve_app.ingress.codec import (
 )
 from serve_app.ingress.hub import Hub
 from serve_app.ingress.oip import InferenceServer
+from serve_app.ingress.peers import NOT_HERE, Gone, NotHere, Peers
 from serve_app.ingress.presence import while_there
 from serve_app.ingress.websocket import converse
 from serve_app.segment import Outputs
+from serve_app.session import Session
 
 logger = logging.getLogger(__name__)
 
 MAX_WAIT_S = 30.0
 MAX_LISTED = 1000
+CARRIED = ("content-type", "accept")
+"""Headers of a request that mean something to another ingress."""
+FROM_PEER, BODY = "lockstep.from_peer", "lockstep.body"
+"""In the scope of a request: it has come by another ingress; its body, where that was read before its turn."""
 RAW = "application/octet-stream"
 MSGPACK_TYPES = {"application/msgpack", "application/x-msgpack", "application/vnd.msgpack"}
 
@@ -153,6 +162,32 @@ class ErrorBody(BaseModel):
     error: ErrorValues
 
 
+class HttpCall(NamedTuple):
+    """A request for the ingress that has its session. target: path and query."""
+
+    session: str
+    method: str
+    target: str
+    headers: dict[str, str]
+    body: bytes
+
+
+class HttpReply(NamedTuple):
+    """What that answers."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Answered(Exception):
+    """Another ingress has done what was asked for."""
+
+    def __init__(self, reply: HttpReply) -> None:
+        super().__init__(reply.status)
+        self.reply = reply
+
+
 class Route(APIRoute):
     """A route that answers what nobody foresaw as it answers other errors, and logs it once."""
 
@@ -162,6 +197,8 @@ class Route(APIRoute):
         async def guarded(request: Request) -> Response:
             try:
                 return await handle(request)
+            except Answered as answered:
+                return Response(answered.reply.body, answered.reply.status, answered.reply.headers)
             except (LockstepError, HTTPException, RequestValidationError):
                 raise
             except Exception:
@@ -185,6 +222,8 @@ def build_http(hub: Hub, inference: InferenceServer | None = None) -> FastAPI:
         title="Lockstep", description="Recurrent models for live sessions; docs/protocol.md explains the numbers."
     )
     app.state.hub, app.state.inference = hub, inference or InferenceServer(hub)
+    app.state.peers = app.state.inference.peers
+    app.state.peers.on(HttpCall, partial(_answer_peer, app))
     app.include_router(router)
     app.include_router(oip_http.router)
     app.add_exception_handler(LockstepError, _on_error)
@@ -213,7 +252,8 @@ async def open_session(request: Request) -> Response:
     name = message.text("session")
     if name is not None and "/" in name:
         raise InvalidInput(f"session {name!r} has a '/' in it, and would not fit into a path: choose another id")
-    opening = hub.open(name, message.text("model"), message.arrays("initial_state"), turn=message.turn())
+    model, state = message.text("model"), message.arrays("initial_state")
+    opening = hub.open(name, model, state, resumable=True, keep=False, turn=message.turn())
     session = await while_there(request, opening)
     return _answer(request, describe_session(session), 201)
 
@@ -248,10 +288,10 @@ async def close_session(
 ) -> Response:
     """Close a session, and wait until all that was submitted has run. Outputs stay until acknowledged.
 
-    A session of another way in can be aborted only: what its client has submitted is not known here.
+    A session whose way in cannot be asked can be aborted only: what its client has submitted is not known here.
     """
     hub = _hub(request)
-    held = hub.find(session)
+    held = await _find(request, session, take_over=not abort)
     if held is None:
         if not abort:
             await hub.describe(session)
@@ -280,7 +320,7 @@ async def submit_segment(
     acked: Annotated[int | None, Query(ge=0, description="with raw bytes: outputs below are here")] = None,
 ) -> Response:
     """Submit a segment; outputs are fetched by another call. A resend is known by its `start`, and not run again."""
-    held = _hub(request).get(session)
+    held = await _get(request, session)
     spec, limit = held.spec.input, max_body(held.limits.max_segment * held.spec.input.nbytes)
     if _content_type(request) == RAW:
         x = read_raw(await _read_body(request, limit), "the body", spec)
@@ -303,7 +343,7 @@ async def fetch_outputs(
     wait_s: Annotated[float, Query(ge=0, description=f"wait so long for a first one, {MAX_WAIT_S:g} at most")] = 0.0,
 ) -> Response:
     """Outputs from `start` on, as many as there are and fit. Asking from `start` acknowledges those below."""
-    held = _hub(request).get(session)
+    held = await _get(request, session)
     start = held.acked if start is None else start
     if not held.acked <= start <= held.next:
         raise InvalidInput(
@@ -323,9 +363,9 @@ async def fetch_outputs(
 
 @router.get("/sessions/{session:path}", response_model=SessionBody)
 async def show_session(request: Request, session: str) -> Response:
-    """Who has a session; and how far it is, if this is its way in."""
+    """Who has a session; and how far it is, if its way in can be asked."""
     hub = _hub(request)
-    held = hub.find(session)
+    held = await _find(request, session, take_over=False)
     if held is None:
         return _answer(request, (await hub.describe(session))._asdict())
     described = Described(held.name, held.spec.name, held.owner, hub.sender, held.epoch, held.stays)
@@ -362,9 +402,59 @@ async def session_websocket(websocket: WebSocket) -> None:
     await converse(websocket, _hub(websocket))
 
 
+def _peers(request: Request) -> Peers:
+    peers: Peers = request.app.state.peers
+    return peers
+
+
 def _hub(connection: HTTPConnection) -> Hub:
     hub: Hub = connection.app.state.hub
     return hub
+
+
+async def _get(request: Request, name: str) -> Session:
+    """See `_find`. Raises UnknownSession, SessionEnded."""
+    return await _find(request, name, take_over=True) or _hub(request).get(name)
+
+
+async def _find(request: Request, name: str, *, take_over: bool) -> Session | None:
+    """The session, where this is its way in, or is from now on: the one that was is gone. None: it has another.
+
+    Raises Answered when another ingress has it, and has done all that there is to do; SessionEnded.
+    """
+    hub, peers = _hub(request), _peers(request)
+    held = hub.find(name)
+    if held is not None or FROM_PEER in request.scope:
+        return held
+    try:
+        await peers.sender_of(name)  # before the body is read
+        request.scope[BODY] = await _read_body(request, oip_http.MAX_BODY)
+        target = f"{request.url.path}?{request.url.query}"
+        headers = {header: request.headers[header] for header in CARRIED if header in request.headers}
+        raise Answered(await peers.ask(name, HttpCall(name, request.method, target, headers, request.scope[BODY])))
+    except UnknownSession:
+        return None
+    except Gone:
+        if not take_over:
+            return None
+    session = await hub.resume(name, UNKNOWN, keep=False)
+    session.must_number()
+    return session
+
+
+async def _answer_peer(app: FastAPI, call: HttpCall, asker_lost: asyncio.Event) -> HttpReply | NotHere:
+    """Do what another ingress was asked to do with a session that is here."""
+    with suppress(SessionEnded):  # which the answer will say
+        if app.state.hub.find(call.session) is None:
+            return NOT_HERE
+
+    async def from_peer(scope: Any, receive: Any, send: Any) -> None:
+        await app({**scope, FROM_PEER: True}, receive, send)
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(from_peer), base_url="http://peer") as client:
+        response = await client.request(call.method, call.target, headers=call.headers, content=call.body)
+    headers = {name: value for name, value in response.headers.items() if name != "content-length"}
+    return HttpReply(response.status_code, headers, response.content)
 
 
 def _content_type(request: Request) -> str:
@@ -389,6 +479,8 @@ async def _read_message(request: Request, limit: int, *, empty: bool = False) ->
 async def _read_body(request: Request, limit: int) -> bytes:
     """The body, of which no more than `limit` bytes are ever held."""
     parts, size = [], 0
+    if BODY in request.scope and len(body := request.scope[BODY]) <= limit:
+        return bytes(body)
     if int(request.headers.get("content-length", 0)) <= limit:
         async for part in request.stream():
             parts.append(part)

@@ -25,7 +25,7 @@ from serve_app.errors import (
     UnknownSession,
     from_wire,
 )
-from serve_app.frame import ABORT, MOVE, Frame, Notice, Open
+from serve_app.frame import ABORT, MOVE, TAKEN_OVER, UNKNOWN, Frame, Notice, Open
 from serve_app.ingress.keeper import Keeper
 from serve_app.ingress.outbox import Channel, Outbox
 from serve_app.session import Session, State
@@ -137,13 +137,15 @@ class Hub:
         initial_state: Sequence[np.ndarray] | None = None,
         *,
         resumable: bool = False,
+        keep: bool = True,
         checkpoint: bytes | None = None,
         turn: Turn = USUAL,
     ) -> Session:
         """Open a session: `session` is its id (None: a new one), `initial_state` its tensors in the model's order.
 
-        resumable: its client can come back for it, here or elsewhere. checkpoint: what `Session.export` gave, of a
-        session that this one goes on from. turn: whether and how it waits where no place is free; cancelled, it waits
+        resumable: its client can come back for it, here or elsewhere; its checkpoints go to the directory, for the case
+        that its owner is gone then too (keep=False: they do not). checkpoint: what `Session.export` gave, of a session
+        that this one goes on from. turn: whether and how it waits where no place is free; cancelled, it waits
         no more. Raises SessionExists, UnknownModel, TooManySessions, TimedOut (it has waited too long), InvalidInput
         (also where several models are served, and none is named), Unavailable, StateLost (a checkpoint that is damaged,
         or of a model that is not served).
@@ -160,7 +162,7 @@ class Hub:
         while True:
             grant = await self._place(Ask(name, self.sender, model, {}, resumable, claim, turn))
             try:
-                return await self._open_at(grant, state, resumable, at)
+                return await self._open_at(grant, state, resumable, at, keep)
             except StateLost:
                 self._ended.setdefault(grant.owner.name, []).append(grant.epoch)
                 await self._directory.lost(grant.owner.name)  # and it places the session elsewhere, or says it cannot
@@ -168,15 +170,15 @@ class Hub:
                 self._ended.setdefault(grant.owner.name, []).append(grant.epoch)
                 raise
 
-    async def begin(self, name: str, model: str | None, turn: Turn = USUAL) -> Session:
-        """As `open`, without waiting for the owner: what is submitted goes there with the opening.
+    async def begin(self, name: str, model: str | None, turn: Turn = USUAL, *, resumable: bool = False) -> Session:
+        """As `open`, without waiting for the owner: what is submitted goes there with the opening. None is kept.
 
         What the owner refuses it with ends the session. Raises what the directory refuses it with.
         """
-        grant = await self._place(Ask(name, self.sender, model, {}, turn=turn))
+        grant = await self._place(Ask(name, self.sender, model, {}, resumable, turn=turn))
         session, outbox = await self._session_at(grant)
         session.begin_at(0)
-        self._take_in(session, grant.owner, resumable=False, kept=0)
+        self._take_in(session, resumable=resumable)
         self._start(self._confirm(session, outbox.open(session, Open(grant.epoch, grant.session))))
         return session
 
@@ -211,22 +213,23 @@ class Hub:
         except LockstepError as error:
             self._lost(session.owner, session, error)
 
-    async def resume(self, name: str, acked: int, rewind: int = 0) -> Session:
+    async def resume(self, name: str, acked: int, rewind: int = 0, *, keep: bool = True) -> Session:
         """Go on with a session whose client has lost its way in, this one or another.
 
-        The client has the outputs below `acked`, and knows of `rewind` failed steps. Where the owner is gone too, the
+        The client has the outputs below `acked` (UNKNOWN: those that it has acknowledged), and knows of `rewind` failed
+        steps. Where the owner is gone too, the
         session is restored from the checkpoint that is kept of it. Raises InvalidInput for one that was not opened for
-        that, UnknownSession, NotOwner (another resumes it, too), StateLost, Unavailable.
+        that, UnknownSession, NotOwner (another resumes it, too), StateLost, Unavailable. keep: see `open`.
         """
         if name in self._resuming:
             raise NotOwner(f"session {name!r} is just being resumed: try again in a moment")
         self._resuming.add(name)
         try:
-            return await self._resume(name, acked, rewind)
+            return await self._resume(name, acked, rewind, keep)
         finally:
             self._resuming.discard(name)
 
-    async def _resume(self, name: str, acked: int, rewind: int) -> Session:
+    async def _resume(self, name: str, acked: int, rewind: int, keep: bool) -> Session:
         held = self._sessions.get(name)
         if held is not None and not held.stays:
             raise InvalidInput(f"session {name!r} was not opened to be resumed: open it with resumable=true")
@@ -237,16 +240,16 @@ class Hub:
                 return await self._restore(name, acked, rewind)
         else:
             if held is None or before != grant.epoch:  # another sender has had it since
-                return await self._adopt_or_restore(grant, before, acked, rewind)
+                return await self._adopt_or_restore(grant, before, acked, rewind, keep)
         if held.leave is not None:
             held.leave()
         held.returned(acked)
         return held
 
-    async def _adopt_or_restore(self, grant: Grant, before: int, acked: int, rewind: int) -> Session:
+    async def _adopt_or_restore(self, grant: Grant, before: int, acked: int, rewind: int, keep: bool) -> Session:
         """Take over from another sender; if the owner does not answer, or has it not, from the kept checkpoint."""
         try:
-            return await self._adopt(grant, before, acked)
+            return await self._adopt(grant, before, acked, keep)
         except LockstepError as error:
             await self._let_go(grant, error)
         return await self._restore(grant.session, acked, rewind)
@@ -261,6 +264,8 @@ class Hub:
         """Open a session anew from the checkpoint that is kept of it."""
         epoch, record = await self._directory.fetch(name)
         kept = decode_checkpoint(record, name)
+        if acked == UNKNOWN:
+            acked = kept.at
         if acked < kept.at:
             raise InvalidInput(
                 f"session {name!r} goes on from timestep {kept.at}: its outputs from {acked} on were acknowledged, and "
@@ -282,17 +287,20 @@ class Hub:
         session.restore(at, acked, rewind)
         session.stays = True
         await outbox.open(session, Open(grant.epoch, session.name, state, at, rewind=rewind, acked=acked))
-        self._take_in(session, grant.owner, resumable=True, kept=at)
+        self._take_in(session, resumable=True)
+        self._keep(session, grant.owner, at)
         return session
 
-    async def _adopt(self, grant: Grant, before: int, acked: int) -> Session:
+    async def _adopt(self, grant: Grant, before: int, acked: int, keep: bool) -> Session:
         """Take over from another sender, which has it under the epoch `before`."""
         session, outbox = await self._session_at(grant)
-        session.adopt(acked)
+        session.adopt(max(0, acked))
         session.stays = True
         opened = await outbox.open(session, Open(grant.epoch, grant.session, adopts=before, acked=acked))
-        session.adopted(opened.progress, opened.rewind)
-        self._take_in(session, grant.owner, resumable=True, kept=0)
+        session.adopted(opened.progress, opened.rewind, opened.acked)
+        self._take_in(session, resumable=True)
+        if keep:
+            self._keep(session, grant.owner, 0)
         return session
 
     def get(self, name: str) -> Session:
@@ -325,6 +333,18 @@ class Hub:
         grant = await self._directory.drop(name)
         if grant is not None:
             await self._tell_owner(grant, ABORT)
+
+    async def discard(self, name: str, sender: str) -> None:
+        """End what is left of a session whose sender is gone, that one: its name is free for a session from here."""
+        with suppress(UnknownSession):
+            described = await self._directory.describe(name)
+            if described.sender != sender:
+                return
+            grant = await self._directory.drop(name)
+            if grant is not None and grant.epoch == described.epoch:
+                with suppress(StateLost, NotOwner):  # its owner does not have it any more
+                    await self._tell_owner(grant, ABORT)
+                self.has_ended(grant.owner.name, grant.epoch)
 
     async def migrate(self, name: str, to: str | None = None) -> str:
         """Have a session of whatever sender go on at another owner, `to` or any; returns at which it was.
@@ -373,11 +393,13 @@ class Hub:
         for outbox in list(self._outboxes.values()):
             await outbox.stop()
 
-    async def _open_at(self, grant: Grant, state: State, resumable: bool, at: int) -> Session:
+    async def _open_at(self, grant: Grant, state: State, resumable: bool, at: int, keep: bool) -> Session:
         session, outbox = await self._session_at(grant, state)
         session.begin_at(at)
         await outbox.open(session, Open(grant.epoch, grant.session, state, at, acked=at))
-        self._take_in(session, grant.owner, resumable, kept=at)
+        self._take_in(session, resumable)
+        if resumable and keep:
+            self._keep(session, grant.owner, at)
         if session.kept is not None:
             self._keeper.keep(session, at, state)
         return session
@@ -393,11 +415,13 @@ class Hub:
         session.owner = owner.name
         return session, outbox
 
-    def _take_in(self, session: Session, owner: Owner, resumable: bool, kept: int) -> None:
+    def _take_in(self, session: Session, resumable: bool) -> None:
         """Its owner has it: see to it from now on."""
         self._sessions[session.name] = session
         session.stays = resumable
-        if resumable and owner.checkpoints:
+
+    def _keep(self, session: Session, owner: Owner, kept: int) -> None:
+        if owner.checkpoints:
             session.keep_with(self._keeper.keep, kept)
 
     async def _outbox(self, owner: Owner) -> Outbox:
@@ -499,9 +523,9 @@ class Hub:
                 session.leave()
             session.abort()
 
-    def has_ended(self, session: Session) -> None:
+    def has_ended(self, owner: str, epoch: int) -> None:
         """Let the directory know, with the next session that opens, so that the name is free again."""
-        self._ended.setdefault(session.owner, []).append(session.epoch)
+        self._ended.setdefault(owner, []).append(epoch)
 
     def _forget(self, owner: str, session: Session) -> None:
         """It is over."""
@@ -512,6 +536,7 @@ class Hub:
         """It is here no longer; say so to those who ask late."""
         if self._sessions.get(session.name) is session:
             del self._sessions[session.name]
-            self._past[session.name] = session.end_reason or "unknown"
+            if session.end_reason != TAKEN_OVER:
+                self._past[session.name] = session.end_reason or "unknown"
             if len(self._past) > MAX_REMEMBERED:
                 self._past.popitem(last=False)

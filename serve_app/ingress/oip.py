@@ -20,7 +20,8 @@ from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownMo
 from serve_app.ingress.batched import BatchedModels, NoModels
 from serve_app.ingress.hub import Hub
 from serve_app.ingress.model_control import Marks, ModelControl
-from serve_app.ingress.sequences import Request, Result, SequenceId, Space
+from serve_app.ingress.peers import Peers
+from serve_app.ingress.sequences import Forwarded, LetGo, Request, Result, SequenceId, Space
 from serve_app.ingress.shared_memory import SharedMemory
 from serve_app.rows import BatchedSpec, RowsRequest, RowsResult, check_rows
 from serve_app.spec import ModelSpec, TensorSpec
@@ -87,7 +88,17 @@ class Answer(NamedTuple):
 class InferenceServer:
     """The models behind a hub, as the protocol sees them."""
 
-    def __init__(self, hub: Hub, batched: BatchedModels | None = None, control: ModelControl | None = None) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        batched: BatchedModels | None = None,
+        control: ModelControl | None = None,
+        peers: Peers | None = None,
+    ) -> None:
+        """peers: the other ingresses (None: there are none)."""
+        self.peers = peers or Peers(hub)
+        self.peers.on(Forwarded, self._run_forwarded)
+        self.peers.on(LetGo, self._let_go)
         self.memory = SharedMemory()
         #: Settings that clients may read and write, with the values they have here. Nothing is traced.
         self.trace: dict[str, list[str]] = {"trace_level": ["OFF"], "trace_rate": ["1000"], "trace_count": ["-1"]}
@@ -97,7 +108,7 @@ class InferenceServer:
         self._specs: dict[str, ModelSpec | BatchedSpec] = {}
         self._control = control or Marks()
         self._unloaded: Mapping[str, bool] = {}  # as it was when somebody asked last
-        self._shared = Space(hub, None)
+        self._shared = Space(hub, "", None, self.peers)
         self._named: dict[str, Space] = {}
         self._statistics: dict[str, Statistics] = {}
 
@@ -191,7 +202,7 @@ class InferenceServer:
         for name, space in list(self._named.items()):
             if not len(space):
                 del self._named[name]
-        return self._named.setdefault(client, Space(self._hub, f"client {client}"))
+        return self._named.setdefault(client, Space(self._hub, f"client {client}", client, self.peers))
 
     def own_space(self) -> Space:
         """Sequences that nobody else can name."""
@@ -234,7 +245,8 @@ class InferenceServer:
         end = _flag(parameters, "sequence_end")
         priority, timeout_s = _priority_and_timeout(parameters)
         deadline = began_ns / 1e9 + timeout_s if timeout_s else math.inf
-        request = Request(model, sequence, start, end, x, priority, deadline, _flag(parameters, "sequence_notice"))
+        notice, timestep = _flag(parameters, "sequence_notice"), _timestep(parameters)
+        request = Request(model, sequence, start, end, x, priority, deadline, notice, timestep)
         return Call(request, spec, identity, wanted, batched, final, began_ns)
 
     async def know(self, model: str) -> None:
@@ -274,21 +286,15 @@ class InferenceServer:
             return answer
         if call.request.notice:
             raise InvalidInput("sequence_notice is set, and this call has one answer: leave it out, or use a stream")
-        done: asyncio.Future[Result | LockstepError] = asyncio.get_running_loop().create_future()
-
-        def reply(result: Result | LockstepError) -> None:
-            if not done.done():  # the caller may have gone
-                done.set_result(result)
-
+        result: Result | LockstepError
         try:
-            space.ask(call.request, reply)
+            result = await space.run(call.request)
         except LockstepError as error:
-            reply(error)
-        try:
-            answer = self.answer(call, await done)
+            result = error
         except asyncio.CancelledError:
             space.give_up(call.request)
             raise
+        answer = self.answer(call, result)
         if isinstance(answer, LockstepError):
             raise answer
         return answer
@@ -300,6 +306,12 @@ class InferenceServer:
             return await self._batched.infer(call.spec.name, call.request)
         except LockstepError as error:
             return error
+
+    async def _run_forwarded(self, asked: Forwarded, asker_lost: asyncio.Event) -> Any:
+        return await self.space(asked.client).run_forwarded(asked.request._replace(asker_lost=asker_lost))
+
+    async def _let_go(self, ask: LetGo, asker_lost: asyncio.Event) -> Any:
+        return await self.space(ask.client).let_go(ask)
 
     async def _models(self) -> dict[str, ModelSpec | BatchedSpec]:
         batched = {name: spec for name, spec in self._batched.specs().items() if spec is not None}
@@ -462,6 +474,13 @@ def _sequence_id(parameters: Parameters, model: str) -> SequenceId:
     if not sequence:
         raise InvalidInput(f"inference request to model '{model}' must specify a non-zero or non-empty correlation ID")
     return sequence
+
+
+def _timestep(parameters: Parameters) -> int | None:
+    timestep = parameters.get("sequence_timestep")
+    if timestep is not None and (type(timestep) is not int or timestep < 0):
+        raise InvalidInput(f"sequence_timestep is {timestep!r}, expected a whole number from 0 on")
+    return timestep
 
 
 def _flag(parameters: Parameters, name: str) -> bool:

@@ -379,6 +379,8 @@ class RequestStream:
         response.parameters["error"].string_param = error.code  # for clients that know us: the message is for people
         if error.retry:
             response.parameters["retry_after_s"].int64_param = error.retry_after_s
+        if "expected" in error.details:
+            response.parameters["expected"].int64_param = error.details["expected"]
         self._send(pb.ModelStreamInferResponse(error_message=error.message, infer_response=response))
 
 
@@ -399,8 +401,11 @@ class told:  # as a context manager reads
             return False
         self._context.set_code(grpc.StatusCode[error.grpc])
         self._context.set_details(error.message)
-        if error.retry:
-            self._context.set_trailing_metadata([("retry-after", str(error.retry_after_s))])
+        trailing = [("retry-after", str(error.retry_after_s))] if error.retry else []
+        if "expected" in error.details:
+            trailing.append(("expected", str(error.details["expected"])))
+        if trailing:
+            self._context.set_trailing_metadata(trailing)
         return True
 
 

@@ -36,7 +36,8 @@ class Route(APIRoute):
                 return await handle(request)
             except LockstepError as error:
                 headers = {"Retry-After": str(error.retry_after_s)} if error.retry else None
-                return _json({"error": error.message}, error.http, headers)
+                expected = {name: error.details[name] for name in ("expected",) if name in error.details}
+                return _json({"error": error.message, **expected}, error.http, headers)
             except HTTPException as error:
                 return _json({"error": error.detail}, error.status_code)
             except Exception:

@@ -127,7 +127,7 @@ async def test_a_session_from_open_to_close() -> None:
         assert await sut.fetch("a", 0, 5) == [[i, i] for i in range(1, 6)]
         shown = await sut.call("GET", "/v1/sessions/a")
         numbers = {"next": 5, "progress": 5, "acked": shown["acked"], "rewind": 0}
-        known = {"model": "silero_vad", "owner": "owner-0", "sender": sut.hub.sender, "resumable": False}
+        known = {"model": "silero_vad", "owner": "owner-0", "sender": sut.hub.sender, "resumable": True}
         assert shown == {"session": "a", "epoch": sut.hub.get("a").epoch, **known, **numbers}
         assert await sut.call("DELETE", "/v1/sessions/a?start=5") == {"reason": "closed", **numbers}
         assert await sut.fetch("a", 4, 5) == [[5, 5]]  # until acknowledged
