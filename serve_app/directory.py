@@ -595,11 +595,10 @@ class Directory:
             return target
         one, tally = owners[-1], self._tallies[model]
         tally.queue.forget_gone(self._now)
-        loads = [self._loads.get(owner.name, IDLE) for owner in owners]
-        loads = [
-            load._replace(sessions=max(load.sessions, len(self._held[owner.name])))  # it may have started after those
-            for owner, load in zip(owners, loads, strict=True)
-        ]
+        loads = []
+        for owner in owners:
+            load, held = self._loads.get(owner.name, IDLE), len(self._held[owner.name])
+            loads.append(load._replace(sessions=max(load.sessions, held)))  # some may be older than this directory
         is_refusing = self._now - tally.refused_at <= REFUSED_WITHIN_S
         is_level = not self._moves(one, 1)
         demand = Demand(loads, one.max_sessions, len(tally.queue), is_refusing, is_level)
