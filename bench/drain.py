@@ -1,9 +1,10 @@
 """Scaling and a node that drains, under load: `python -m bench.drain [--json FILE]`.
 
 The load of bench.chaos. The application goes from all replicas to one and back, then a node is drained (as a cloud does
-with one that it will take back). Replicas that leave hand their sessions over: `drain_gap_…` is the longest delay, from
-when a segment was due to when its outputs were there, of each session that changed hands, around the time at which it
-did; processes that start meanwhile share the same cores. `replayed` counts timesteps that ran twice.
+with one that it will take back). Replicas that leave hand their sessions over, and those that come get their share:
+`drain_gap_…` is the longest delay, from when a segment was due to when its outputs were there, of each session that
+changed hands, around the time at which it did; processes that start meanwhile share the same cores. `replayed` counts
+timesteps that ran twice.
 """
 
 import asyncio

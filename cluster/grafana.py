@@ -53,6 +53,8 @@ ROWS: dict[str, list[Panel]] = {
         ("Sessions of a step", "short", quantiles("batch_size")),
         ("Longest wait of a step's sessions", "s", quantiles("queue_delay_s")),
         ("Time of a step", "s", quantiles("step_time_s")),
+        ("Load, of the busiest replica", "percentunit", [gauge("load", aggregate="max")]),
+        ("Longest wait now, of any session", "s", [gauge("longest_wait_s", aggregate="max")]),
         ("Steps, replays of CUDA graphs, failures", "cps", [rate("steps"), rate("graph_steps"), rate("failed_steps")]),
     ],
     "States": [
@@ -62,6 +64,7 @@ ROWS: dict[str, list[Panel]] = {
     "Directory (of all applications)": [
         ("Sessions that wait for a place", "short", [gauge("sessions_waiting", of=OF_DIRECTORY)]),
         ("Sessions opened", "cps", [rate("sessions_opened", of=OF_DIRECTORY)]),
+        ("Sessions moved to another replica", "cps", [rate("sessions_moved", of=OF_DIRECTORY)]),
         ("Sessions refused, by error", "cps", [rate("sessions_refused", "code", of=OF_DIRECTORY)]),
     ],
     "Stateless models": [

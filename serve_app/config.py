@@ -74,6 +74,8 @@ class SessionConfig:
     `max_window_timesteps`: timesteps accepted and not yet acknowledged. `nan`: what becomes of a segment with NaN or
     infinity in it. `checkpoint_timesteps`: after so many timesteps a session's state goes to where it comes from, with
     the outputs, so that it can go on elsewhere if its replica dies (0: never).
+    `moves_per_s`: where a replica has a tenth more sessions, or less, than the model's have on the average, so many of
+    them go on elsewhere per second, live (0: none do).
     `max_wait_s`: a new session for which all replicas of the model are full waits so long (0: it is refused at once),
     with `max_waiting` of the model at most; those of the highest priority, which is 1, go first. `default_priority`: of
     those that say none.
@@ -88,9 +90,10 @@ class SessionConfig:
     idle_timeout_s: float = 300.0
     nan: Literal["refuse", "pass"] = "refuse"
     checkpoint_timesteps: int = 100
+    moves_per_s: int = 200
 
     def __post_init__(self) -> None:
-        _at_least("session", self, 0, "checkpoint_timesteps", "max_wait_s")
+        _at_least("session", self, 0, "checkpoint_timesteps", "max_wait_s", "moves_per_s")
         _at_least("session", self, 1, "max_sessions", "max_segment_timesteps", "max_window_timesteps")
         _at_least("session", self, 1, "max_waiting", "default_priority")
         if self.idle_timeout_s <= 0:
@@ -210,10 +213,42 @@ class BatchingConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AutoscalingConfig:
+    """Between how many replicas a model has as many as it needs, in place of `replicas`.
+
+    There are more where those that run have had, for `upscale_delay_s`, more than `target_sessions` of their
+    session.max_sessions, more than `target_load` of their highest rate, or a session that waits longer for its step
+    than `max_queue_delay_s` (0: that is not looked at); or where sessions find no place. There are less when all has
+    fitted into less, at four fifths of these targets, for `downscale_delay_s`; sessions go on at the others.
+    """
+
+    max_replicas: int
+    min_replicas: int = 1
+    target_sessions: float = 0.8
+    target_load: float = 0.7
+    max_queue_delay_s: float = 0.0
+    upscale_delay_s: float = 5.0
+    downscale_delay_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        _at_least("autoscaling", self, 1, "min_replicas")
+        _at_least("autoscaling", self, 0, "max_queue_delay_s", "upscale_delay_s", "downscale_delay_s")
+        if self.max_replicas < self.min_replicas:
+            raise ConfigError(
+                f"autoscaling.max_replicas is {self.max_replicas}, less than autoscaling.min_replicas="
+                f"{self.min_replicas}"
+            )
+        for name in ("target_sessions", "target_load"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"autoscaling.{name} is {getattr(self, name)}, a share is more than 0 and at most 1")
+
+
+@dataclass(frozen=True, slots=True)
 class AppConfig:
     """The tree of one model. `replicas`: replicas of the model; `num_gpus`: GPUs that each gets from Ray.
 
     `accelerator_type`: what kind of GPU that has to be, as Ray calls it: L4, A10G, H100 (empty: any).
+    `autoscaling`: as many replicas as are needed, in place of `replicas`; of models with a state only.
     `ingress_replicas`: ways in, for clients without Ray; they, `grpc` and `durability` are common to all models.
 
     `batching`: of a stateless model only; it has no use for session, frame and durability.
@@ -226,6 +261,7 @@ class AppConfig:
     durability: DurabilityConfig = field(default_factory=DurabilityConfig)
     grpc: GrpcConfig = field(default_factory=GrpcConfig)
     batching: BatchingConfig | None = None
+    autoscaling: AutoscalingConfig | None = None
     replicas: int = 1
     num_gpus: float = 0.0
     accelerator_type: str = ""
@@ -237,6 +273,10 @@ class AppConfig:
             raise ConfigError(
                 f"accelerator_type is {self.accelerator_type!r} and num_gpus is 0: a replica would have no GPU of it, "
                 "give num_gpus: 1"
+            )
+        if self.autoscaling is not None and self.replicas != 1:
+            raise ConfigError(
+                f"replicas is {self.replicas} beside autoscaling: say autoscaling.min_replicas={self.replicas} instead"
             )
 
 
@@ -304,6 +344,11 @@ def _tree(tree: Mapping[str, Any], model: Mapping[str, str]) -> AppConfig:
     given = {**model, **({"name": options.pop("name")} if "name" in options else {})}
     config = build_dataclass(AppConfig, {**tree, "model": {**given, "options": options}})
     config = replace(config, model=registry.check(config.model))
+    if config.autoscaling is not None and (config.batching is not None or registry.is_stateless(config.model.name)):
+        raise ConfigError(
+            f"autoscaling is given, and model={config.model.name} has no state: set autoscaling_config of its "
+            "deployment in the file that is deployed, for which Serve counts requests"
+        )
     if registry.is_stateless(config.model.name) and config.batching is None:
         return replace(config, batching=BatchingConfig())
     if config.batching is not None and registry.is_recurrent(config.model.name):

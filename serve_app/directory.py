@@ -25,11 +25,16 @@ from serve_app.errors import (
     UnknownSession,
 )
 from serve_app.lease import LEASE_S, MARGIN_S
-from serve_app.policy.placement import choose_owner
+from serve_app.policy.autoscaling import IDLE, Demand, Load, Scaling, wanted_replicas
+from serve_app.policy.placement import choose_owner, moves_of
 from serve_app.policy.session_queue import ASK_AGAIN_S, NO_QUEUE, QueueLimits, SessionQueue, retry_after_s
 from serve_app.spec import ModelSpec, SessionLimits
 
 FREED_KEPT = 64
+REFUSED_WITHIN_S = 10.0
+"""So long it counts that a session was refused since all owners were full."""
+ARRIVE_WITHIN_S = 5.0
+"""Sessions that an owner was to give back have gone on elsewhere by then, or never will."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,8 @@ class Owner:
 
     checkpoints: it sends states with its outputs, from which a session can go on elsewhere. models: all that its
     application serves, whether their replicas run or not. queue: of sessions of its model that find no place.
+    moves_per_s: so many of its model's go on elsewhere at most, where owners have unequal numbers (0: none).
+    scaling: how many owners there should be; None where that is fixed.
     """
 
     name: str
@@ -49,6 +56,8 @@ class Owner:
     checkpoints: bool = False
     models: tuple[str, ...] = ()
     queue: QueueLimits = NO_QUEUE
+    moves_per_s: int = 0
+    scaling: Scaling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +171,18 @@ Slab = Mapping[str, tuple[Held, bytes]]
 
 @dataclass(slots=True)
 class _Tally:
-    """Of a model. freed: when places for sessions last became free; ends: of each owner there was, ends by reason."""
+    """Of a model. freed: when places for sessions last became free; ends: of each owner there was, ends by reason.
+
+    may_move: sessions that may be moved, as of `moves_at`; refused_at: when one last found no place.
+    """
 
     queue: SessionQueue = field(default_factory=SessionQueue)
     freed: deque[float] = field(default_factory=lambda: deque(maxlen=FREED_KEPT))
     opened: int = 0
+    moved: int = 0
+    may_move: float = 0.0
+    moves_at: float = -math.inf
+    refused_at: float = -math.inf
     refused: Counter[str] = field(default_factory=Counter)
     ends: dict[str, Mapping[str, int]] = field(default_factory=dict)
 
@@ -186,6 +202,8 @@ class Directory:
         self._owners: dict[str, Owner] = {}
         self._heard: dict[str, float] = {}  # when of each owner
         self._targets: dict[str, str] = {}  # where sessions are to move
+        self._loads: dict[str, Load] = {}  # what owners say of themselves
+        self._leaving: dict[str, tuple[int, float]] = {}  # how many an owner was to give back, when it was last told
         self._suspects: set[str] = set()  # owners that somebody cannot reach, until they are heard of
         self._asked_at = self._awake_since = -math.inf
         self._unloaded: dict[str, bool] = {}  # models, and whether their owners are gone
@@ -242,15 +260,21 @@ class Directory:
 
     def gone(self, owners: Iterable[str]) -> list[str]:
         """Which of these have no lease any more. A directory that has just started cannot tell."""
-        if self._now - self._started_at <= LEASE_S + MARGIN_S:
+        if self._has_just_started:
             return []
         return [owner for owner in owners if owner not in self._owners]
+
+    @property
+    def _has_just_started(self) -> bool:
+        return self._now - self._started_at <= LEASE_S + MARGIN_S
 
     def unregister(self, owner: str) -> int:
         """The owner is gone, and with it its sessions that are not resumable; returns how many it had."""
         self._owners.pop(owner, None)
         self._heard.pop(owner, None)
         self._suspects.discard(owner)
+        self._leaving.pop(owner, None)
+        self._loads.pop(owner, None)
         lost = self._held.pop(owner, {})
         for session in lost.values():
             self._orphan(session)
@@ -284,9 +308,10 @@ class Directory:
             )
         if is_new and key_of(session) in self._kept:
             raise SessionExists(f"session {session!r} waits to be resumed: do that, or choose another id")
+        before = None if record is None else record.owner
         serving = self._serving(session, model, claim)
-        if record is not None and record.owner in serving and len(serving) > 1:
-            del serving[record.owner]  # its sender cannot reach it
+        if before in self._owners:
+            serving = {name: one for name, one in serving.items() if _alike(one, self._owners[before])} or serving
         if is_new and (unloaded := {owner.spec.name for owner in serving.values()} & self._unloaded.keys()):
             raise Unavailable(f"model {unloaded.pop()!r} is unloaded: load it before a session starts")
         load = {name: len(self._held[name]) for name in serving}
@@ -295,11 +320,14 @@ class Directory:
             self._line_up(
                 (session, sender), serving, sum(max(0, limits[name] - load[name]) for name in load), turn, waited_s
             )
+        if before in load:
+            load[before] -= 1  # its own place
+        elsewhere = {name: count for name, count in load.items() if name != before}
         target = self._targets.pop(session, "")
-        if load.get(target, math.inf) < limits.get(target, 0):
+        if elsewhere.get(target, math.inf) < limits.get(target, 0):
             chosen: str | None = target
         else:
-            chosen = choose_owner(load, limits)
+            chosen = choose_owner(elsewhere, limits) or choose_owner(load, limits)
         if chosen is None:
             raise TooManySessions(
                 f"{sum(load.values())} sessions are open, all that the replicas take: try again later, or raise "
@@ -310,7 +338,11 @@ class Directory:
         if claim is not None and not claim.fingerprint:
             since = record.since if record is not None and record.epoch == claim.epoch else claim.epoch
         self._put(session, Record(self._last_epoch, chosen, sender, since, resumable))
-        self._tallies[serving[chosen].spec.name].opened += is_new
+        tally = self._tallies[serving[chosen].spec.name]
+        tally.opened += is_new
+        if before in self._owners and before != chosen:
+            tally.moved += 1
+            self._leaving[before] = max(0, self._num_leaving(before) - 1), self._now
         return Grant(session, self._last_epoch, serving[chosen])
 
     def _line_up(
@@ -336,6 +368,7 @@ class Directory:
         elif max_wait_s > 0:
             text += f", and {limits.max_waiting} wait, all that session.max_waiting allows"
         tally.refused[error.code] += 1
+        tally.refused_at = self._now
         raise error(
             f"{text}: try again later, or raise session.max_sessions or replicas",
             retry_after_s=retry_after_s(tally.freed, ahead, self._now),
@@ -527,10 +560,60 @@ class Directory:
         self._unloaded[model] = gone
         return sum(len(self._held[owner.name]) for owner in self._owners.values() if owner.spec.name == model)
 
-    def tell_ends(self, owner: str, ends: Mapping[str, int]) -> None:
-        """So many sessions have ended at an owner since it started, by reason."""
+    def give_back(self, owner: str) -> int:
+        """How many of its sessions the owner is to give back now, so that all of its model have as many as they can."""
+        one = self._owners.get(owner)
+        if one is None or not (one.checkpoints and one.moves_per_s):
+            return 0
+        tally = self._tallies[one.spec.name]
+        tally.may_move = min(one.moves_per_s, tally.may_move + one.moves_per_s * (self._now - tally.moves_at))
+        tally.moves_at = self._now
+        count = self._moves(one, int(tally.may_move))[owner]
+        if count:
+            tally.may_move -= count
+            self._leaving[owner] = self._num_leaving(owner) + count, self._now
+        return count
+
+    def _moves(self, one: Owner, limit: int) -> Mapping[str, int]:
+        """How many sessions each of the owners that are as that one is to give back; see placement."""
+        names = [name for name, other in self._owners.items() if _alike(one, other) and name not in self._suspects]
+        return moves_of(
+            {name: len(self._held[name]) for name in names},
+            {name: self._owners[name].max_sessions for name in names},
+            {name: self._num_leaving(name) for name in names},
+            limit,
+        )
+
+    def wanted_replicas(self, model: str, target: int) -> int:
+        """How many owners a model should have, where `target` are meant to be by now; see autoscaling.
+
+        As many as are meant to be where there is none yet, or they are not to be scaled; not fewer while some may not
+        have registered again.
+        """
+        owners = [owner for owner in self._owners.values() if owner.spec.name == model]
+        if not owners or (scaling := owners[-1].scaling) is None:
+            return target
+        one, tally = owners[-1], self._tallies[model]
+        tally.queue.forget_gone(self._now)
+        loads = []
+        for owner in owners:
+            load, held = self._loads.get(owner.name, IDLE), len(self._held[owner.name])
+            loads.append(load._replace(sessions=max(load.sessions, held)))  # some may be older than this directory
+        is_refusing = self._now - tally.refused_at <= REFUSED_WITHIN_S
+        is_level = not self._moves(one, 1)
+        demand = Demand(loads, one.max_sessions, len(tally.queue), is_refusing, is_level)
+        wanted = wanted_replicas(demand, scaling, target)
+        return max(wanted, target) if self._has_just_started else wanted
+
+    def _num_leaving(self, owner: str) -> int:
+        count, told_at = self._leaving.get(owner, (0, -math.inf))
+        return count if self._now - told_at <= ARRIVE_WITHIN_S else 0
+
+    def tell(self, owner: str, ends: Mapping[str, int], load: Load) -> None:
+        """So many sessions have ended at an owner since it started, by reason; and how much it has to do."""
         if owner in self._owners:
             self._tallies[self._owners[owner].spec.name].ends[owner] = ends
+            self._loads[owner] = load
 
     def statistics(self) -> dict[str, SessionStatistics]:
         """Of each model that has, or had, an owner."""
@@ -541,6 +624,10 @@ class Directory:
             ended = sum((Counter(ends) for ends in tally.ends.values()), Counter[str]())
             found[model] = SessionStatistics(num_open, len(tally.queue), tally.opened, dict(tally.refused), dict(ended))
         return found
+
+    def num_moved(self) -> dict[str, int]:
+        """Sessions that have gone from an owner that lives to another, by model."""
+        return {model: tally.moved for model, tally in self._tallies.items()}
 
     def num_sessions(self) -> dict[str, int]:
         """Sessions of each owner."""
@@ -606,3 +693,8 @@ class Directory:
             self._tallies[self._owners[record.owner].spec.name].freed.append(self._now)
         self._kept.discard(key := key_of(session))
         self._waiting.pop(key, None)
+
+
+def _alike(one: Owner, other: Owner) -> bool:
+    """Whether a session can go from one to the other."""
+    return (one.spec.name, one.spec.fingerprint) == (other.spec.name, other.spec.fingerprint)

@@ -30,7 +30,8 @@ from serve_app.spec import ModelSpec, SessionLimits, check_segment
 
 State = tuple[np.ndarray, ...] | None
 MAX_RETAINED = 16384
-"""Timesteps since the last checkpoint. Where none comes for so long the session cannot be gone on with elsewhere."""
+"""Timesteps since the last checkpoint. Where none comes for so long the session cannot be gone on with elsewhere, until
+the next does."""
 Keep = Callable[["Session", int, State], None]
 """Keeps the state of a session after so many timesteps where it can be had from when this side is gone."""
 
@@ -134,7 +135,7 @@ class Session:
         self._must_number = False  # its client has to say where the next segment starts
         #: States by timestep, rising: the first can be gone on from, others when the outputs below have come.
         self._checkpoints: deque[tuple[int, State]] = deque([(0, initial_state)])
-        self._adopted_at = 0  # inputs below were sent to the owner from elsewhere
+        self._adopted_at = 0  # inputs below are not here: they were sent to the owner from elsewhere, or given up
         self._outputs: deque[Run] = deque()
         self._early: dict[int, Run] = {}  # that overtook others
         self._read = 0  # outputs below were handed to the user
@@ -547,7 +548,7 @@ class Session:
         if self._retains:
             needed = self._checkpoints[0][0] if self._checkpoints else self._adopted_at  # where the first may be
             if self.accepted - needed > MAX_RETAINED:
-                self._retains, needed = False, self.accepted
+                self._adopted_at = needed = min(self.accepted, self.progress)
                 self._checkpoints.clear()
         while self._inputs and self._inputs[0][0] + len(self._inputs[0][1]) <= needed:
             self._inputs.popleft()

@@ -59,6 +59,7 @@ class LocalCluster:
         self.owners[name] = Owner(
             name, name, engine.spec, limits, session.max_sessions, config.frame.max_bytes, checkpoints,
             queue=QueueLimits(session.max_waiting, session.max_wait_s, session.default_priority),
+            moves_per_s=session.moves_per_s,
         )  # fmt: skip
         self.directory.register(self.owners[name])
 
@@ -86,6 +87,17 @@ class LocalCluster:
         for owner in self._running:
             if owner not in self.stopped:
                 self.directory.heard(owner)
+
+    async def report(self) -> None:
+        """All that live do so once, and give back the sessions that they are told to."""
+        for owner in self._running:
+            stats = self.engines[owner].stats
+            standing = await self.actor.report(owner, stats.take_ended(), dict(stats.ends))
+            self.give_back(owner, standing.give_back)
+
+    def give_back(self, owner: str, count: int) -> None:
+        """An owner is told to give so many sessions back."""
+        self._running[owner].give_back(count)
 
     async def open(self, ask: Ask) -> Grant:
         self._report()

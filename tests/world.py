@@ -222,7 +222,7 @@ class World:
         found.append(f"restart {DIRECTORY}")
         for name, owner in self.owners.items():
             if not owner.is_stopped and not owner.is_leaving:
-                found += [f"stop {name}", f"sleep {name}", f"drain {name}"]
+                found += [f"stop {name}", f"sleep {name}", f"drain {name}", f"rebalance {name}"]
                 found += [f"fail {name}"] * (not owner.model.fails)
         for name, client in self.clients.items():
             if client.connection is not None:
@@ -452,7 +452,10 @@ class Replica:
         session = CONFIG.session
         limits = SessionLimits(session.max_segment_timesteps, session.max_window_timesteps)
         spec = self.engine.spec
-        self.card = Owner(name, name, spec, limits, session.max_sessions, CONFIG.frame.max_bytes, checkpoints=True)
+        self.card = Owner(
+            name, name, spec, limits, session.max_sessions, CONFIG.frame.max_bytes, checkpoints=True,
+            moves_per_s=session.moves_per_s,
+        )  # fmt: skip
         self.registration = Registration(Registry(world, name), self.card, CONFIG.durability, self.lease, self.fence)
 
     @property
@@ -466,8 +469,9 @@ class Replica:
 
     @property
     def may_report(self) -> bool:
-        knows = self.world.actor._directory.knows(self.name)
-        news = bool(self.engine.stats.ended_epochs) or not (knows and self.lease.holds)
+        directory = self.world.actor._directory
+        is_known = directory.knows(self.name) and self.lease.holds
+        news = bool(self.engine.stats.ended_epochs) or not is_known or bool(directory._moves(self.card, 1)[self.name])
         return news and not (self.is_stopped or self.is_leaving or self.reports)
 
     def receive(self, data: bytes, call: Call) -> None:
@@ -512,11 +516,17 @@ class Replica:
 
     async def _report(self) -> None:
         try:
-            await self.registration.renew(self.engine.stats.take_ended(), dict(self.engine.stats.ends))
+            stats = self.engine.stats
+            self.engine.give_back(await self.registration.renew(stats.take_ended(), dict(stats.ends)))
             self._answer()
         except LockstepError:
             pass
         self.reports = False
+
+    def rebalance(self) -> None:
+        """What it was told long ago arrives: to give a session back."""
+        self.engine.give_back(1)
+        self._answer()
 
     async def fence(self) -> None:
         self.engine.drop_all(self.world.loop.now)

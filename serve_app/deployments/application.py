@@ -5,12 +5,14 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import LoggingConfig
 
 from serve_app.config import AppConfig, load_models
 from serve_app.deployments.batched import Batched
 from serve_app.deployments.ingress import Ingress
 from serve_app.deployments.recurrent import Recurrent
+from serve_app.deployments.transport import NAMESPACE
 from serve_app.engine.host_env import REPLICA_ENV
 
 MAX_CALLS = 10_000
@@ -61,7 +63,7 @@ def _model(replica: type[Any], config: AppConfig) -> Any:
     """The deployment of one of the application's models."""
     return serve.deployment(
         name=_name(replica, config),
-        num_replicas=config.replicas,
+        **_replicas(config),
         max_ongoing_requests=MAX_CALLS,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=10,
@@ -73,3 +75,23 @@ def _model(replica: type[Any], config: AppConfig) -> Any:
             "runtime_env": {"env_vars": OWNER_ENV},
         },
     )(replica)
+
+
+def _replicas(config: AppConfig) -> dict[str, Any]:
+    """How many there are. Where that is scaled no `initial_replicas`: to deploy anew must not go back to so many."""
+    scaling = config.autoscaling
+    if scaling is None:
+        return {"num_replicas": config.replicas}
+    policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
+        policy_function="serve_app.deployments.autoscaling:DirectoryPolicy",
+        policy_kwargs={"model": config.model.served_name, "namespace": NAMESPACE},
+    )
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=scaling.min_replicas,
+            max_replicas=scaling.max_replicas,
+            upscale_delay_s=scaling.upscale_delay_s,
+            downscale_delay_s=scaling.downscale_delay_s,
+            policy=policy,
+        )
+    }

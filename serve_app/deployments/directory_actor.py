@@ -16,8 +16,10 @@ from serve_app.checkpoint_store import CheckpointStore, key_of, open_store
 from serve_app.config import DurabilityConfig
 from serve_app.deployments.directory_metrics import DirectoryMetrics
 from serve_app.deployments.messages import PICKLED, CallServer, Codec, is_listening
+from serve_app.deployments.registration import Standing
 from serve_app.directory import Ask, Described, Directory, Grant, Owner, Record, SessionStatistics, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
+from serve_app.policy.autoscaling import IDLE, Load
 from serve_app.spec import ModelSpec
 
 logger = logging.getLogger("ray.serve")
@@ -107,16 +109,22 @@ class DirectoryActor:
         await self._recall([session])
         return self._directory.migrate(session, to)
 
-    async def report(self, owner: str, ended: list[int], ends: dict[str, int]) -> tuple[int, bool]:
+    async def report(self, owner: str, ended: list[int], ends: dict[str, int], load: Load = IDLE) -> Standing:
         """See Registry."""
         self._directory.tick(now := lease.now())
         self._drop(self._directory.ended(owner, ended))
-        self._directory.tell_ends(owner, ends)
+        self._directory.tell(owner, ends, load)
         self._drop(self._directory.expire(now))
         if now - self._published_at > PUBLISH_EVERY_S:
             self._published_at = now
-            self._metrics.publish(self._directory.statistics())
-        return self._directory.incarnation, self._directory.heard(owner)
+            self._metrics.publish(self._directory.statistics(), self._directory.num_moved())
+        is_known = self._directory.heard(owner)
+        return Standing(self._directory.incarnation, is_known, self._directory.give_back(owner))
+
+    async def wanted_replicas(self, model: str, target: int) -> int:
+        """See Directory.wanted_replicas."""
+        self._directory.tick(lease.now())
+        return self._directory.wanted_replicas(model, target)
 
     async def lost(self, owner: str) -> None:
         """A sender cannot reach the owner, which is given up if that is so of everybody; else when its lease is over.

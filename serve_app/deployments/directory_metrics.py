@@ -14,16 +14,19 @@ class DirectoryMetrics:
     def __init__(self) -> None:
         self._waiting = Gauge("lockstep_sessions_waiting", "Sessions that wait for a place.", ("model",))
         self._opened = Counter("lockstep_sessions_opened", "Sessions that were given a place.", ("model",))
+        self._moved = Counter("lockstep_sessions_moved", "Sessions that went from a replica to another.", ("model",))
         self._refused = Counter("lockstep_sessions_refused", "Sessions without a place, by error.", ("model", "code"))
         self._published: Tally[tuple[str, str]] = Tally()
 
-    def publish(self, statistics: Mapping[str, SessionStatistics]) -> None:
+    def publish(self, statistics: Mapping[str, SessionStatistics], moved: Mapping[str, int]) -> None:
         """Bring everything up to date."""
         for model, found in statistics.items():
             self._waiting.set(found.waiting, {"model": model})
             self._raise(self._opened, (model, ""), found.opened, {"model": model})
             for code, count in found.refused.items():
                 self._raise(self._refused, (model, code), count, {"model": model, "code": code})
+        for model, count in moved.items():
+            self._raise(self._moved, (model, " moved"), count, {"model": model})
 
     def _raise(self, counter: Counter, name: tuple[str, str], total: int, tags: dict[str, str]) -> None:
         if total > self._published[name]:

@@ -1,11 +1,14 @@
 """What a replica shows in the Ray dashboard and to Prometheus, as `ray_lockstep_…`."""
 
 from collections import Counter as Tally
+from collections.abc import Sequence
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from serve_app.engine.batcher import Batcher
 from serve_app.engine.engine import Engine
+from serve_app.engine.stats import StepRecord
+from serve_app.policy.autoscaling import Load
 
 SECONDS = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5]
 SIZES = [float(2**n) for n in range(12)]
@@ -23,6 +26,8 @@ class EngineMetrics:
                 "sessions_evicted": "Sessions whose state is in host memory.",
                 "slots_used": "Slots with a session's state in them.",
                 "slot_use": "Share of the slots with a session's state in them.",
+                "load": "Share of the highest rate, on the average of some seconds.",
+                "longest_wait_s": "How long who waits longest for a step has waited, on the average of some seconds.",
                 "pending_bytes": "Inputs accepted and not run yet.",
                 "retained_bytes": "Outputs not acknowledged yet.",
             }.items()
@@ -54,9 +59,9 @@ class EngineMetrics:
             histogram.set_default_tags({"model": model})
         self._published: Tally[str] = Tally()
 
-    def publish(self, engine: Engine) -> None:
-        """Bring everything up to date."""
-        for name, value in engine.gauges().items():
+    def publish(self, engine: Engine, steps: Sequence[StepRecord], load: Load) -> None:
+        """Bring everything up to date. steps: those since the last time."""
+        for name, value in {**engine.gauges(), "load": load.share, "longest_wait_s": load.delay_s}.items():
             self._gauges[name].set(value)
         for name, counter in self._counters.items():
             self._raise(counter, name, getattr(engine.stats, name), {})
@@ -64,7 +69,7 @@ class EngineMetrics:
             self._raise(self._ends, f"end {reason}", count, {"reason": reason})
         for code, count in list(engine.stats.refusals.items()):
             self._raise(self._refusals, f"refusal {code}", count, {"code": code})
-        for step in engine.stats.take_recent():
+        for step in steps:
             self._batch_size.observe(step.batch_size)
             self._queue_delay.observe(step.waited_s)
             self._step_time.observe(step.took_s)

@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
+import time
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
+import numpy as np
 import ray
 from ray import serve
 from ray._private.worker import global_worker
@@ -19,9 +21,11 @@ from serve_app.deployments.transport import RayDirectory, ReplicaActor
 from serve_app.directory import Owner
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.build import build_engine
+from serve_app.engine.stats import StepRecord
 from serve_app.errors import InvalidInput, LockstepError, UnknownSession
 from serve_app.ingress.hub import Hub
 from serve_app.lease import Lease
+from serve_app.policy.autoscaling import Load, LoadMeter, Scaling
 from serve_app.policy.session_queue import QueueLimits
 from serve_app.segment import Outputs, Segment
 from serve_app.spec import SessionLimits
@@ -56,6 +60,7 @@ class Recurrent:
         self._parts.push_async_callback(self._serving.stop)  # while the last lease holds
         self._answering: Counter[str] = Counter()  # plain handle calls that wait, by session
         self._metrics = EngineMetrics(self._engine.spec.name)
+        self._meter = LoadMeter(*self._engine.step_sizes, time.monotonic())
         session = config.session
         self._owner = Owner(
             name=self._engine.owner,
@@ -67,6 +72,8 @@ class Recurrent:
             checkpoints=session.checkpoint_timesteps > 0,
             models=models,
             queue=QueueLimits(session.max_waiting, session.max_wait_s, session.default_priority),
+            moves_per_s=session.moves_per_s,
+            scaling=_scaling(config),
         )
         self._registration = Registration(self._directory, self._owner, config.durability, lease, self._serving.fence)
         await self._registration.register()
@@ -157,9 +164,9 @@ class Recurrent:
         """
         while not _is_stopping():
             try:
-                self._metrics.publish(self._engine)
                 stats = self._engine.stats
-                await self._registration.renew(stats.take_ended(), dict(stats.ends))
+                load = self._measure(stats.take_recent())
+                self._serving.give_back(await self._registration.renew(stats.take_ended(), dict(stats.ends), load))
             except LockstepError as error:
                 logger.warning("the directory does not answer, trying again: %s", error)
             await asyncio.sleep(REPORT_PERIOD_S)
@@ -167,6 +174,23 @@ class Recurrent:
             await self._registration.leave()
         finally:
             await self._serving.stop()
+
+    def _measure(self, steps: Sequence[StepRecord]) -> Load:
+        """Bring metrics up to date with the last steps; what there is to do now."""
+        now = time.monotonic()
+        sizes = np.array([(step.batch_size, step.timesteps, step.alone_s) for step in steps])
+        self._meter.add(sizes, self._serving.idle_s, self._engine.longest_wait_s(now), now)
+        load = self._meter.load(self._engine.num_sessions)
+        self._metrics.publish(self._engine, steps, load)
+        return load
+
+
+def _scaling(config: AppConfig) -> Scaling | None:
+    if (found := config.autoscaling) is None:
+        return None
+    return Scaling(
+        found.min_replicas, found.max_replicas, found.target_sessions, found.target_load, found.max_queue_delay_s
+    )
 
 
 def _is_stopping() -> bool:

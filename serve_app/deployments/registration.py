@@ -2,16 +2,28 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from serve_app import lease as clock
 from serve_app.config import DurabilityConfig
 from serve_app.directory import Owner
 from serve_app.errors import Unavailable
 from serve_app.lease import Lease
+from serve_app.policy.autoscaling import IDLE, Load
 
 ANSWERED_WITHIN_S = 0.5
 """By a directory that lives, mostly."""
+
+
+class Standing(NamedTuple):
+    """What an owner hears of the directory: its incarnation, and whether it knows the owner.
+
+    give_back: so many sessions go on elsewhere now, since others have fewer.
+    """
+
+    incarnation: int
+    is_known: bool
+    give_back: int = 0
 
 
 class Registry(Protocol):
@@ -25,8 +37,8 @@ class Registry(Protocol):
         """The owner takes nothing any more."""
         ...
 
-    async def report(self, owner: str, ended: list[int], ends: dict[str, int]) -> tuple[int, bool]:
-        """The owner is alive, these sessions have ended; the incarnation, and whether it knows the owner.
+    async def report(self, owner: str, ended: list[int], ends: dict[str, int], load: Load = IDLE) -> Standing:
+        """The owner is alive, and these sessions have ended.
 
         ends: how many have since the owner started, by reason.
         """
@@ -70,17 +82,17 @@ class Registration:
         if held:
             self._lease.renew(asked_at)
 
-    async def renew(self, ended: list[int], ends: dict[str, int]) -> None:
-        """Say that the owner lives, and which sessions have ended since. Raises Unavailable, keeping what was said.
+    async def renew(self, ended: list[int], ends: dict[str, int], load: Load = IDLE) -> int:
+        """Say that the owner lives, and which sessions have ended since; how many it is to give back.
 
-        ends: see Registry.report.
+        Raises Unavailable, keeping what was said. ends: see Registry.report.
         """
         self._ended += ended
-        asking = asyncio.ensure_future(self._renew(ends))
+        asking = asyncio.ensure_future(self._renew(ends, load))
         try:
             while not (await asyncio.wait([asking], timeout=ANSWERED_WITHIN_S))[0]:
                 await self._go_on_alone()
-            asking.result()
+            return asking.result()
         except Unavailable:
             await self._go_on_alone()
             raise
@@ -92,13 +104,14 @@ class Registration:
         if self._lease.holds and await self._directory.is_down():
             self._lease.renew(asked_at)
 
-    async def _renew(self, ends: dict[str, int]) -> None:
+    async def _renew(self, ends: dict[str, int], load: Load) -> int:
         asked_at, told = clock.now(), self._ended
-        incarnation, is_known = await self._directory.report(self._owner.name, told, ends)
+        standing = await self._directory.report(self._owner.name, told, ends, load)
         self._ended = self._ended[len(told) :]
-        if is_known:
+        if standing.is_known:
             self._lease.renew(asked_at)
-            return
-        if incarnation == self._incarnation:
+            return standing.give_back
+        if standing.incarnation == self._incarnation:
             await self._fence()
         await self.register()
+        return 0

@@ -26,7 +26,8 @@ class ServeModels:
     """See ingress.model_control.ModelControl: of one application.
 
     The directory knows what is unloaded, and places no new sessions of it. Replicas go when the last session has ended.
-    Serve changes their number only where the application has `external_scaler_enabled`; where not, they stay.
+    Serve changes their number only where the application has `external_scaler_enabled`, and the model no autoscaling;
+    where not, they stay.
     """
 
     def __init__(self, app: str, directory: RayDirectory, deployments: Mapping[str, str]) -> None:
@@ -46,7 +47,7 @@ class ServeModels:
         deployment = self._deployment(model)
         await self._stop_emptying(model)
         before = await self._details(deployment)
-        replicas = before["deployment_config"]["num_replicas"]
+        replicas = before["deployment_config"].get("num_replicas", 0)  # none where Serve scales
         if before["target_num_replicas"] == 0 and await self._scale(deployment, replicas):
             try:
                 await self._running(model, replicas, before["message"])
@@ -89,7 +90,7 @@ class ServeModels:
                     if not going:
                         logger.warning(
                             "model %r is unloaded and keeps its memory: the application's section needs "
-                            "external_scaler_enabled: true",
+                            "external_scaler_enabled: true, and the model no autoscaling",
                             model,
                         )
                         return
@@ -114,7 +115,9 @@ class ServeModels:
             await asyncio.sleep(LOOK_S)
 
     async def _scale(self, deployment: str, replicas: int) -> bool:
-        """Let Serve start or stop replicas; False where the application is not configured for that."""
+        """Let Serve start or stop replicas; False where the application is not configured for that, or Serve scales."""
+        if (await self._details(deployment))["deployment_config"].get("autoscaling_config"):
+            return False
         try:
             await self._controller.update_deployment_replicas.remote(DeploymentID(deployment, self._app), replicas)
         except RayTaskError as error:

@@ -17,10 +17,12 @@ from serve_app.config import DurabilityConfig
 from serve_app.deployments.directory_actor import OPENS, DirectoryActor
 from serve_app.deployments.frame_channel import FrameChannel
 from serve_app.deployments.messages import CallChannel
+from serve_app.deployments.registration import Standing
 from serve_app.directory import Ask, Described, Grant, Owner, Record, SessionStatistics, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.ingress.outbox import Channel
 from serve_app.ingress.together import Together
+from serve_app.policy.autoscaling import IDLE, Load
 from serve_app.rows import BatchedSpec, RowsRequest, RowsResult
 from serve_app.spec import ModelSpec
 
@@ -129,9 +131,9 @@ class RayDirectory:
         """See Directory.unload."""
         return await _result(self.actor.unload.remote(model, gone=gone))
 
-    async def report(self, owner: str, ended: list[int], ends: dict[str, int]) -> tuple[int, bool]:
+    async def report(self, owner: str, ended: list[int], ends: dict[str, int], load: Load = IDLE) -> Standing:
         """See Registry."""
-        return await _result(self.actor.report.remote(owner, ended, ends))
+        return await _result(self.actor.report.remote(owner, ended, ends, load))
 
     async def lookup(self, session: str) -> Record:
         """Who holds a session."""

@@ -23,6 +23,15 @@ class AsyncEngine:
         self._loop.call(frame, future)
         return await future
 
+    @property
+    def idle_s(self) -> float:
+        """Seconds in which there was nothing to do, since the start."""
+        return self._loop.idle_s
+
+    def give_back(self, count: int) -> None:
+        """Have so many sessions go on elsewhere: see Engine.give_back."""
+        self._loop.give_back(count)
+
     async def fence(self) -> None:
         """Drop all sessions: others have them."""
         await asyncio.to_thread(self._loop.fence)

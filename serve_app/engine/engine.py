@@ -19,13 +19,13 @@ from serve_app.engine.mailbox import Mailbox, Ticket
 from serve_app.engine.packed_lstm import pack_weights
 from serve_app.engine.runner import EagerRunner, Step, StepRunner
 from serve_app.engine.scheduler import Batch, Scheduler
-from serve_app.engine.sessions import SessionTable, Status, Verdict, check_frame
+from serve_app.engine.sessions import NEVER, SessionTable, Status, Verdict, check_frame
 from serve_app.engine.slots import SlotTable
 from serve_app.engine.state_pool import StatePool
 from serve_app.engine.stats import Stats, StepRecord
 from serve_app.engine.timesteps import EVERYTHING, TimestepStore
 from serve_app.errors import ConfigError, InvalidInput, LockstepError, NotOwner, StepFailed
-from serve_app.frame import ABORT, MOVE, TAKEN_OVER, UNKNOWN, Answer, Checkpoints, Frame, Notice, Open
+from serve_app.frame import ABORT, MOVE, NO_CLOSE, TAKEN_OVER, UNKNOWN, Answer, Checkpoints, Frame, Notice, Open
 from serve_app.models.fingerprint import fingerprint
 from serve_app.models.interface import RecurrentModel
 from serve_app.policy.batching import powers_of_two
@@ -184,6 +184,23 @@ class Engine:
                 answers.append((ticket, self._parting(mailbox, rows)))
         return answers
 
+    def give_back(self, count: int) -> None:
+        """Have so many sessions go on elsewhere: their senders get them with the next answers, states too.
+
+        Those first that have nothing to run now, and of these every so manieth, since rows are in the order of opening.
+        None that closes, that nobody calls for, or of which its sender may not have the inputs since another had it.
+        """
+        table = self._sessions
+        calling = [sender for sender, mailbox in self._mail.items() if mailbox.calls]
+        can = (table.status == Status.OPEN) & (table.close_at == NO_CLOSE) & (table.checkpointed != NEVER)
+        can &= np.isin(table.sender, calling)
+        rests = table.next == table.progress
+        for rows in (np.flatnonzero(can & rests), np.flatnonzero(can & ~rests)):
+            num_given = min(count, len(rows))
+            for row in rows[np.arange(num_given) * len(rows) // max(1, num_given)].tolist():
+                self._mail[int(table.sender[row])].leaving.add(int(table.epoch[row]))
+            count -= num_given
+
     @property
     def parted(self) -> bool:
         """Whether `farewell` has told all who have sessions."""
@@ -273,6 +290,20 @@ class Engine:
             "pending_bytes": self._inputs.nbytes,
             "retained_bytes": self._outputs.timesteps * self.spec.output_bytes,
         }
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that are open."""
+        return self._sessions.num_open
+
+    @property
+    def step_sizes(self) -> tuple[np.ndarray, int]:
+        """How many timesteps a step may take of a session, rising; and how many sessions at most."""
+        return self._scheduler.timesteps, min(self._scheduler.max_batch_size, self._config.session.max_sessions)
+
+    def longest_wait_s(self, now: float) -> float:
+        """For how long who waits longest for its step has waited. Changes nothing: other threads ask."""
+        return self._scheduler.longest_wait_s(now)
 
     def check(self) -> None:
         """Assert what must always hold between calls."""
@@ -433,9 +464,10 @@ class Engine:
         self.stats.graph_steps += flight.step.captured
         done = time.monotonic()
         took_s = done - flight.began
-        self._scheduler.step_times.add(k, len(rows), done - max(flight.began, self._completed_at))
+        alone_s = done - max(flight.began, self._completed_at)
+        self._scheduler.step_times.add(k, len(rows), alone_s)
         self._completed_at = done
-        self.stats.add_step(StepRecord(len(rows), k, float(waited_us[0]) / 1e6, took_s))
+        self.stats.add_step(StepRecord(len(rows), k, float(waited_us[0]) / 1e6, took_s, alone_s))
         members, rows, starts, closing, sender = self._sessions.advance(
             rows, flight.epochs, k, waited_us, int(took_s * 1e6), now
         )

@@ -1,6 +1,7 @@
 """The thread that owns an engine: frames in from any thread, answers out in one delivery a step."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -40,6 +41,8 @@ class EngineLoop:
         self._cores = cores
         self._lease = lease or Freehold()
         self._fenced: threading.Event | None = None  # who waits until all is dropped
+        self._give_back = 0  # so many sessions
+        self._idle_s, self._idle_since = 0.0, math.inf
         self._arrived = threading.Condition()
         self._inbox: list[tuple[Frame, Ticket]] = []
         self._stopping = False
@@ -64,6 +67,18 @@ class EngineLoop:
         """Raise Unavailable when the loop has ended."""
         with self._arrived:
             self._raise_if_dead()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds in which there was nothing to do, since the start."""
+        with self._arrived:
+            return self._idle_s + max(0.0, time.monotonic() - self._idle_since)
+
+    def give_back(self, count: int) -> None:
+        """See Engine.give_back, from any thread."""
+        with self._arrived:
+            self._give_back = count
+            self._arrived.notify()
 
     def fence(self) -> None:
         """Drop all sessions, since others have them: whoever still sends to one here is told that it is not."""
@@ -102,9 +117,12 @@ class EngineLoop:
         """Take what has arrived, run one step, hand out what can be answered."""
         with self._arrived:
             is_idle = not self._engine.ready or not self._lease.holds
-            if is_idle and not (self._inbox or self._stopping or self._fenced):
+            if is_idle and not (self._inbox or self._stopping or self._fenced or self._give_back):
                 wait_s = self._engine.wake_at() - time.monotonic() if self._lease.holds else UNLEASED_S
+                self._idle_since = time.monotonic()
                 self._arrived.wait(max(0.0, wait_s))
+                self._idle_s, self._idle_since = self._idle_s + time.monotonic() - self._idle_since, math.inf
+            num_leaving, self._give_back = self._give_back, 0
         replies = self._receive()
         if self._fenced is not None:
             logger.warning("this replica was away for longer than its lease: its sessions have gone on elsewhere")
@@ -112,6 +130,8 @@ class EngineLoop:
             self._fenced.set()
             self._fenced = None
         if self._lease.holds:
+            if num_leaving:
+                self._engine.give_back(num_leaving)
             self._engine.step(time.monotonic())
             self._engine.expire(time.monotonic())
         if self._lease.holds:

@@ -81,6 +81,10 @@ class Scheduler:
         self._numbers[TOTAL] -= self.left[rows].sum()
         self.left[rows] = 0
 
+    def longest_wait_s(self, now: float) -> float:
+        """For how long who waits longest has waited."""
+        return float(now - self._since[self.left > 0].min(initial=now))
+
     @property
     def total(self) -> int:
         """Timesteps ready, of all rows together."""

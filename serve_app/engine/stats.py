@@ -9,12 +9,16 @@ MAX_ENDED_KEPT = 65536
 
 
 class StepRecord(NamedTuple):
-    """One step: its sessions, timesteps of each, the longest wait among them, and how long it took."""
+    """One step: its sessions, timesteps of each, the longest wait among them, and how long it took.
+
+    alone_s: of that, after the step before it was over.
+    """
 
     batch_size: int
     timesteps: int
     waited_s: float
     took_s: float
+    alone_s: float
 
 
 @dataclass(slots=True)

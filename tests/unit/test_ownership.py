@@ -7,6 +7,7 @@ what an owner says after it was given up (`no_deafness`).
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -51,8 +52,11 @@ def test_nothing_is_lost_on_long_walks() -> None:
 
 
 def may_always_go_on(patch: pytest.MonkeyPatch) -> None:
-    """The directory does not compare epochs."""
+    """The directory does not compare epochs; where no sessions are spread, which would make it too rare to be found."""
+    faults = World.faults
     patch.setattr(Directory, "_may_go_on", lambda *_: True)
+    patch.setattr(Directory, "_moves", lambda *_: Counter())
+    patch.setattr(World, "faults", lambda world: [event for event in faults(world) if "rebalance" not in event])
 
 
 def owner_goes_by_session(patch: pytest.MonkeyPatch) -> None:
@@ -152,8 +156,8 @@ def no_lease(patch: pytest.MonkeyPatch) -> None:
 
 # Each with a seed from which on it is found soon; when the protocol changes, maybe later.
 MUTANTS = {
-    may_always_go_on: 551, owner_goes_by_session: 699, no_deafness: 394, no_floor_at_acked: 63,
-    no_floor_at_progress: 865, no_attachment: 452, no_rewind: 14010, no_lease: 3,
+    may_always_go_on: 3460, owner_goes_by_session: 1829, no_deafness: 394, no_floor_at_acked: 176,
+    no_floor_at_progress: 865, no_attachment: 20077, no_rewind: 20016, no_lease: 3,
 }  # fmt: skip
 
 
