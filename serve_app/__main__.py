@@ -48,6 +48,7 @@ def haproxy_env(folder: Path) -> dict[str, str]:
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.2",  # after three in vain it is started again
+        f"{prefix}_HEALTH_CHECK_INTER": "1s",  # of an ingress that stands still: it has 1 s to answer, then 250 ms
         f"{prefix}_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         f"{prefix}_SOCKET_PATH": str(folder / "admin.sock"),
         f"{prefix}_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),

@@ -7,6 +7,7 @@ delivery is chosen. The event loop has no clock and no threads but those here: t
 
 import asyncio
 import heapq
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -190,6 +191,7 @@ class World:
         self.directories = 0
         self.fenced: dict[str, set[int]] = {}  # epochs of sessions that owners have no lease for any more
         websocket.connect = self.connect  # type: ignore[attr-defined]
+        websocket.LOOK_S = math.inf  # a client that gives up its connection is an event of its own
         lease.now = lambda: self.loop.now
         with torch.inference_mode():
             self.actor = self._new_directory()
@@ -657,6 +659,13 @@ class Connection:
 
     async def close(self) -> None:
         self.leave(1000)
+
+    @property
+    def transport(self) -> "Connection":
+        return self
+
+    def abort(self) -> None:
+        self.leave(1006)
 
     def leave(self, code: int) -> None:
         if self.close_code is None:

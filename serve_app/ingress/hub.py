@@ -218,6 +218,8 @@ class Hub:
         session is restored from the checkpoint that is kept of it. Raises InvalidInput for one that was not opened for
         that, UnknownSession, NotOwner (another resumes it, too), StateLost, Unavailable.
         """
+        if self._stopped:
+            raise Unavailable(STOPPED)  # before its owner is told to give it to this side
         if name in self._resuming:
             raise NotOwner(f"session {name!r} is just being resumed: try again in a moment")
         self._resuming.add(name)

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import random
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -527,10 +528,9 @@ async def test_an_ingress_that_stops_leaves_its_sessions_for_another() -> None:
     async with system() as sut:
         other = Hub(sut.cluster, ack_on_receipt=False)
         async with serving(other) as address:
-            session = await open_websocket(address)
+            session = await open_websocket(f"{address},{sut.address}")
             session.submit(np.array(ones(20)))
             assert await session.wait() == 20
-            carrier(session)._address = sut.address
             await other.stop()
         session.submit(np.array(ones(2)))
         assert await session.wait() == 22
@@ -539,6 +539,84 @@ async def test_an_ingress_that_stops_leaves_its_sessions_for_another() -> None:
         assert await session.closed() == "closed"
         assert await collect(session) == line(0, 22)
     assert sut.cluster.engines["owner-0"].gauges()["sessions_open"] == 0
+
+
+async def test_sessions_are_spread_over_the_addresses_that_answer() -> None:
+    async with system() as sut:
+        nobody = "ws://127.0.0.1:1"
+        async with clients.client.connect(f"{sut.address}/, {nobody}") as client:
+            assert set(await client.models()) == {"silero_vad"}
+            for _ in range(4):
+                async with await client.open() as session:
+                    session.submit(np.array(ones(2)))
+                    assert await session.wait() == 2
+        with pytest.raises(Unavailable, match=r"no connection to ws://127\.0\.0\.1:2"):
+            await open_websocket(f"{nobody},ws://127.0.0.1:2")
+
+
+@asynccontextmanager
+async def relay(to: str, stands_still: asyncio.Event) -> AsyncIterator[str]:
+    """A way to an ingress that takes connections, but passes nothing on while it stands still; yields its address."""
+    host, port = to.removeprefix("ws://").split(":")
+    tasks: set[asyncio.Task[None]] = set()
+    writers: list[asyncio.StreamWriter] = []
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(4096):
+            if stands_still.is_set():
+                await asyncio.Event().wait()
+            writer.write(data)
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ahead, back = await asyncio.open_connection(host, int(port))
+        writers.extend((writer, back))
+        tasks.update(asyncio.create_task(pass_on(*way)) for way in ((reader, back), (ahead, writer)))
+
+    server = await asyncio.start_server(accept, "127.0.0.1")
+    try:
+        yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.sleep(0)
+
+
+async def test_a_session_goes_on_by_another_way_when_its_own_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("SILENT_S", 0.1), ("LOOK_S", 0.05), ("ALIVE_WITHIN_S", 0.3), ("RECONNECT_WITHIN_S", 0.3)):
+        monkeypatch.setattr(websocket_client, name, seconds)
+    stands_still = asyncio.Event()
+    async with system() as sut, relay(sut.address, stands_still) as first, relay(sut.address, stands_still) as second:
+        session = await open_websocket(f"{first},{second},{sut.address}")
+        assert await session.wait(session.submit(np.array(ones(3)))) == 3
+        assert session.epoch == 0
+        stands_still.set()
+        assert await session.wait(session.submit(np.array(ones(4)))) == 7
+        assert carrier(session)._addresses[0] == sut.address
+        session.close()
+        assert await session.closed() == "closed"
+        assert await collect(session) == line(0, 7)
+
+
+async def test_a_way_in_that_waits_for_the_model_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing comes for long, but somebody is there."""
+    for name, seconds in (("SILENT_S", 0.05), ("LOOK_S", 0.02)):
+        monkeypatch.setattr(websocket_client, name, seconds)
+
+    class Slow(SumModel):
+        def forward(self, x, state):  # type: ignore[no-untyped-def]
+            time.sleep(0.5)
+            return super().forward(x, state)
+
+    async with system(Slow()) as sut:
+        session = await open_websocket(sut.address)
+        assert await session.wait(session.submit(np.array(ones(3)))) == 3
+        assert session.epoch == 0, "by its first connection"
+        session.abort()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -557,7 +635,7 @@ async def test_whatever_breaks_each_output_comes_once(seed: int) -> None:
                     if rng.random() < 0.5:
                         await session.wait(session.next - rng.randint(0, min(5, session.next)))
                     if rng.random() < 0.3:
-                        carrier(session)._address = rng.choice([address, sut.address])
+                        carrier(session)._addresses[0] = rng.choice([address, sut.address])
                         break_connection(session)
                     await asyncio.sleep(rng.random() * 0.02)
                 session.close()
