@@ -35,8 +35,11 @@ SILENT_S, LOOK_S = 1.0, 0.5
 ALIVE_WITHIN_S = 1.5
 RESUME_WITHIN_S = 30.0
 """A session whose connection is gone is lost when there is none again within that time."""
+TAKEN_OVER = 4409
 FINAL = (1000, 1011, *range(4000, 5000))
-"""Codes of a connection that is closed for good: with 4409 another client has the session."""
+"""Codes of a connection that is closed for good: with TAKEN_OVER another client has the session."""
+UNSURE_S = 10.0
+"""So long it may be this client that takes it over, by a connection of which it has heard nothing and given up."""
 
 
 class WebSocketTransport:
@@ -176,6 +179,7 @@ class WebSocketCarrier:
         self._resume_within_s = RESUME_WITHIN_S if resume_within_s is None else resume_within_s
         self._addresses = addresses
         self._heard_at = 0.0
+        self._unsure_until = 0.0
         self._due = asyncio.Event()
         self._wants_state = False
         self._task: asyncio.Task[None] | None = None
@@ -216,7 +220,9 @@ class WebSocketCarrier:
         try:
             while not self._stopped:
                 why = await self._converse(session)
-                if session.end_reason is not None or self._websocket.close_code in FINAL:
+                code = self._websocket.close_code
+                is_own = code == TAKEN_OVER and time.monotonic() < self._unsure_until
+                if session.end_reason is not None or (code in FINAL and not is_own):
                     break
                 await self._resume(session)
         except Exception as error:
@@ -265,10 +271,17 @@ class WebSocketCarrier:
         delay_s = RETRY_DELAY_S
         while not self._stopped:
             try:
-                self._websocket, opened = await _connect(
-                    self._addresses, session=session.name, resume=str(session.progress), rewind=str(session.rewind)
+                self._websocket, opened = await _connect_to(
+                    self._addresses[0],
+                    {},
+                    session=session.name,
+                    resume=str(session.progress),
+                    rewind=str(session.rewind),
                 )
             except LockstepError as error:
+                if isinstance(error, Unavailable):
+                    self._addresses.rotate(-1)
+                    self._unsure_until = time.monotonic() + UNSURE_S
                 if isinstance(error, UnknownSession) and session.has_all:
                     session.notice("ended", None, "closed", session.progress)  # which nobody was left to tell
                     return

@@ -25,7 +25,7 @@ from serve_app.engine.state_pool import StatePool
 from serve_app.engine.stats import Stats, StepRecord
 from serve_app.engine.timesteps import EVERYTHING, TimestepStore
 from serve_app.errors import ConfigError, InvalidInput, LockstepError, NotOwner, StepFailed
-from serve_app.frame import ABORT, MOVE, Answer, Checkpoints, Frame, Notice, Open
+from serve_app.frame import ABORT, ADOPTED, MOVE, Answer, Checkpoints, Frame, Notice, Open
 from serve_app.models.fingerprint import fingerprint
 from serve_app.models.interface import RecurrentModel
 from serve_app.policy.batching import powers_of_two
@@ -319,7 +319,8 @@ class Engine:
             raise NotOwner(f"session {ask.session!r} has ended")
         before = self._mail[int(self._sessions.sender[row])]
         before.num_sessions -= 1
-        before.notices.append(Notice(ask.adopts, "ended", reason="taken over", progress=ask.acked))
+        if ask.adopts != ask.epoch:  # else it is asked for again, by the same sender
+            before.notices.append(Notice(ask.adopts, "ended", reason=ADOPTED, progress=ask.acked))
         self._mail[sender].num_sessions += 1
         self._sessions.adopt(row, ask.epoch, sender, ask.acked, now)
         rows = np.array([row])

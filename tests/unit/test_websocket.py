@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import msgpack
@@ -22,6 +22,7 @@ from clients.websocket import WebSocketCarrier, open_websocket
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.errors import (
     InvalidInput,
+    NotOwner,
     SessionEnded,
     SessionExists,
     StateLost,
@@ -683,6 +684,52 @@ async def test_one_client_at_a_time_has_a_session() -> None:
             assert await client.outputs(3, 4) == line(3, 4)
 
 
+@pytest.mark.parametrize("is_own", [False, True])
+async def test_a_connection_that_was_given_up_may_take_the_session_over_late(is_own: bool) -> None:
+    """By another ingress: if it may be the client's own attempt then that goes on, else it yields."""
+    async with system() as sut:
+        other = Hub(sut.cluster, ack_on_receipt=False)
+        async with serving(other) as address:
+            session = await open_websocket(sut.address, session="a")
+            await session.wait(session.submit(np.array(ones(3))))
+            if is_own:
+                carrier(session)._unsure_until = time.monotonic() + 10
+            async with connect(f"{address}/v1/session?session=a&resume=3", subprotocols=[SUBPROTOCOL]) as late:  # type: ignore[list-item]
+                await late.recv()
+                if is_own:
+                    assert await session.wait(session.submit(np.array(ones(4)))) == 7
+                    await late.wait_closed()
+                    assert late.close_code == 4409
+                else:
+                    with pytest.raises(Unavailable, match="4409"):
+                        await session.closed()
+            session.abort()
+        await other.stop()
+
+
+@pytest.mark.parametrize("turns", [1, 2, 5])
+async def test_a_resume_that_is_cancelled_is_done_all_the_same(turns: int) -> None:
+    """As Serve does when the client hangs up: the next attempt finds the session, and not half of it."""
+    async with system() as sut:
+        other = Hub(sut.cluster, ack_on_receipt=False)
+        session = await open_websocket(sut.address, session="a")
+        await session.wait(session.submit(np.array(ones(3))))
+        resuming = asyncio.create_task(websocket_ingress._resume(other, "a", 3, 0))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        resuming.cancel()
+        for _ in range(100):
+            with suppress(NotOwner):
+                again = await websocket_ingress._resume(other, "a", 3, 0)
+                break
+            await asyncio.sleep(0.01)
+        assert await again.wait(again.submit(np.array(ones(2)), 3)) == 5
+        outputs = again.peek(3)
+        assert outputs is not None and outputs.values["total"].tolist() == line(3, 5)
+        assert sut.cluster.engines["owner-0"].stats.timesteps == 5, "nothing has run twice"
+        await other.stop()
+
+
 @pytest.mark.parametrize("query", ["?session=a&resume=x", "?resume=3", "?session=a&resume=-1"])
 async def test_a_wrong_resume_is_told(query: str) -> None:
     async with system() as sut, talk(sut, query) as client:
@@ -727,13 +774,13 @@ async def test_outputs_tell_where_their_time_went() -> None:
 async def test_tries_to_resume_become_rarer(monkeypatch: pytest.MonkeyPatch) -> None:
     attempts: list[str] = []
 
-    async def refused(address: str, **query: str) -> None:
+    async def refused(address: str, first: dict[str, Any], **query: str) -> None:
         attempts.append(address)
         raise Unavailable("nobody is there")
 
     async with system() as sut:
         session = await open_websocket(sut.address, resume_within_s=0.6)
-        monkeypatch.setattr(websocket_client, "_connect", refused)
+        monkeypatch.setattr(websocket_client, "_connect_to", refused)
         break_connection(session)
         with pytest.raises(Unavailable, match="nobody is there"):
             await session.closed()
