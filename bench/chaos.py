@@ -46,7 +46,7 @@ WATCHED_S = 8.0
 """After a kill."""
 KINDS = (
     "replica", "ingress", "node", "directory", "ingress and replica", "stopped replica", "proxy",
-    "directory and replica", "controller", "stopped node",
+    "directory and replica", "stopped node", "controller",
 )  # fmt: skip
 HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
 FALLBACK_PORTS = ("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT")
