@@ -237,6 +237,7 @@ def main(
 ) -> None:  # fmt: skip
     """Kill things under load, and look at every output."""
     show_hardware()
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # nodes are started by forks of this process, which has gRPC clients
     ways = [SOCKET] * sockets + [FOREIGN] * foreign + [HANDLE] * (sessions - sockets - foreign)
     works = [silero() if i * speech // sessions < (i + 1) * speech // sessions else lstm() for i in range(sessions)]
     lines = [Line(1000 * seed + i, work, way) for i, (work, way) in enumerate(zip(works, ways, strict=True))]
