@@ -185,12 +185,12 @@ class Broken(Exception):
 async def run_foreign(addresses: Sequence[str], line: Line, until: float) -> None:
     """A plain client of the Open Inference Protocol: one sequence, one stream, one segment a message.
 
-    What is due while there is no stream waits for the next one, which may be by another address.
+    What is due while there is no stream waits for the next one, by the next address, as long as a session of ours does.
     """
     due = asyncio.Event()
     producing = asyncio.create_task(_submit(line, until, lambda start, end: due.set()))
     turn = line.seed
-    while not (producing.done() and line.received == line.submitted):
+    while time.monotonic() < until + RESUME_WITHIN_S and not (producing.done() and line.received == line.submitted):
         address = addresses[turn % len(addresses)]
         turn += 1
         try:
