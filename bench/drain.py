@@ -24,7 +24,7 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[at
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from bench.chaos import PERIOD_S, Line, run_session, wrong
+from bench.chaos_load import PERIOD_S, Line, lstm, run_session, wrong
 from bench.closed_loop import SEED
 from bench.report import json_option, save, show_hardware, table
 from clients.client import connect
@@ -131,7 +131,7 @@ def figures_of(lines: list[Line], windows: dict[str, tuple[float, float]], repla
         "timesteps": sum(line.submitted for line in lines),
         "lost": sum(line.submitted - line.received for line in lines),
         "doubled": sum(line.doubled for line in lines),
-        "wrong": sum(map(wrong, lines)),
+        "wrong": wrong(lines),
         "moves": replays.moves,
         "replayed": replays.timesteps,
     }
@@ -159,7 +159,7 @@ def _percentiles(gaps: list[float], what: str) -> dict[str, float]:
 def main(seconds: float, sessions: int, replicas: int, json_file: Path | None) -> None:
     """Scale and drain under load, and look at every output."""
     show_hardware()
-    lines, replays = [Line(i) for i in range(sessions)], Replays()
+    lines, replays = [Line(i, lstm()) for i in range(sessions)], Replays()
     figures = figures_of(lines, run(lines, replicas, seconds), replays)
     click.echo(table(("figure", "value"), list(figures.items())))
     save(figures, json_file)

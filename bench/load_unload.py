@@ -21,7 +21,7 @@ import psutil
 import ray
 from ray import serve
 
-from bench.chaos import Line, run_session, wrong
+from bench.chaos_load import Line, lstm, run_session, wrong
 from bench.closed_loop import SEED
 from bench.report import json_option, save, show_hardware, table
 from clients.client import Client, connect
@@ -97,8 +97,8 @@ async def cycles(count: int, client: Client, repository: Repository) -> dict[str
 async def talk(client: Client, seed: int, lines: list[Line], stopping: asyncio.Event) -> None:
     """Session after session of the model that stays."""
     while not stopping.is_set():
-        lines.append(Line(seed))
-        await run_session(client, lines[-1], time.monotonic() + SESSION_S, "steady")
+        lines.append(Line(seed, lstm()._replace(model="steady")))
+        await run_session(client, lines[-1], time.monotonic() + SESSION_S)
 
 
 async def run(count: int, sessions: int, port: int) -> tuple[list[Line], dict[str, list[float]]]:
@@ -147,7 +147,7 @@ def main(count: int, sessions: int, port: int, json_file: Path | None) -> None:
         "timesteps": sum(line.submitted for line in lines),
         "swap_lost": sum(line.submitted - line.received for line in lines),
         "swap_doubled": sum(line.doubled for line in lines),
-        "swap_wrong": sum(map(wrong, lines)),
+        "swap_wrong": wrong(lines),
         "swap_moved": sum(len(line.epochs) - 1 for line in lines),
         "swap_delay_p99_s": float(np.percentile(late, 99)),
         "load_s": median(found["load_s"]),

@@ -87,6 +87,8 @@ def connect(target: Any, *, resume_within_s: float | None = None) -> Client:
     A Serve handle of the application, or its name: frames go straight to the owners; Ray has to be connected.
     `ws://host:port` (or wss): one WebSocket a session; nothing of Ray is needed. A session whose connection is gone is
     tried to be resumed for `resume_within_s` (None: 30): more, where it has to outlive a cluster that starts again.
+    Several such addresses, `ws://a:8000,ws://b:8000`: sessions are spread over them, and go on by another when theirs
+    is gone.
     `grpc://host:port`: one stream of the Open Inference Protocol for all sessions, without initial states; they end
     with it.
     """

@@ -9,7 +9,20 @@ WITHIN_S = 30.0
 
 
 async def call(address: str, method: str, path: str, **query: str) -> Message:
-    """What the ingress at an address like ws://host:8000 answers. Raises what it refuses with, Unavailable."""
+    """What the ingress at an address like ws://host:8000 answers. Raises what it refuses with, Unavailable.
+
+    Of several addresses, with commas between, it is the first that answers.
+    """
+    first, _, others = address.partition(",")
+    try:
+        return await _call(first, method, path, **query)
+    except Unavailable:
+        if not others:
+            raise
+    return await call(others, method, path, **query)
+
+
+async def _call(address: str, method: str, path: str, **query: str) -> Message:
     if not address.startswith(("ws://", "wss://")):
         raise InvalidInput(f"{address!r} is no address of an ingress, expected one like ws://host:8000")
     url = f"http{address.removeprefix('ws').rstrip('/')}{path}"

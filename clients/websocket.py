@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -24,19 +25,31 @@ from serve_app.session import Entry, Exported, Session
 from serve_app.spec import ModelSpec
 
 SUBPROTOCOL = Subprotocol("lockstep.msgpack")
-RETRY_DELAY_S, MAX_RETRY_DELAY_S = 0.05, 1.0
+RETRY_DELAY_S, MAX_RETRY_DELAY_S = 0.05, 0.5
 """The first and the longest; many clients that lose their ingress at once must not keep the next from starting."""
+CONNECT_WITHIN_S = 10.0
+RECONNECT_WITHIN_S, RESUMED_WITHIN_S = 2.0, 5.0
+"""One that stands still takes connections all the same, and does nothing with them: then another address is tried."""
+SILENT_S, LOOK_S = 1.0, 0.5
+"""After so long without a message, where outputs are due, it is asked whether anybody is there; how often we look."""
+ALIVE_WITHIN_S = 1.5
 RESUME_WITHIN_S = 30.0
 """A session whose connection is gone is lost when there is none again within that time."""
+TAKEN_OVER = 4409
 FINAL = (1000, 1011, *range(4000, 5000))
-"""Codes of a connection that is closed for good: with 4409 another client has the session."""
+"""Codes of a connection that is closed for good: with TAKEN_OVER another client has the session."""
+UNSURE_S = 10.0
+"""So long it may be this client that takes it over, by a connection of which it has heard nothing and given up."""
 
 
 class WebSocketTransport:
-    """See client.Transport. `address` is one like ws://host:8000."""
+    """See client.Transport. `address` is one like ws://host:8000, or several with commas between.
+
+    Sessions start at each in turn, and go on at the next when theirs is gone.
+    """
 
     def __init__(self, address: str, resume_within_s: float | None = None) -> None:
-        self._address = address.rstrip("/")
+        self._addresses = deque(address.split(","))
         self._resume_within_s = resume_within_s
         self._carriers: weakref.WeakSet[WebSocketCarrier] = weakref.WeakSet()
 
@@ -49,9 +62,10 @@ class WebSocketTransport:
         turn: Turn,
     ) -> Session:
         """See Transport."""
+        self._addresses.rotate(-1)
         opened = await open_websocket(
-            self._address, session=session, model=model, initial_state=initial_state, checkpoint=checkpoint,
-            resume_within_s=self._resume_within_s, turn=turn,
+            ",".join(self._addresses), session=session, model=model, initial_state=initial_state,
+            checkpoint=checkpoint, resume_within_s=self._resume_within_s, turn=turn,
         )  # fmt: skip
         if isinstance(opened.carrier, WebSocketCarrier):
             self._carriers.add(opened.carrier)
@@ -59,7 +73,7 @@ class WebSocketTransport:
 
     async def models(self) -> dict[str, ModelSpec]:
         """See Transport."""
-        answer = await http.call(self._address, "GET", "/v1/models")
+        answer = await http.call(",".join(self._addresses), "GET", "/v1/models")
         models = [read_model(Message(described)) for described in answer.values.get("models", [])]
         return {spec.name: spec for spec in models}
 
@@ -80,11 +94,13 @@ async def open_websocket(
 ) -> Session:
     """Open a session at an address like ws://host:8000, with a path where the ingress has one.
 
-    The connection is the session's: it ends when the session does. One that breaks is made again, maybe to another
-    ingress, and the session goes on: inputs are kept until their outputs are here and the ingress says that they are
-    safe. It is tried for `resume_within_s` (None: RESUME_WITHIN_S). Raises Unavailable when there is no connection,
-    else what the ingress refuses with.
+    The connection is the session's: it ends when the session does. One that breaks, or brings nothing though something
+    is due, is made again, maybe to another ingress, and the session goes on: inputs are kept until their outputs are
+    here and the ingress says that they are safe. It is tried for `resume_within_s` (None: RESUME_WITHIN_S). Several
+    addresses, with commas between, are tried in turn. Raises Unavailable when there is no connection, else what the
+    ingress refuses with.
     """
+    addresses = deque(each.strip().rstrip("/") for each in address.split(","))
     first: dict[str, Any] = {}
     if initial_state is not None:
         first["initial_state"] = [np.asarray(array) for array in initial_state]
@@ -92,10 +108,10 @@ async def open_websocket(
         first["checkpoint"] = checkpoint
     asked = {"priority": str(turn.priority), "max_wait_s": str(turn.max_wait_s)} if turn != USUAL else {}
     websocket, opened = await _connect(
-        address, first, session=session, model=model, resumable="true", **asked, **dict.fromkeys(first, "true")
+        addresses, first, session=session, model=model, resumable="true", **asked, **dict.fromkeys(first, "true")
     )
     name, spec, limits = read_session(opened)
-    carrier = WebSocketCarrier(websocket, address, resume_within_s)
+    carrier = WebSocketCarrier(websocket, addresses, resume_within_s)
     opened_session = Session(name, spec, limits, carrier, keeps_unanswered=True)
     opened_session.begin_at(opened.number("next") or 0)
     opened_session.kept = opened.number("kept")
@@ -104,19 +120,31 @@ async def open_websocket(
 
 
 async def _connect(
-    address: str, first: dict[str, Any] | None = None, **query: str | None
+    addresses: deque[str], first: dict[str, Any] | None = None, **query: str | None
 ) -> tuple[ClientConnection, Message]:
     """A connection, and the first message that comes by it. Raises Unavailable, or what the ingress refuses with.
 
-    first: what the session is to begin with.
+    Where there is none the next address is tried, which is the first of them from then on. first: what the session is
+    to begin with.
     """
+    for address in list(addresses)[:-1]:
+        try:
+            return await _connect_to(address, first or {}, **query)
+        except Unavailable:
+            addresses.rotate(-1)
+    return await _connect_to(addresses[0], first or {}, **query)
+
+
+async def _connect_to(address: str, first: dict[str, Any], **query: str | None) -> tuple[ClientConnection, Message]:
     parameters = urlencode({key: value for key, value in query.items() if value is not None})
+    resumes = "resume" in query  # another opening may wait for its turn
     try:
         websocket = await connect(
-            f"{address.rstrip('/')}/v1/session?{parameters}",
+            f"{address}/v1/session?{parameters}",
             subprotocols=[SUBPROTOCOL],
             compression=None,
             max_size=None,
+            open_timeout=RECONNECT_WITHIN_S if resumes else CONNECT_WITHIN_S,
         )
     except InvalidURI as error:
         raise InvalidInput(f"{address!r} is no address, expected one like ws://host:8000 ({error})") from error
@@ -125,11 +153,15 @@ async def _connect(
     try:
         if first:
             await websocket.send(MSGPACK.encode({"type": "open", **first}))
-        opened = MSGPACK.decode(await websocket.recv())
+        async with asyncio.timeout(RESUMED_WITHIN_S if resumes else None):
+            opened = MSGPACK.decode(await websocket.recv())
         if "error" in opened.values:
             raise from_wire(opened.mapping("error").values)
     except ConnectionClosed as error:
         raise Unavailable(f"{address} closed the connection: {error}") from error
+    except TimeoutError as error:
+        websocket.transport.abort()
+        raise Unavailable(f"{address} takes a connection, and does not say how the session goes on") from error
     except BaseException:
         await websocket.close()
         raise
@@ -139,10 +171,15 @@ async def _connect(
 class WebSocketCarrier:
     """Carries one session. TCP keeps the order, so a message need not wait for what became of the last."""
 
-    def __init__(self, websocket: ClientConnection, address: str, resume_within_s: float | None = None) -> None:
+    def __init__(
+        self, websocket: ClientConnection, addresses: deque[str], resume_within_s: float | None = None
+    ) -> None:
+        """addresses: the first is that of the connection."""
         self._websocket = websocket
         self._resume_within_s = RESUME_WITHIN_S if resume_within_s is None else resume_within_s
-        self._address = address
+        self._addresses = addresses
+        self._heard_at = 0.0
+        self._unsure_until = 0.0
         self._due = asyncio.Event()
         self._wants_state = False
         self._task: asyncio.Task[None] | None = None
@@ -183,31 +220,50 @@ class WebSocketCarrier:
         try:
             while not self._stopped:
                 why = await self._converse(session)
-                if session.end_reason is not None or self._websocket.close_code in FINAL:
+                code = self._websocket.close_code
+                is_own = code == TAKEN_OVER and time.monotonic() < self._unsure_until
+                if session.end_reason is not None or (code in FINAL and not is_own):
                     break
                 await self._resume(session)
         except Exception as error:
             why = f"{why}, then {error}"
         finally:
             session.fail(
-                Unavailable(f"the connection to {self._address} is gone ({why}), and its session: open a new one")
+                Unavailable(f"the connection to {self._addresses[0]} is gone ({why}), and its session: open a new one")
             )
             await self._websocket.close()
 
     async def _converse(self, session: Session) -> str:
         """Send and receive until the session or the connection has ended; returns how that was."""
-        sending = asyncio.create_task(self._send(session))
+        beside = [asyncio.create_task(self._send(session)), asyncio.create_task(self._watch(session))]
         try:
             async for data in self._websocket:
+                self._heard_at = time.monotonic()
                 _take(session, MSGPACK.decode(data))
                 if session.end_reason is not None:
                     break
         except ConnectionClosed as error:
             return str(error)
         finally:
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
         return "it was closed"
+
+    async def _watch(self, session: Session) -> None:
+        """Give the connection up when nobody is there: a way in that stands still keeps it, and says nothing."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if session.progress == session.next or time.monotonic() < self._heard_at + SILENT_S:
+                continue
+            try:
+                async with asyncio.timeout(ALIVE_WITHIN_S):
+                    await (await self._websocket.ping())
+            except TimeoutError:
+                self._addresses.rotate(-1)
+                self._websocket.transport.abort()
+                return
+            self._heard_at = time.monotonic()
 
     async def _resume(self, session: Session) -> None:
         """Connect again, and go on. Raises what the session cannot be had again for, Unavailable after a while."""
@@ -215,10 +271,17 @@ class WebSocketCarrier:
         delay_s = RETRY_DELAY_S
         while not self._stopped:
             try:
-                self._websocket, opened = await _connect(
-                    self._address, session=session.name, resume=str(session.progress), rewind=str(session.rewind)
+                self._websocket, opened = await _connect_to(
+                    self._addresses[0],
+                    {},
+                    session=session.name,
+                    resume=str(session.progress),
+                    rewind=str(session.rewind),
                 )
             except LockstepError as error:
+                if isinstance(error, Unavailable):
+                    self._addresses.rotate(-1)
+                    self._unsure_until = time.monotonic() + UNSURE_S
                 if isinstance(error, UnknownSession) and session.has_all:
                     session.notice("ended", None, "closed", session.progress)  # which nobody was left to tell
                     return

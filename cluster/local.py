@@ -28,7 +28,8 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 from serve_app.__main__ import end_haproxy, haproxy_env, interrupt
 
 HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
-"""Besides the one for clients: others on this machine may have Ray's own."""
+FALLBACK_PORTS = ("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT")
+"""Besides those for clients: others on this machine may have Ray's own."""
 
 
 @contextmanager
@@ -39,15 +40,18 @@ def local_cluster(
     head_cpus: int = 1,
     grpc_options: dict[str, Any] | None = None,
     log: bool = False,
+    proxies: str = "HeadOnly",
 ) -> Iterator[tuple[Cluster, list[Any]]]:
     """A head, where the driver and Serve's controller are, and HAProxy if it has a port; and worker nodes.
 
-    log: whether this process prints the warnings of Serve and of replicas.
+    log: whether this process prints the warnings of Serve and of replicas. proxies: where HAProxy is; with "EveryNode"
+    each node that is added needs ports of its own.
     """
     with TemporaryDirectory(prefix="lc", dir="/tmp") as folder:
         (Path(folder) / "ray").mkdir()
         if http_port is not None:
-            os.environ |= {**haproxy_env(Path(folder)), **{key: str(free_port()) for key in HAPROXY_PORTS}}
+            ports = {key: str(free_port()) for key in (*HAPROXY_PORTS, *FALLBACK_PORTS)}
+            os.environ |= {**haproxy_env(Path(folder)), **ports}
             # An ingress that ends would stay for half a minute, for clients that HAProxy may still send there.
             os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "0"
         os.environ["RAY_TMPDIR"] = folder  # Ray writes there which cluster is the current one
@@ -56,13 +60,14 @@ def local_cluster(
             "health_check_timeout_ms": 1000,
             "health_check_failure_threshold": 3,
             "health_check_initial_delay_ms": 500,
+            "worker_niceness": 0,  # or a node that starts, with agents of 0, would hold up all others on these cores
         }
         head = {"num_cpus": head_cpus, "_system_config": health, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             nodes = [cluster.add_node(num_cpus=cpus) for _ in range(num_nodes)]
             ray.init(address=cluster.address, namespace="cluster", log_to_driver=log)
-            proxy = {"location": "NoServer"} if http_port is None else {"location": "HeadOnly", "port": http_port}
+            proxy = {"location": "NoServer"} if http_port is None else {"location": proxies, "port": http_port}
             logs = {"log_level": "WARNING" if log else "ERROR"}
             serve.start(http_options=proxy, grpc_options=grpc_options, logging_config=logs)
             yield cluster, nodes

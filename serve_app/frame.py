@@ -16,10 +16,8 @@ ABORT = -2
 """`close` of a session that ends at once, whatever is pending."""
 MOVE = -3
 """`close` of a session that its owner is to give back to its sender, with its state, to go on elsewhere."""
-
-
-TAKEN_OVER = "taken over"
-"""Why a session has ended for its sender, when another sender has it."""
+ADOPTED = "taken over"
+"""Why a session has ended for a sender: another goes on with it."""
 UNKNOWN = -1
 """`acked` of a session of which nobody knows what its client has."""
 

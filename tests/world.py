@@ -49,6 +49,10 @@ DIRECTORY = "directory"
 TIME_PASSES = "time passes"
 
 
+async def nobody_watches(carrier: websocket.WebSocketCarrier, session: Session) -> None:
+    """That a client gives its connection up is an event of its own."""
+
+
 class Violation(AssertionError):
     """Something that must never be."""
 
@@ -190,6 +194,7 @@ class World:
         self.directories = 0
         self.fenced: dict[str, set[int]] = {}  # epochs of sessions that owners have no lease for any more
         websocket.connect = self.connect  # type: ignore[attr-defined]
+        websocket.WebSocketCarrier._watch = nobody_watches  # type: ignore[method-assign]
         lease.now = lambda: self.loop.now
         with torch.inference_mode():
             self.actor = self._new_directory()
@@ -667,6 +672,13 @@ class Connection:
 
     async def close(self) -> None:
         self.leave(1000)
+
+    @property
+    def transport(self) -> "Connection":
+        return self
+
+    def abort(self) -> None:
+        self.leave(1006)
 
     def leave(self, code: int) -> None:
         if self.close_code is None:

@@ -25,7 +25,7 @@ from serve_app.engine.state_pool import StatePool
 from serve_app.engine.stats import Stats, StepRecord
 from serve_app.engine.timesteps import EVERYTHING, TimestepStore
 from serve_app.errors import ConfigError, InvalidInput, LockstepError, NotOwner, StepFailed
-from serve_app.frame import ABORT, MOVE, NO_CLOSE, TAKEN_OVER, UNKNOWN, Answer, Checkpoints, Frame, Notice, Open
+from serve_app.frame import ABORT, ADOPTED, MOVE, NO_CLOSE, UNKNOWN, Answer, Checkpoints, Frame, Notice, Open
 from serve_app.models.fingerprint import fingerprint
 from serve_app.models.interface import RecurrentModel
 from serve_app.policy.batching import powers_of_two
@@ -351,7 +351,8 @@ class Engine:
             raise NotOwner(f"session {ask.session!r} has ended")
         before = self._mail[int(self._sessions.sender[row])]
         before.num_sessions -= 1
-        before.notices.append(Notice(ask.adopts, "ended", reason=TAKEN_OVER, progress=acked))
+        if ask.adopts != ask.epoch:  # else it is asked for again, by the same sender
+            before.notices.append(Notice(ask.adopts, "ended", reason=ADOPTED, progress=acked))
         self._mail[sender].num_sessions += 1
         self._sessions.adopt(row, ask.epoch, sender, acked, now)
         rows = np.array([row])

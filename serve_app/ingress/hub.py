@@ -25,7 +25,7 @@ from serve_app.errors import (
     UnknownSession,
     from_wire,
 )
-from serve_app.frame import ABORT, MOVE, TAKEN_OVER, UNKNOWN, Frame, Notice, Open
+from serve_app.frame import ABORT, ADOPTED, MOVE, UNKNOWN, Frame, Notice, Open
 from serve_app.ingress.keeper import Keeper
 from serve_app.ingress.outbox import Channel, Outbox
 from serve_app.session import Session, State
@@ -221,6 +221,8 @@ class Hub:
         session is restored from the checkpoint that is kept of it. Raises InvalidInput for one that was not opened for
         that, UnknownSession, NotOwner (another resumes it, too), StateLost, Unavailable. keep: see `open`.
         """
+        if self._stopped:
+            raise Unavailable(STOPPED)  # before its owner is told to give it to this side
         if name in self._resuming:
             raise NotOwner(f"session {name!r} is just being resumed: try again in a moment")
         self._resuming.add(name)
@@ -536,7 +538,7 @@ class Hub:
         """It is here no longer; say so to those who ask late."""
         if self._sessions.get(session.name) is session:
             del self._sessions[session.name]
-            if session.end_reason != TAKEN_OVER:
+            if session.end_reason != ADOPTED:
                 self._past[session.name] = session.end_reason or "unknown"
             if len(self._past) > MAX_REMEMBERED:
                 self._past.popitem(last=False)

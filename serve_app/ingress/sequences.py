@@ -36,7 +36,7 @@ from serve_app.errors import (
     UnknownSession,
     WindowFull,
 )
-from serve_app.frame import TAKEN_OVER, UNKNOWN
+from serve_app.frame import ADOPTED, UNKNOWN
 from serve_app.ingress.hub import Hub
 from serve_app.ingress.peers import NOT_HERE, Gone, Peers
 from serve_app.segment import Timing
@@ -580,7 +580,7 @@ class Sequence:
             session.check()
         except LockstepError as error:
             why = error
-            if session.end_reason == TAKEN_OVER:
+            if session.end_reason == ADOPTED:
                 why = NotOwner(f"{self._name} goes on by another way in, and this request may have run: try again")
             self._resent = None
             self._fail(why)

@@ -1,6 +1,7 @@
 """A session as a conversation on a WebSocket, in either encoding; docs/protocol.md has the messages."""
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from serve_app.errors import InvalidInput, LockstepError, NotOwner, Rewound, SessionEnded, Unavailable
+from serve_app.frame import ADOPTED
 from serve_app.ingress.codec import (
     JSON,
     MSGPACK,
@@ -116,7 +118,7 @@ async def converse(websocket: WebSocket, hub: Hub) -> None:
             raise
         finally:
             if session.stays and not hung_up:
-                asyncio.get_running_loop().call_later(RESUME_WITHIN_S, _give_up, session, leave)
+                _keep(session, leave)
             elif not left.is_set():  # nobody will ask for the session again
                 _give_up(session, leave)
         await websocket.close(code)
@@ -146,7 +148,7 @@ async def _open(talk: Conversation, hub: Hub) -> Session:
             raise InvalidInput(
                 f"resume is {acked!r} of session {name!r}: expected its id, and the timestep below which all is here"
             )
-        return await hub.resume(name, int(acked), _whole(query, "rewind"))
+        return await _resume(hub, name, int(acked), _whole(query, "rewind"))
     state = checkpoint = None
     brings = [key for key in ("initial_state", "checkpoint") if query.values.get(key, "false") != "false"]
     if brings:
@@ -163,12 +165,35 @@ async def _open(talk: Conversation, hub: Hub) -> Session:
     return await talk.while_there(opening)
 
 
+async def _resume(hub: Hub, name: str, acked: int, rewind: int) -> Session:
+    """Once begun it is done, though the client hangs up and this is cancelled: it may just change hands."""
+    resuming = asyncio.get_running_loop().create_task(hub.resume(name, acked, rewind), context=contextvars.Context())
+    try:
+        return await asyncio.shield(resuming)
+    except asyncio.CancelledError:
+        resuming.add_done_callback(_nobody_came)
+        raise
+
+
+def _nobody_came(resuming: "asyncio.Task[Session]") -> None:
+    """The client has gone before its session was here."""
+    if not resuming.cancelled() and resuming.exception() is None:
+        session = resuming.result()
+        session.leave = asyncio.Event().set
+        _keep(session, session.leave)
+
+
 def _whole(query: Message, key: str) -> int:
     """A whole number of the query; 0 without the key."""
     text = query.values.get(key, "0")
     if not text.isdecimal():
         raise InvalidInput(f"{key} is {text!r}, expected a whole number from 0 on")
     return int(text)
+
+
+def _keep(session: Session, leave: Callable[[], None]) -> None:
+    """Its client may come back for a while."""
+    asyncio.get_running_loop().call_later(RESUME_WITHIN_S, _give_up, session, leave)
 
 
 def _give_up(session: Session, leave: Callable[[], None]) -> None:
@@ -282,7 +307,7 @@ async def _speak(talk: Conversation, session: Session) -> int:
         except LockstepError as error:
             if session.stays and isinstance(error, Unavailable):
                 return RESTART
-            if session.stays and isinstance(error, NotOwner):
+            if session.stays and (isinstance(error, NotOwner) or session.end_reason == ADOPTED):
                 return TAKEN_OVER
             if session.end_reason is not None:
                 return await _tell_end(talk, session, error)

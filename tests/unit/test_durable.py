@@ -81,7 +81,7 @@ async def ingresses(*models: SumModel, config: AppConfig = CONFIG) -> AsyncItera
 
 def go_to(session: Session, address: str) -> None:
     """Its connection breaks; the next goes there."""
-    carrier(session)._address = address
+    carrier(session)._addresses[0] = address
     break_connection(session)
 
 
@@ -204,7 +204,7 @@ async def test_whatever_is_killed_together_each_output_comes_once(seed: int, tmp
                 if rng.random() < 0.5:
                     await sut.cluster.start_directory()
                 for session in sessions:
-                    if carrier(session)._address == victim and session.end_reason is None:
+                    if carrier(session)._addresses[0] == victim and session.end_reason is None:
                         go_to(session, rng.choice(sut.alive))
 
         killing = asyncio.create_task(killer())

@@ -615,3 +615,16 @@ def test_who_has_fewer_outputs_than_are_gone_cannot_take_a_session_over() -> Non
     assert sender.errors[2][0]["code"] == "not_owner"
     sender.send(opens=(Open(3, "a", adopts=1, acked=2),), sender="other")
     assert sender.notices[3] == ["opened"]
+
+
+def test_a_session_that_its_own_sender_takes_over_does_not_end() -> None:
+    """It has asked before, and not heard what came of it."""
+    sender = Sender(SumModel(), config())
+    sender.open(1)
+    for before in (1, 2):
+        sender.send(opens=(Open(2, "s1", adopts=before),), sender="other")
+    sender.poll()
+    assert sender.notices[1][-1] == "taken over" and set(sender.notices[2]) == {"opened"}
+    sender.send({"epoch": 2, "x": ramp(0, 3)}, sender="other")
+    sender.run()
+    assert len(sender.outputs[2]) > 0

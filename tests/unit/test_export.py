@@ -223,7 +223,7 @@ async def test_one_that_was_imported_can_be_resumed_from_there() -> None:
         while not again.kept or again.kept == 7:
             await again.wait(again.submit(np.array(ones(1))))
         sut.kill(first)
-        again.carrier._address = second  # type: ignore[attr-defined]
+        again.carrier._addresses[0] = second  # type: ignore[attr-defined]
         await sut.cluster.kill(sut.hubs[first].get("again").owner)
         break_connection(again)
         end = again.submit(np.array(ones(5)))

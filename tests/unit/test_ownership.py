@@ -32,6 +32,7 @@ pytestmark = pytest.mark.timeout(300)
 def world_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every world puts its own way in here."""
     monkeypatch.setattr(client, "connect", None)
+    monkeypatch.setattr(client.WebSocketCarrier, "_watch", None)
     monkeypatch.setattr(lease, "now", None)
     logging.disable(logging.CRITICAL)
     yield

@@ -4,8 +4,9 @@ import asyncio
 import dataclasses
 import json
 import random
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import msgpack
@@ -21,6 +22,7 @@ from clients.websocket import WebSocketCarrier, open_websocket
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.errors import (
     InvalidInput,
+    NotOwner,
     SessionEnded,
     SessionExists,
     StateLost,
@@ -527,10 +529,9 @@ async def test_an_ingress_that_stops_leaves_its_sessions_for_another() -> None:
     async with system() as sut:
         other = Hub(sut.cluster, ack_on_receipt=False)
         async with serving(other) as address:
-            session = await open_websocket(address)
+            session = await open_websocket(f"{address},{sut.address}")
             session.submit(np.array(ones(20)))
             assert await session.wait() == 20
-            carrier(session)._address = sut.address
             await other.stop()
         session.submit(np.array(ones(2)))
         assert await session.wait() == 22
@@ -539,6 +540,84 @@ async def test_an_ingress_that_stops_leaves_its_sessions_for_another() -> None:
         assert await session.closed() == "closed"
         assert await collect(session) == line(0, 22)
     assert sut.cluster.engines["owner-0"].gauges()["sessions_open"] == 0
+
+
+async def test_sessions_are_spread_over_the_addresses_that_answer() -> None:
+    async with system() as sut:
+        nobody = "ws://127.0.0.1:1"
+        async with clients.client.connect(f"{sut.address}/, {nobody}") as client:
+            assert set(await client.models()) == {"silero_vad"}
+            for _ in range(4):
+                async with await client.open() as session:
+                    session.submit(np.array(ones(2)))
+                    assert await session.wait() == 2
+        with pytest.raises(Unavailable, match=r"no connection to ws://127\.0\.0\.1:2"):
+            await open_websocket(f"{nobody},ws://127.0.0.1:2")
+
+
+@asynccontextmanager
+async def relay(to: str, stands_still: asyncio.Event) -> AsyncIterator[str]:
+    """A way to an ingress that takes connections, but passes nothing on while it stands still; yields its address."""
+    host, port = to.removeprefix("ws://").split(":")
+    tasks: set[asyncio.Task[None]] = set()
+    writers: list[asyncio.StreamWriter] = []
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(4096):
+            if stands_still.is_set():
+                await asyncio.Event().wait()
+            writer.write(data)
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ahead, back = await asyncio.open_connection(host, int(port))
+        writers.extend((writer, back))
+        tasks.update(asyncio.create_task(pass_on(*way)) for way in ((reader, back), (ahead, writer)))
+
+    server = await asyncio.start_server(accept, "127.0.0.1")
+    try:
+        yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.sleep(0)
+
+
+async def test_a_session_goes_on_by_another_way_when_its_own_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("SILENT_S", 0.1), ("LOOK_S", 0.05), ("ALIVE_WITHIN_S", 0.3), ("RECONNECT_WITHIN_S", 0.3)):
+        monkeypatch.setattr(websocket_client, name, seconds)
+    stands_still = asyncio.Event()
+    async with system() as sut, relay(sut.address, stands_still) as first, relay(sut.address, stands_still) as second:
+        session = await open_websocket(f"{first},{second},{sut.address}")
+        assert await session.wait(session.submit(np.array(ones(3)))) == 3
+        assert session.epoch == 0
+        stands_still.set()
+        assert await session.wait(session.submit(np.array(ones(4)))) == 7
+        assert carrier(session)._addresses[0] == sut.address
+        session.close()
+        assert await session.closed() == "closed"
+        assert await collect(session) == line(0, 7)
+
+
+async def test_a_way_in_that_waits_for_the_model_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing comes for long, but somebody is there."""
+    for name, seconds in (("SILENT_S", 0.05), ("LOOK_S", 0.02)):
+        monkeypatch.setattr(websocket_client, name, seconds)
+
+    class Slow(SumModel):
+        def forward(self, x, state):  # type: ignore[no-untyped-def]
+            time.sleep(0.5)
+            return super().forward(x, state)
+
+    async with system(Slow()) as sut:
+        session = await open_websocket(sut.address)
+        assert await session.wait(session.submit(np.array(ones(3)))) == 3
+        assert session.epoch == 0, "by its first connection"
+        session.abort()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -557,7 +636,7 @@ async def test_whatever_breaks_each_output_comes_once(seed: int) -> None:
                     if rng.random() < 0.5:
                         await session.wait(session.next - rng.randint(0, min(5, session.next)))
                     if rng.random() < 0.3:
-                        carrier(session)._address = rng.choice([address, sut.address])
+                        carrier(session)._addresses[0] = rng.choice([address, sut.address])
                         break_connection(session)
                     await asyncio.sleep(rng.random() * 0.02)
                 session.close()
@@ -605,6 +684,52 @@ async def test_one_client_at_a_time_has_a_session() -> None:
             assert await client.outputs(3, 4) == line(3, 4)
 
 
+@pytest.mark.parametrize("is_own", [False, True])
+async def test_a_connection_that_was_given_up_may_take_the_session_over_late(is_own: bool) -> None:
+    """By another ingress: if it may be the client's own attempt then that goes on, else it yields."""
+    async with system() as sut:
+        other = Hub(sut.cluster, ack_on_receipt=False)
+        async with serving(other) as address:
+            session = await open_websocket(sut.address, session="a")
+            await session.wait(session.submit(np.array(ones(3))))
+            if is_own:
+                carrier(session)._unsure_until = time.monotonic() + 10
+            async with connect(f"{address}/v1/session?session=a&resume=3", subprotocols=[SUBPROTOCOL]) as late:  # type: ignore[list-item]
+                await late.recv()
+                if is_own:
+                    assert await session.wait(session.submit(np.array(ones(4)))) == 7
+                    await late.wait_closed()
+                    assert late.close_code == 4409
+                else:
+                    with pytest.raises(Unavailable, match="4409"):
+                        await session.closed()
+            session.abort()
+        await other.stop()
+
+
+@pytest.mark.parametrize("turns", [1, 2, 5])
+async def test_a_resume_that_is_cancelled_is_done_all_the_same(turns: int) -> None:
+    """As Serve does when the client hangs up: the next attempt finds the session, and not half of it."""
+    async with system() as sut:
+        other = Hub(sut.cluster, ack_on_receipt=False)
+        session = await open_websocket(sut.address, session="a")
+        await session.wait(session.submit(np.array(ones(3))))
+        resuming = asyncio.create_task(websocket_ingress._resume(other, "a", 3, 0))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        resuming.cancel()
+        for _ in range(100):
+            with suppress(NotOwner):
+                again = await websocket_ingress._resume(other, "a", 3, 0)
+                break
+            await asyncio.sleep(0.01)
+        assert await again.wait(again.submit(np.array(ones(2)), 3)) == 5
+        outputs = again.peek(3)
+        assert outputs is not None and outputs.values["total"].tolist() == line(3, 5)
+        assert sut.cluster.engines["owner-0"].stats.timesteps == 5, "nothing has run twice"
+        await other.stop()
+
+
 @pytest.mark.parametrize("query", ["?session=a&resume=x", "?resume=3", "?session=a&resume=-1"])
 async def test_a_wrong_resume_is_told(query: str) -> None:
     async with system() as sut, talk(sut, query) as client:
@@ -649,13 +774,13 @@ async def test_outputs_tell_where_their_time_went() -> None:
 async def test_tries_to_resume_become_rarer(monkeypatch: pytest.MonkeyPatch) -> None:
     attempts: list[str] = []
 
-    async def refused(address: str, **query: str) -> None:
+    async def refused(address: str, first: dict[str, Any], **query: str) -> None:
         attempts.append(address)
         raise Unavailable("nobody is there")
 
     async with system() as sut:
         session = await open_websocket(sut.address, resume_within_s=0.6)
-        monkeypatch.setattr(websocket_client, "_connect", refused)
+        monkeypatch.setattr(websocket_client, "_connect_to", refused)
         break_connection(session)
         with pytest.raises(Unavailable, match="nobody is there"):
             await session.closed()

@@ -1,0 +1,282 @@
+"""The sessions of bench.chaos: what they send when, and whether all that comes back is right.
+
+Sessions of the 2x256 LSTM, and of Silero on speech as fast as it is spoken, by a handle client, by WebSockets and by
+plain gRPC. Every output is compared with the bare module's; each timestep has to come once, in order.
+"""
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+import numpy as np
+import torch
+
+from bench.closed_loop import INPUT, SEED, TOLERANCE, plain_module
+from clients.audio import read_wav
+from clients.client import Client, connect
+from clients.session import Session
+from serve_app.config import ModelConfig
+from serve_app.errors import LockstepError
+from serve_app.ingress.protos import oip_pb2 as pb
+from serve_app.ingress.protos import oip_pb2_grpc
+from serve_app.models import registry
+
+PERIOD_S = 0.5
+KEPT = 8
+"""Columns of an output that are compared."""
+RESUME_WITHIN_S = 60.0
+ANSWER_WITHIN_S = 2.0
+"""A foreign client gives up a stream that takes longer: it may lead to a process that stands still."""
+RETRY_S = 0.2
+CHUNK = 256
+SPEECH = Path(__file__).parents[1] / "tests/data/speech.wav"
+HANDLE, SOCKET, FOREIGN = "handle", "socket", "foreign"
+
+
+class Work(NamedTuple):
+    """A model's sessions: the timesteps of a segment, and the output that is compared.
+
+    inputs: [N, *features], which all sessions take in turn, each from another one on. module: x [T, B, *features] and
+    the state (None: at the start) -> y [T, B, columns] and the next.
+    """
+
+    model: str
+    segment: int
+    output: str
+    inputs: np.ndarray
+    module: Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
+
+
+@cache
+def lstm() -> Work:
+    """The 2x256 LSTM on noise."""
+    x = np.random.default_rng(SEED).standard_normal((4096, INPUT), np.float32)
+    return Work("rnn", 5, "y", x, plain_module())
+
+
+@cache
+def silero() -> Work:
+    """Silero on speech: a segment of 0.512 s every 0.5 s."""
+    model = registry.load(ModelConfig("silero_vad"))
+
+    def module(x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        y, state = model.forward(x, model.initial_state(x.shape[1]) if state is None else state)
+        assert isinstance(y, torch.Tensor)
+        return y[..., None], state
+
+    samples, _ = read_wav(SPEECH)
+    (size,) = model.input.shape
+    return Work("vad", 16, "probability", samples[: len(samples) // size * size].reshape(-1, size), module)
+
+
+@dataclass
+class Line:
+    """One session: what it has sent, what came back, and how late. `seed`: which inputs, and when in a period.
+
+    epochs: when it was known to have another owner, or another way in. begins: the timesteps at which its state was
+    that of a new sequence. error: what it has ended with.
+    """
+
+    seed: int
+    work: Work
+    way: str = HANDLE
+    epochs: list[tuple[float, int]] = field(default_factory=list)
+    begins: list[int] = field(default_factory=lambda: [0])
+    due: deque[tuple[int, float]] = field(default_factory=deque)
+    outputs: list[np.ndarray] = field(default_factory=list)
+    received: int = 0
+    submitted: int = 0
+    doubled: int = 0
+    error: LockstepError | None = None
+    delays: list[tuple[float, float]] = field(default_factory=list)  # when due, how late
+
+    def inputs(self, start: int, end: int) -> np.ndarray:
+        """x [end - start, *features]"""
+        at = 7919 * self.seed + np.arange(start, end)
+        x: np.ndarray = self.work.inputs[at % len(self.work.inputs)]
+        return x
+
+    def take(self, start: int, y: np.ndarray) -> None:
+        """Outputs from timestep `start` on have come."""
+        now = time.monotonic()
+        self.doubled += max(0, self.received - start)
+        assert start <= self.received, "outputs come in order"
+        self.outputs.append(y.reshape(len(y), -1)[self.received - start :, :KEPT])
+        self.received = start + len(y)
+        while self.due and self.due[0][0] <= self.received:
+            _, due = self.due.popleft()
+            self.delays.append((due, now - due))
+
+    def saw(self, epoch: int) -> None:
+        """That is who has it now."""
+        if not self.epochs or self.epochs[-1][1] != epoch:
+            self.epochs.append((time.monotonic(), epoch))
+
+    def longest(self, begin: float, end: float) -> float:
+        """Of the segments that were due then, the longest delay; of those that never came, until now."""
+        found = [late for due, late in self.delays if begin <= due < end]
+        found += [time.monotonic() - due for _, due in self.due if begin <= due < end]
+        return max(found, default=0.0)
+
+    def hit(self, at: float, within_s: float) -> bool:
+        """Whether it has got another owner, or another way in, within that time."""
+        return any(at <= then < at + within_s for then, _ in self.epochs[1:])
+
+
+async def load(lines: Sequence[Line], sockets: str, rpc: Sequence[str], until: float) -> None:
+    """All sessions. sockets: addresses as `connect` takes them; rpc: host:port of gRPC."""
+    async with connect("lockstep") as by_handle, connect(sockets, resume_within_s=RESUME_WITHIN_S) as by_socket:
+        clients = {HANDLE: by_handle, SOCKET: by_socket}
+        await asyncio.gather(
+            *(
+                run_foreign(rpc, line, until) if line.way == FOREIGN else run_session(clients[line.way], line, until)
+                for line in lines
+            )
+        )
+
+
+async def _submit(line: Line, until: float, submit: Callable[[int, int], None]) -> None:
+    """Segments, when they are due."""
+    due = time.monotonic() + random.Random(line.seed).random() * PERIOD_S
+    while due < until:
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        start, line.submitted = line.submitted, line.submitted + line.work.segment
+        line.due.append((line.submitted, due))
+        submit(start, line.submitted)
+        due += PERIOD_S
+
+
+async def run_session(client: Client, line: Line, until: float) -> None:
+    """One of our clients: send segments when they are due, take outputs as they come."""
+    session = await client.open(model=line.work.model)
+    reader = asyncio.create_task(read(session, line))
+
+    def submit(start: int, end: int) -> None:
+        x = line.inputs(start, end)
+        session.submit(x.ravel() if session.spec.sample_rate else x)
+        line.saw(session.epoch)
+
+    try:
+        await _submit(line, until, submit)
+        await session.close()
+    except LockstepError as error:
+        line.error = error
+    await reader
+
+
+async def read(session: Session, line: Line) -> None:
+    """Take what comes, until the session has ended."""
+    with suppress(LockstepError):  # whoever submits is told the same
+        async for outputs in session.outputs():
+            line.take(outputs.start, outputs.values[line.work.output])
+
+
+class Broken(Exception):
+    """A foreign client's stream is over, or its sequence."""
+
+
+async def run_foreign(addresses: Sequence[str], line: Line, until: float) -> None:
+    """A plain client of the Open Inference Protocol: one sequence, one stream, one segment a message.
+
+    What is due while there is no stream waits for the next one, by the next address, as long as a session of ours does.
+    """
+    due = asyncio.Event()
+    producing = asyncio.create_task(_submit(line, until, lambda start, end: due.set()))
+    turn = line.seed
+    while time.monotonic() < until + RESUME_WITHIN_S and not (producing.done() and line.received == line.submitted):
+        address = addresses[turn % len(addresses)]
+        turn += 1
+        try:
+            async with grpc.aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+                await _run_stream(channel, line, due, producing)
+        except Broken:
+            await asyncio.sleep(RETRY_S * random.uniform(0.5, 1))
+            _begin_again(line)
+
+
+def _begin_again(line: Line) -> None:
+    """A new sequence, with what has had no answer."""
+    if line.begins[-1] != line.received:
+        line.begins.append(line.received)
+
+
+async def _run_stream(channel: Any, line: Line, due: asyncio.Event, producing: "asyncio.Task[None]") -> None:
+    """Until all is answered, and nothing more comes. Raises Broken."""
+    stub: Any = oip_pb2_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+    call = stub.ModelStreamInfer()
+    sent = first = line.received
+
+    async def send() -> None:
+        nonlocal sent
+        while True:
+            while sent < line.submitted:
+                end = min(sent + line.work.segment, line.submitted)
+                await call.write(_request(line, sent, end, sent == first))
+                sent = end
+            due.clear()
+            await due.wait()
+
+    sending = asyncio.create_task(send())
+    try:
+        while not (producing.done() and line.received == line.submitted):
+            async with asyncio.timeout(PERIOD_S + ANSWER_WITHIN_S):
+                response = await call.read()
+            if response is grpc.aio.EOF or response.error_message:
+                raise Broken
+            line.saw(len(line.begins))
+            (data,) = response.infer_response.raw_output_contents
+            start, _, end = response.infer_response.id.partition("-")
+            line.take(int(start), np.frombuffer(data, np.float32).reshape(int(end) - int(start), -1))
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
+        raise Broken from error
+    finally:
+        sending.cancel()
+        call.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+
+
+def _request(line: Line, start: int, end: int, starts: bool) -> pb.ModelInferRequest:
+    x = line.inputs(start, end)
+    request = pb.ModelInferRequest(model_name=line.work.model, id=f"{start}-{end}")
+    request.inputs.add(name="x", datatype="FP32", shape=x.shape)
+    request.raw_input_contents.append(np.ascontiguousarray(x, "<f4").tobytes())
+    request.parameters["sequence_id"].string_param = str(line.seed)
+    request.parameters["sequence_start"].bool_param = starts
+    request.parameters["sequence_end"].bool_param = False
+    return request
+
+
+def wrong(lines: Sequence[Line]) -> int:
+    """How many sessions have an output that is not the bare module's."""
+    models = {line.work.model: line.work for line in lines}
+    return sum(_wrong_of(work, [line for line in lines if line.work.model == model]) for model, work in models.items())
+
+
+def _wrong_of(work: Work, lines: Sequence[Line]) -> int:
+    """All sequences are one batch, the shorter ones with more inputs than they were sent."""
+    pieces = [
+        (line, start, np.concatenate(line.outputs)[start:end])
+        for line in lines
+        for start, end in zip(line.begins, [*line.begins[1:], line.received], strict=True)
+        if end > start
+    ]
+    found: set[int] = set()
+    state = None
+    for at in range(0, max((len(came) for _, _, came in pieces), default=0), CHUNK):
+        x = np.stack([line.inputs(start + at, start + at + CHUNK) for line, start, _ in pieces], axis=1)
+        with torch.inference_mode():
+            y, state = work.module(torch.from_numpy(x), state)
+        for i, (line, _, came) in enumerate(pieces):
+            part = came[at : at + CHUNK]
+            off = np.abs(part - y[: len(part), i, :KEPT].numpy()).max(initial=0.0)
+            if not off <= TOLERANCE:
+                found.add(id(line))
+    return len(found)
