@@ -53,11 +53,11 @@ def test_nothing_is_lost_on_long_walks() -> None:
 
 
 def may_always_go_on(patch: pytest.MonkeyPatch) -> None:
-    """The directory does not compare epochs; where no sessions are spread, which would make it too rare to be found."""
+    """The directory does not compare epochs; among few kinds of faults, or it would be too rare to be found."""
     faults = World.faults
     patch.setattr(Directory, "_may_go_on", lambda *_: True)
     patch.setattr(Directory, "_moves", lambda *_: Counter())
-    patch.setattr(World, "faults", lambda world: [event for event in faults(world) if "rebalance" not in event])
+    patch.setattr(World, "faults", lambda world: [e for e in faults(world) if e.startswith(("kill ", "break "))])
 
 
 def owner_goes_by_session(patch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def no_lease(patch: pytest.MonkeyPatch) -> None:
 
 # Each with a seed from which on it is found soon; when the protocol changes, maybe later.
 MUTANTS = {
-    may_always_go_on: 3460, owner_goes_by_session: 1829, no_deafness: 394, no_floor_at_acked: 176,
+    may_always_go_on: 640, owner_goes_by_session: 1829, no_deafness: 394, no_floor_at_acked: 176,
     no_floor_at_progress: 865, no_attachment: 20077, no_rewind: 20016, no_lease: 3,
 }  # fmt: skip
 
