@@ -149,6 +149,20 @@ unmodified perf_analyzers into four ingress replicas, for the 7x1024 LSTM and fo
 """
 
 
+FRAMES = """\
+## Frames through a handle
+
+Segments of 10 timesteps of 1,024 sessions in each frame, three such groups, from one process to a replica over the channel
+of handles, and to an engine with the same settings in the process itself (`python -m bench.frames --device cuda`).
+"""
+FRAMES_REST = """\
+The goal is 0.9. The engine's thread waits for frames a fifth of the time there: the channel is TCP on the loopback, which
+copies each frame and answer twice in the kernel on either side, and a checkpoint of 28 KB for every 100 timesteps of 256
+bytes is more than the inputs; the one sending process has no time left. To try: shared memory where both are on one
+machine; states gathered on the device in the order in which they are sent.
+"""
+
+
 def rendered() -> str:
     """The document with the figures of now."""
     step, engine, evict, s9422, saturation = (
@@ -174,6 +188,8 @@ def rendered() -> str:
     parts += [_rest(saturation["figures"])]
     streams = _load("streams_cuda.json")
     parts += [STREAMS, _source(streams), _streams_table(streams["figures"])]
+    frames = _load("frames_cuda.json")
+    parts += [FRAMES, _source(frames), _frames(frames["figures"]), FRAMES_REST]
     parts += [CHECKPOINTS, *(_checkpoints(_load(f"checkpoint_{device}.json"), device) for device in ("cuda", "cpu"))]
     parts += [FUSED_RNN]
     for file in sorted(RESULTS.glob("fused_rnn_*.json")):
@@ -335,6 +351,14 @@ def _instances_table(figures: dict[str, float]) -> str:
     for dtype in DTYPES:
         head += [f"{dtype}, timesteps/ms", "p50 ms", f"T4, {dtype}"]
     return _table(head, rows)
+
+
+def _frames(figures: dict[str, float]) -> str:
+    there, own = (figures[f"{name}_timesteps_per_s"] / 1e6 for name in ("frames", "engine"))
+    return (
+        f"{there:.1f} million timesteps a second, of {own:.1f} million by the engine alone: "
+        f"{figures['frames_vs_engine']:.2f} `[frames_vs_engine]`.\n"
+    )
 
 
 def _streams_table(figures: dict[str, float]) -> str:

@@ -51,7 +51,7 @@ ROWS = [
         "bert_cpu.json",
         "ragged_vs_padded",
         "{:.1f}x",
-        "BERT, rows as long as sentences: batches by length against padding",
+        "BERT, rows as long as sentences: packed against padded",
     ),
     ("triton_cpu.json", "vs_triton_best", "{:.2f}x", "a timestep a gRPC message, 64 sequences: rate against Triton's"),
     ("triton_cpu.json", "vs_triton_ragged_default", "{:.1f}x", "1 to 16 timesteps a message: against Triton's default"),
