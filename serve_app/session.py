@@ -128,6 +128,8 @@ class Session:
         self.leave: Callable[[], None] | None = None
         #: It is left as it is at its owner when this side stops: its client can take it over elsewhere.
         self.stays = False
+        #: The directory, which has started again, did not say so when the client came back: another may have it.
+        self.is_unconfirmed = False
         #: The inputs below are not needed any more, whatever is lost; None where the session is lost with its way in.
         self.kept: int | None = None
         self._keep: Keep | None = None

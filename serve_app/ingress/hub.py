@@ -240,9 +240,11 @@ class Hub:
         except UnknownSession as error:
             if held is None or held.epoch < error.details.get("epoch", 0) or held.next < acked:  # it went on elsewhere
                 return await self._restore(name, acked, rewind)
+            held.is_unconfirmed = True
         else:
             if held is None or before != grant.epoch:  # another sender has had it since
                 return await self._adopt_or_restore(grant, before, acked, rewind, keep)
+            held.is_unconfirmed = False
         if held.leave is not None:
             held.leave()
         held.returned(acked)

@@ -308,7 +308,7 @@ async def _speak(talk: Conversation, session: Session) -> int:
             if session.stays and isinstance(error, Unavailable):
                 return RESTART
             if session.stays and (isinstance(error, NotOwner) or session.end_reason == ADOPTED):
-                return TAKEN_OVER
+                return RESTART if session.is_unconfirmed else TAKEN_OVER  # by its own client, maybe
             if session.end_reason is not None:
                 return await _tell_end(talk, session, error)
             await talk.send("error", error=error.to_wire())

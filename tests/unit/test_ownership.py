@@ -190,6 +190,16 @@ def hold_back(world: World, kind: str, until: float) -> None:
         world.do(next((event for event in world.events() if not event.startswith(kind)), TIME_PASSES))
 
 
+def test_a_client_that_has_been_elsewhere_meanwhile_is_not_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes back to the ingress where it was, while the directory, which has started again, does not know better."""
+    faults = World.faults
+    monkeypatch.setattr(
+        World, "faults", lambda world: [e for e in faults(world) if e.startswith(("kill ", "break ", "restart "))]
+    )
+    found = walk(World, seed=1350, num_walks=50)
+    assert found.trace is None, str(found)
+
+
 def test_the_last_outputs_are_there_though_the_connection_breaks_when_all_is_said() -> None:
     """What was on its way is lost, and the owner tells the directory what has ended before the client is back."""
     world = World(num_clients=1, num_segments=2)
