@@ -31,6 +31,8 @@ from serve_app.policy.session_queue import ASK_AGAIN_S, NO_QUEUE, QueueLimits, S
 from serve_app.spec import ModelSpec, SessionLimits
 
 FREED_KEPT = 64
+SETTLED_S = 2.0
+"""After an owner has come its sessions come: with others that start at the same time, or they would move twice."""
 REFUSED_WITHIN_S = 10.0
 """So long it counts that a session was refused since all owners were full."""
 ARRIVE_WITHIN_S = 5.0
@@ -173,7 +175,8 @@ Slab = Mapping[str, tuple[Held, bytes]]
 class _Tally:
     """Of a model. freed: when places for sessions last became free; ends: of each owner there was, ends by reason.
 
-    may_move: sessions that may be moved, as of `moves_at`; refused_at: when one last found no place.
+    may_move: sessions that may be moved, as of `moves_at`; refused_at: when one last found no place; joined_at: when
+    the last owner came.
     """
 
     queue: SessionQueue = field(default_factory=SessionQueue)
@@ -183,6 +186,7 @@ class _Tally:
     may_move: float = 0.0
     moves_at: float = -math.inf
     refused_at: float = -math.inf
+    joined_at: float = -math.inf
     refused: Counter[str] = field(default_factory=Counter)
     ends: dict[str, Mapping[str, int]] = field(default_factory=dict)
 
@@ -221,7 +225,7 @@ class Directory:
         if all(other.spec.name != owner.spec.name for other in self._owners.values()):
             self.load(owner.spec.name)
         self._owners[owner.name] = owner
-        self._tallies.setdefault(owner.spec.name, _Tally())
+        self._tallies.setdefault(owner.spec.name, _Tally()).joined_at = self._now
         self._held.setdefault(owner.name, {})
         self.heard(owner.name)
 
@@ -563,7 +567,7 @@ class Directory:
     def give_back(self, owner: str) -> int:
         """How many of its sessions the owner is to give back now, so that all of its model have as many as they can."""
         one = self._owners.get(owner)
-        if one is None or not (one.checkpoints and one.moves_per_s):
+        if one is None or not (one.checkpoints and one.moves_per_s) or not self._is_settled(one.spec.name):
             return 0
         tally = self._tallies[one.spec.name]
         tally.may_move = min(one.moves_per_s, tally.may_move + one.moves_per_s * (self._now - tally.moves_at))
@@ -573,6 +577,10 @@ class Directory:
             tally.may_move -= count
             self._leaving[owner] = self._num_leaving(owner) + count, self._now
         return count
+
+    def _is_settled(self, model: str) -> bool:
+        """Whether the last owner has been there for a while: others may be starting, at the cost of those that run."""
+        return self._now - self._tallies[model].joined_at >= SETTLED_S
 
     def _moves(self, one: Owner, limit: int) -> Mapping[str, int]:
         """How many sessions each of the owners that are as that one is to give back; see placement."""
@@ -600,7 +608,7 @@ class Directory:
             load, held = self._loads.get(owner.name, IDLE), len(self._held[owner.name])
             loads.append(load._replace(sessions=max(load.sessions, held)))  # some may be older than this directory
         is_refusing = self._now - tally.refused_at <= REFUSED_WITHIN_S
-        is_level = not self._moves(one, 1)
+        is_level = self._is_settled(model) and not self._moves(one, 1)
         demand = Demand(loads, one.max_sessions, len(tally.queue), is_refusing, is_level)
         wanted = wanted_replicas(demand, scaling, target)
         return max(wanted, target) if self._has_just_started else wanted

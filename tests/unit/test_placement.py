@@ -79,6 +79,12 @@ def test_a_few_sessions_stay_where_they_are_unless_it_is_worth_it() -> None:
     assert moves(60, 0) == 27
 
 
+@pytest.fixture(autouse=True)
+def nobody_settles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions move to an owner as soon as it is there."""
+    monkeypatch.setattr("serve_app.directory.SETTLED_S", 0.0)
+
+
 def member(name: str, moves_per_s: int = 20) -> Owner:
     return replace(owner(name), max_sessions=100, moves_per_s=moves_per_s)
 
@@ -103,6 +109,24 @@ def test_owners_are_told_how_many_to_give_back_no_more_a_second_than_may_move() 
         assert sum(told) <= 20 * (now + 0.9) + 1e-9, "those of a second may go at once"
     assert directory.num_sessions() == {"x": 22, "y": 19, "z": 19}
     assert directory.num_moved() == {"sum": 38}
+
+
+def test_none_moves_while_owners_are_still_coming(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.directory.SETTLED_S", 2.0)
+    directory = Directory(2)
+    directory.register(member("x"))
+    for i in range(40):
+        directory.open(f"{i}", "s")
+    found = []
+    for second in range(6):
+        directory.tick(second)
+        directory.heard("x")
+        if second in (1, 2):
+            directory.register(member(f"y{second}"))
+        for name in ("y1", "y2"):
+            directory.heard(name)
+        found.append(directory.give_back("x"))
+    assert found[:4] == [0, 0, 0, 0] and found[4] > 0, "the last came at 2 s"
 
 
 def test_what_is_on_its_way_is_not_asked_for_again_until_it_is_late() -> None:
