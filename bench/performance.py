@@ -157,10 +157,10 @@ channel of handles, and to an engine with the same settings in the process itsel
 cuda`).
 """
 FRAMES_REST = """\
-The goal is 0.9. The engine's thread waits for frames a fifth of the time there: the channel is TCP on the loopback,
-which copies each frame and answer twice in the kernel on either side, and a checkpoint of 28 KB for every 100 timesteps
-of 256 bytes is more than the inputs; the one sending process has no time left. To try: shared memory where both are on
-one machine; states gathered on the device in the order in which they are sent.
+The goal is 0.9. The engine's thread waits for frames now and then: the channel is TCP on the loopback, which copies
+each frame and answer in the kernel on either side, a checkpoint of 28 KB for every 100 timesteps of 256 bytes is more
+than the inputs, and the one sending process has no time left. To try: shared memory where both are on one machine;
+states gathered on the device in the order in which they are sent.
 """
 
 

@@ -15,7 +15,7 @@ async def call(address: str, method: str, path: str, **query: str) -> Message:
     """
     first, _, others = address.partition(",")
     try:
-        return await _call(first, method, path, **query)
+        return await _call(first.strip(), method, path, **query)
     except Unavailable:
         if not others:
             raise

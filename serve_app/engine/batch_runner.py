@@ -1,4 +1,4 @@
-"""Batches of a stateless model: rows of several lengths are padded to the longest, run together, and cut again."""
+"""Batches of a stateless model: rows of several lengths are padded or packed, run together, and cut again."""
 
 import logging
 import math
@@ -11,7 +11,7 @@ import torch
 from serve_app.engine.batch_graphs import DEPTH, BatchGraph, BatchGraphs
 from serve_app.engine.packing import Packing, pack
 from serve_app.engine.runner import check_outputs, inference_mode
-from serve_app.errors import InferenceFailed, InvalidInput, LockstepError, Unavailable
+from serve_app.errors import ConfigError, InferenceFailed, InvalidInput, LockstepError, Unavailable
 from serve_app.models.stateless import Packed, StatelessModel
 from serve_app.rows import ANY
 from serve_app.spec import TensorSpec
@@ -55,6 +55,7 @@ class BatchRunner:
         self._outputs = dict(model.outputs)
         self._max_length: int = getattr(model, "max_length", 0)
         if self._pack_rows:
+            _check_packs(self._max_length, self._prepared, self._outputs)
             self._prepared |= dict.fromkeys((ROW, POSITION), TensorSpec((ANY,), "int64"))
         self._graphs: BatchGraphs | None = None
 
@@ -252,6 +253,15 @@ class Replay:
         arrays = self._graph.outputs(len(self._rows))
         self._graphs.give_back(self._graph)
         return [*_cut_all(arrays, self._outputs, self._rows, self._packing)]
+
+
+def _check_packs(max_length: int, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]) -> None:
+    """Raise ConfigError unless rows of that model can lie one behind the other."""
+    wrong = [name for name, spec in inputs.items() if spec.shape[:1] != (ANY,) or ANY in spec.shape[1:]]
+    wrong += [name for name, spec in outputs.items() if ANY in spec.shape[1:]]
+    if wrong or max_length < 1:
+        what = f"the shape of {wrong[0]!r} is no length and what each token has" if wrong else "it has no max_length"
+        raise ConfigError(f"the model packs its rows, but {what}: leave out `packs`, or set batching.pack to false")
 
 
 def _unavailable(error: Exception) -> Unavailable:

@@ -217,9 +217,9 @@ class Hub:
         """Go on with a session whose client has lost its way in, this one or another.
 
         The client has the outputs below `acked` (UNKNOWN: those that it has acknowledged), and knows of `rewind` failed
-        steps. Where the owner is gone too, the
-        session is restored from the checkpoint that is kept of it. Raises InvalidInput for one that was not opened for
-        that, UnknownSession, NotOwner (another resumes it, too), StateLost, Unavailable. keep: see `open`.
+        steps. Where the owner is gone too, the session is restored from the checkpoint that is kept of it. Raises
+        InvalidInput for one that was not opened for that, UnknownSession, NotOwner (another resumes it, too),
+        StateLost, Unavailable. keep: see `open`.
         """
         if self._stopped:
             raise Unavailable(STOPPED)  # before its owner is told to give it to this side

@@ -127,6 +127,19 @@ class Ingress:
         return done
 
 
+async def die_meanwhile(cluster: LocalCluster, one: Ingress, values: list[int], ran: int, **more: bool) -> None:
+    """It dies while a request runs, with which `ran` timesteps have: nobody hears the answer."""
+    await asyncio.sleep(TOLD_S)
+    cluster.delay_s = lambda: 0.05
+    lost = asyncio.create_task(one.infer(7, values, **more))
+    await asyncio.sleep(0.02)
+    one.kill()
+    with pytest.raises(Died):
+        await lost
+    while cluster.engines["owner-0"].stats.timesteps < ran:
+        await asyncio.sleep(0.005)
+
+
 def totals(result: Result) -> list[float]:
     return [float(value) for value in result.values["total"][:, 0]]
 
@@ -206,15 +219,7 @@ async def test_a_sequence_whose_answers_have_been_sent_goes_on_when_its_ingress_
 async def test_an_answer_that_may_be_lost_is_had_again_and_nothing_runs_twice() -> None:
     async with ingresses() as (cluster, one, two):
         await one.infer(7, [1, 2], start=True)
-        await asyncio.sleep(TOLD_S)
-        cluster.delay_s = lambda: 0.05
-        lost = asyncio.create_task(one.infer(7, [3, 4]))
-        await asyncio.sleep(0.02)
-        one.kill()
-        with pytest.raises(Died):
-            await lost
-        while cluster.engines["owner-0"].stats.timesteps < 4:
-            await asyncio.sleep(0.005)
+        await die_meanwhile(cluster, one, [3, 4], ran=4)
         error = await expect(StartMismatch, two.infer(7, [3, 4]))
         assert error.details == {"expected": 2}
         assert "resend from timestep 2" in str(error)
@@ -258,15 +263,7 @@ async def test_a_client_that_starts_again_after_a_break_is_not_held_up_by_what_i
 async def test_the_last_request_may_be_lost_too() -> None:
     async with ingresses() as (cluster, one, two):
         await one.infer(7, [1], start=True)
-        await asyncio.sleep(TOLD_S)
-        cluster.delay_s = lambda: 0.05
-        lost = asyncio.create_task(one.infer(7, [2], end=True))
-        await asyncio.sleep(0.02)
-        one.kill()
-        with pytest.raises(Died):
-            await lost
-        while cluster.engines["owner-0"].stats.timesteps < 2:
-            await asyncio.sleep(0.005)
+        await die_meanwhile(cluster, one, [2], ran=2, end=True)
         assert (await expect(StartMismatch, two.infer(7, [2], end=True))).details == {"expected": 1}
         assert await two.infer(7, [2], end=True) == [3]
         await asyncio.sleep(TOLD_S)

@@ -183,6 +183,21 @@ def test_who_waits_or_was_refused_of_late_is_a_reason_for_another_replica() -> N
         assert directory.wanted_replicas("sum", 1) == 1
 
 
+def test_being_late_is_no_reason_while_replicas_that_came_are_yet_to_get_sessions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serve_app.directory.SETTLED_S", 2.0)
+    directory = Directory(2)
+    directory.register(replace(owner("x"), scaling=replace(SCALING, max_delay_s=0.1)))
+    found = []
+    for second in (0, 1, 2):
+        directory.tick(second)
+        directory.heard("x")
+        directory.tell("x", {}, Load(1, 0.1, delay_s=1.0))
+        found.append(directory.wanted_replicas("sum", 1))
+    assert found == [1, 1, 2]
+
+
 class Actor:
     """A directory's actor, as Ray gives it: answers come later, or never."""
 

@@ -18,6 +18,7 @@ from serve_app.engine.batch_runner import BatchRunner, Row
 from serve_app.engine.batcher import Batcher, build_batcher
 from serve_app.errors import ConfigError, InferenceFailed, InvalidInput, Overloaded, TimedOut, Unavailable
 from serve_app.rows import RowsRequest
+from serve_app.spec import TensorSpec
 from tests.stateless import MaskedSum, PackedSum
 
 pytestmark = pytest.mark.asyncio
@@ -261,6 +262,23 @@ class ByHand(BatchGraphs):
     def give_back(self, graph: BatchGraph) -> None:
         self.used += [key for key, other in self._taken[graph].items() if other is graph]
         super().give_back(graph)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_length", 0, "packs its rows, but it has no max_length"),
+        ("inputs", {"ids": TensorSpec((-1,), "int64"), "more": TensorSpec((3,))}, "the shape of 'more' is no length"),
+        ("outputs", {"sums": TensorSpec((2, -1), "int64")}, "the shape of 'sums' is no length"),
+    ],
+)
+async def test_a_model_whose_rows_cannot_be_packed_is_refused(
+    name: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PackedSum, name, value)
+    with pytest.raises(ConfigError, match=f"{message}.*: leave out `packs`, or set batching.pack to false"):
+        BatchRunner(PackedSum(), torch.device("cpu"), torch.float32, pack_rows=8)
+    BatchRunner(PackedSum(), torch.device("cpu"), torch.float32)
 
 
 async def test_packed_rows_fill_the_next_graph() -> None:
