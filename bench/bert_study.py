@@ -76,13 +76,6 @@ class Point:
     parts_ms: Mapping[str, float]
 
 
-class Study(NamedTuple):
-    """What was found of a setting, by kind."""
-
-    setting: Setting
-    points: Mapping[str, Sequence[Point]]
-
-
 def request(model: str, rows: int, length: int) -> pb.ModelInferRequest:
     """One of so many rows of full length, of random tokens."""
     ids = np.random.default_rng().integers(1, VOCABULARY, (rows, length))
@@ -145,16 +138,16 @@ def served(models: Mapping[str, Mapping[str, Any]]) -> Iterator[Server]:
 
 
 def run(settings: Sequence[Setting], seconds: float, json_file: Path | None) -> None:
-    """Measure each setting in turn, print, write tables into the file and pictures into a folder beside it."""
-    found = [Study(setting, points_of(setting, seconds)) for setting in settings]
-    figures = figures_of(found[0].points)
+    """Measure each setting in turn, print, write tables into the file and pictures beside it."""
+    found = {setting.name: points_of(setting, seconds) for setting in settings}
+    figures = figures_of(found[settings[0].name])
     click.echo(table(["figure", ""], list(figures.items())))
     tables = {
-        study.setting.name: {kind: [asdict(p) for p in ps] for kind, ps in study.points.items()} for study in found
+        name: {kind: [asdict(p) for p in points] for kind, points in by_kind.items()} for name, by_kind in found.items()
     }
     save(figures, json_file, tables=tables, with_ray=WITH_RAY)
     if json_file is not None:
-        draw(json_file.with_suffix(""), found)
+        draw(json_file)
 
 
 def points_of(setting: Setting, seconds: float) -> dict[str, list[Point]]:
@@ -182,17 +175,22 @@ def shown(points: Sequence[Point]) -> str:
     )
 
 
-def draw(folder: Path, studies: Sequence[Study]) -> None:
-    """The eight pictures; those of one configuration are of the first setting."""
+def draw(json_file: Path) -> None:
+    """The eight pictures of a file, into a folder beside it; those of one configuration are of the first setting."""
     import matplotlib
 
     matplotlib.use("agg")
+    tables = json.loads(json_file.read_text())["tables"]
+    studies = {
+        name: {kind: [Point(**p) for p in ps] for kind, ps in by_kind.items()} for name, by_kind in tables.items()
+    }
+    folder = json_file.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    for number, study in enumerate(studies, 1):
-        _draw_all(folder / f"figure{number}.png", study.setting.name, study.points)
+    for number, (setting, points) in enumerate(studies.items(), 1):
+        _draw_all(folder / f"figure{number}.png", setting, points)
+    setting, points = next(iter(studies.items()))
     for number, kind in FIGURES.items():
-        title = f"{KINDS[kind].title}: {studies[0].setting.name}"
-        _draw_parts(folder / f"figure{number}.png", title, studies[0].points[kind])
+        _draw_parts(folder / f"figure{number}.png", f"{KINDS[kind].title}: {setting}", points[kind])
 
 
 def _draw_all(file: Path, title: str, by_kind: Mapping[str, Sequence[Point]]) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 
 from bench.report import json_option, save, show_hardware, table, use_replica_env
+from serve_app.engine.cuda_runner import capture
 from serve_app.engine.packed_lstm import pack_weights
 
 Forward: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
@@ -142,15 +143,39 @@ def _run_cell(cell: RNNCellBase, x: torch.Tensor, step: int) -> torch.Tensor:
     return torch.stack(ys[::step])
 
 
-def forwards(setting: Setting, layers: RNNBase) -> dict[str, Forward]:
-    """The ways to compute the layers' outputs, by name; those with packed weights where there are any."""
+def forwards(setting: Setting, layers: RNNBase, sizes: Sizes) -> dict[str, Forward]:
+    """The ways to compute the layers' outputs, by name; as the engine runs them too."""
     ways: dict[str, Forward] = {
         "fused": lambda x: layers(x)[0],
         "cells": partial(run_cells, cells_of(setting, layers)),
     }
-    if setting.cell == "lstm" and setting.mode == "inference" and (packed := _packed(layers)):
-        ways["packed"] = packed
+    if setting.mode == "inference":
+        if next(layers.parameters()).is_cuda:
+            ways |= {"graph": _graph(ways["fused"], layers, sizes), "cells_graph": _graph(ways["cells"], layers, sizes)}
+        elif setting.cell == "lstm" and (packed := _packed(layers)):
+            ways["packed"] = packed
     return ways
+
+
+def _graph(way: Forward, layers: RNNBase, sizes: Sizes) -> Forward:
+    """It as the engine runs a step on a GPU: a CUDA graph, on inputs that are copied to where it has them."""
+    weight = next(layers.parameters())
+    x = torch.zeros(sizes.timesteps, sizes.batch, sizes.input, device=weight.device, dtype=weight.dtype)
+    y: torch.Tensor
+
+    def step() -> None:
+        nonlocal y
+        y = way(x)
+
+    with torch.inference_mode():
+        graph = capture(step, weight.device, torch.cuda.graph_pool_handle())
+
+    def forward(given: torch.Tensor) -> torch.Tensor:
+        x.copy_(given)
+        graph.replay()
+        return y
+
+    return forward
 
 
 def _packed(lstm: RNNBase) -> Forward | None:
@@ -180,7 +205,7 @@ def runs(setting: Setting, sizes: Sizes, device: str, dtype: torch.dtype) -> dic
             y = forward(x)
         return (y.detach(), *torch.autograd.grad(y, wanted, dy)) if training else (y,)
 
-    return {name: partial(run, forward) for name, forward in forwards(setting, layers).items()}
+    return {name: partial(run, forward) for name, forward in forwards(setting, layers, sizes).items()}
 
 
 def check(setting: Setting, results: Mapping[str, Results]) -> None:
@@ -227,6 +252,8 @@ def figures_of(setting: Setting, sizes: Sizes, target: str, seconds: float) -> d
     check(setting, {way: run() for way, run in ways.items()})  # which also warms up
     rates = {way: sizes.batch / found for way, found in measure(ways, seconds, device).items()}
     rates["speedup"] = rates["fused"] / rates["cells"]
+    if "graph" in rates:
+        rates["graph_speedup"] = rates["graph"] / rates["cells"]
     if setting.mode == "inference" and dtype != torch.float32:
         rates["error"] = rounding(setting, sizes, device, dtype)
     return {f"{name}_{what}": value for what, value in rates.items()}
@@ -244,13 +271,14 @@ def rounding(setting: Setting, sizes: Sizes, device: str, dtype: torch.dtype) ->
 
 def columns(figures: Mapping[str, float], target: str) -> tuple[list[str], list[list[object]]]:
     """Head and rows of a target's table, with what was published; without columns that have nothing."""
-    head = ["cell", "layers", "directions", "", "cell by cell", "fused", "speed-up", "packed", "off by"]
+    head = ["cell", "layers", "directions", "", "cell by cell", "fused", "speed-up", "packed"]
+    head += ["cells, graph", "fused, graph", "speed-up", "off by"]
     head += [f"{PUBLISHED_ON[target]} {what}" for what in ("cell by cell", "fused", "speed-up")]
     rows: list[list[object]] = []
     for setting in (each for each in SETTINGS if f"{each.name}_{target}_fused" in figures):
         measured = [
             figures.get(f"{setting.name}_{target}_{what}", "")
-            for what in ("cells", "fused", "speedup", "packed", "error")
+            for what in ("cells", "fused", "speedup", "packed", "cells_graph", "graph", "graph_speedup", "error")
         ]
         published = PUBLISHED.get(target, {}).get(setting.name)
         rows.append([*setting, *measured, *((*published, published[1] / published[0]) if published else ("",) * 3)])

@@ -1,9 +1,11 @@
-"""A model is loaded and unloaded again and again beside one that serves: `python -m bench.load_unload [--json FILE]`.
+"""A model is loaded and unloaded again and again beside one that serves.
+
+    python -m bench.load_unload [--device cuda] [--json FILE]
 
 Sessions of a 2x256 LSTM, one after the other, send at a steady rate all the time, and each of their outputs is compared
 with the module's. Meanwhile another model, of some 130 MB, is loaded, asked, and unloaded. Memory is what all processes
 of the application and of its Ray have for themselves (USS), while that model is unloaded: after the first time, and
-after the last.
+after the last; and what is taken of the GPU's then.
 """
 
 import asyncio
@@ -11,6 +13,7 @@ import logging
 import os
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
@@ -19,6 +22,7 @@ import httpx
 import numpy as np
 import psutil
 import ray
+import torch
 from ray import serve
 
 from bench.chaos_load import Line, lstm, run_session, wrong
@@ -42,6 +46,14 @@ def memory() -> tuple[float, int]:
         except psutil.Error:  # it has just ended
             continue
     return total / 2**20, count
+
+
+def gpu_mib() -> float:
+    """MiB of the GPU's memory that are taken; with no GPU, 0."""
+    if not torch.cuda.is_available():
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**20
 
 
 class Repository:
@@ -74,17 +86,17 @@ async def ask(client: Client) -> None:
 
 async def cycles(count: int, client: Client, repository: Repository) -> dict[str, list[float]]:
     """Unload and load the other model so many times."""
-    found: dict[str, list[float]] = {
-        name: [] for name in ("load_s", "unload_s", "loaded_mib", "unloaded_mib", "processes")
-    }
+    found: dict[str, list[float]] = defaultdict(list)
     for i in range(count):
         await ask(client)
         found["loaded_mib"].append(memory()[0])
+        found["loaded_gpu_mib"].append(gpu_mib())
         began = time.monotonic()
         await repository.unload()
         found["unload_s"].append(time.monotonic() - began)
         mib, processes = memory()
         found["unloaded_mib"].append(mib)
+        found["unloaded_gpu_mib"].append(gpu_mib())
         found["processes"].append(processes)
         began = time.monotonic()
         await repository.load()
@@ -121,9 +133,10 @@ async def run(count: int, sessions: int, port: int) -> tuple[list[Line], dict[st
 @click.command()
 @click.option("--cycles", "count", default=50, show_default=True, type=click.IntRange(2))
 @click.option("--sessions", default=100, show_default=True, type=click.IntRange(1))
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--port", default=8000, show_default=True)
 @json_option
-def main(count: int, sessions: int, port: int, json_file: Path | None) -> None:
+def main(*, count: int, sessions: int, device: str, port: int, json_file: Path | None) -> None:
     """Load and unload under load, and look at every output of the model that stays."""
     show_hardware()
     os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
@@ -133,8 +146,9 @@ def main(count: int, sessions: int, port: int, json_file: Path | None) -> None:
         )
         try:
             serve.start(http_options={"port": port}, logging_config={"log_level": "ERROR"})
-            models = {name: {"model": model} for name, model in (("steady", STEADY), ("other", OTHER))}
-            application = build({"models": models, "engine": {"device": "cpu"}})
+            share = {"num_gpus": 0.5} if device == "cuda" else {}
+            models = {name: {"model": model, **share} for name, model in (("steady", STEADY), ("other", OTHER))}
+            application = build({"models": models, "engine": {"device": device}})
             serve.run(application, name="lockstep", external_scaler_enabled=True)
             lines, found = asyncio.run(run(count, sessions, port))
         finally:
@@ -155,6 +169,11 @@ def main(count: int, sessions: int, port: int, json_file: Path | None) -> None:
         "model_mib": median(found["loaded_mib"]) - median(found["unloaded_mib"]),
         "swap_growth_mib": found["unloaded_mib"][-1] - found["unloaded_mib"][0],
     }
+    if device == "cuda":
+        figures |= {
+            "model_gpu_mib": median(found["loaded_gpu_mib"]) - median(found["unloaded_gpu_mib"]),
+            "swap_gpu_growth_mib": found["unloaded_gpu_mib"][-1] - found["unloaded_gpu_mib"][0],
+        }
     click.echo(table(["figure", ""], list(figures.items())))
     save(figures, json_file, by_cycle=found)
 

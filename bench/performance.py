@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bench import fused_rnn
+from bench import bert_study, fused_rnn
 from bench.engine_cuda import COLUMNS
 from bench.report import shown
 from bench.s9422 import DTYPES, INSTANCES, T4
@@ -209,6 +209,8 @@ def draw() -> None:
     matplotlib.use("agg")
     _draw_instances()
     _draw_timeline()
+    for file in RESULTS.glob("bert_study_*.json"):
+        bert_study.draw(file)
 
 
 def _draw_timeline() -> None:

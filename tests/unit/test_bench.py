@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -165,10 +166,11 @@ def test_the_parts_of_a_request_over_grpc_add_up(monkeypatch: pytest.MonkeyPatch
 
 def test_the_study_has_eight_pictures(tmp_path: Path) -> None:
     points = [
-        bert_study.Point(n, 10.0 * n, 2.0, 2.0, 3.0, 1.0, {part: n / 6 for part in bert_study.PARTS}) for n in (1, 2, 4)
+        asdict(bert_study.Point(n, 10.0 * n, 2.0, 2.0, 3.0, 1.0, {part: n / 6 for part in bert_study.PARTS}))
+        for n in (1, 2, 4)
     ]
-    settings = [Setting("mini", length, "cpu", "fp32") for length in (8, 16)]
-    bert_study.draw(
-        tmp_path, [bert_study.Study(setting, dict.fromkeys(bert_study.KINDS, points)) for setting in settings]
-    )
-    assert sorted(file.name for file in tmp_path.iterdir()) == [f"figure{i}.png" for i in range(1, 9)]
+    file = tmp_path / "study.json"
+    by_kind = dict.fromkeys(bert_study.KINDS, points)
+    file.write_text(json.dumps({"tables": {f"BERT mini, {length} tokens": by_kind for length in (8, 16)}}))
+    bert_study.draw(file)
+    assert sorted(picture.name for picture in (tmp_path / "study").iterdir()) == [f"figure{i}.png" for i in range(1, 9)]
