@@ -72,7 +72,7 @@ FUSED_RNN = """## Fused layers against cells, as in MXNet's table
 second, of 300 timesteps, in batches of 20, input and cells 800: through torch's fused layers (on a CPU oneDNN's LSTM
 and torch's own GRU, ReLU and tanh; on a GPU cuDNN's), and through one call of a cell for each timestep, with the same
 weights. Both give the same, gradients too, which is checked before each row. "Packed" is oneDNN's LSTM with its weights
-reordered once, as the engine runs it.
+reordered once, "graph" either way as a CUDA graph, which spares the host's calls: the engine runs its steps so.
 Beside it what MXNet's "Fused RNN Operators for CPU" has, in tables, of two sockets of SKX-8180 and of a P100: cells
 against `sym.RNN` (cwiki.apache.org/confluence/display/MXNET/Fused+RNN+Operators+for+CPU). Those of 5 layers are under a
 heading that says two directions, but an earlier version of the page, which the P100's are from, has the same ones under
