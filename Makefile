@@ -48,7 +48,7 @@ check: venv
 	@touch $@
 
 test: venv models .venv-tritonclient/.installed
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit -n logical --dist worksteal
 	$(BIN)/pytest tests/serve
 
 # make demo ARGS="--help"

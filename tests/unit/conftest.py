@@ -11,15 +11,14 @@ import pytest
 import torch
 from hypothesis import settings
 
+torch.set_num_threads(1)  # as in a replica; and the tests may run side by side
+
 settings.register_profile("lockstep", deadline=None)  # a compiled function's first call takes its time
 settings.load_profile("lockstep")
 
 
 @pytest.fixture
 def quiet_torch() -> Iterator[None]:
-    """One thread, no gradients."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """No gradients."""
     with torch.inference_mode():
         yield
-    torch.set_num_threads(threads)
