@@ -46,15 +46,17 @@ RAGGED: Mapping[str, Start] = {
 }
 SEQUENCE_LENGTH = 50
 MAX_TIMESTEPS = 16
+WINDOWS = 3
+"""That perf_analyzer measures."""
 
 
 def measure(start: Start, options: list[str], seconds: float) -> dict[str, float]:
     """One run of perf_analyzer against a server of its own."""
     with start() as server:
         analyze(server, options, seconds)  # warms everything up
-        count, cpu_s = server.count(), server.cpu_s()
+        (count, _), cpu_s = server.counts(), server.cpu_s()
         rate, p50_ms, p99_ms = analyze(server, options, seconds)
-        answered, used_s = server.count() - count, server.cpu_s() - cpu_s
+        answered, used_s = server.counts()[0] - count, server.cpu_s() - cpu_s
     return {"per_s": rate, "p50_ms": p50_ms, "p99_ms": p99_ms, "per_cpu_s": answered / used_s}
 
 
@@ -66,7 +68,7 @@ def analyze(server: Server, options: list[str], seconds: float) -> tuple[float, 
         command = [
             str(program), "-m", server.model, "-u", f"127.0.0.1:{server.port}", "-i", "grpc", "--streaming", "--async",
             "--sequence-length", str(SEQUENCE_LENGTH), "--measurement-interval", str(int(seconds * 1000)),
-            "--stability-percentage", "999", "--max-trials", "3", "-f", str(report), *options,
+            "--stability-percentage", "999", "--max-trials", str(WINDOWS), "-f", str(report), *options,
         ]  # fmt: skip
         environment = {**os.environ, "LD_LIBRARY_PATH": str(program.parent)}
         done = subprocess.run(

@@ -60,12 +60,12 @@ class Server:
             total += times.user + times.system
         return total
 
-    def count(self) -> int:
-        """Requests answered since it has started, as it says itself."""
+    def counts(self) -> tuple[int, int]:
+        """Requests answered, and failed, since it has started, as it says itself."""
         with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
             request = pb.ModelStatisticsRequest(name=self.model)
             (found,) = _stub(channel).ModelStatistics(request).model_stats
-            return int(found.inference_stats.success.count)
+            return int(found.inference_stats.success.count), int(found.inference_stats.fail.count)
 
 
 @contextmanager
