@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -258,14 +259,8 @@ def _add_leaves(state: State, like: State, found: list[torch.Tensor]) -> bool:
     if type(state) is not type(like) or len(state) != len(like):
         return False
     if type(like) is tuple:
-        for part, other in zip(state, like, strict=True):
-            if not _add_leaves(part, other, found):
-                return False
-        return True
-    for key, other in like.items():
-        if key not in state or not _add_leaves(state[key], other, found):
-            return False
-    return True
+        return all(map(_add_leaves, state, like, repeat(found)))
+    return state.keys() == like.keys() and all(map(_add_leaves, map(state.get, like), like.values(), repeat(found)))
 
 
 def _stream(device: torch.device) -> Any:
