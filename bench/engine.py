@@ -4,8 +4,8 @@
 
 "Engine" is host to host: a frame of numpy arrays in, a step, an answer of numpy arrays out, everything acknowledged
 with the next frame. "Model" is RecurrentModel.forward as torch runs it, on a tensor that lies ready, with its state
-kept; "packed" the same with the weights packed as the engine does (serve_app/engine/packed_lstm.py). They take turns of
-a few rounds in one process, on one thread, so a busy machine slows all; a ratio is the median over the turns.
+kept; "packed" the same with the weights packed as the engine does (serve_app/engine/packed_layers.py). They take turns
+of a few rounds in one process, on one thread, so a busy machine slows all; a ratio is the median over the turns.
 """
 
 import itertools

@@ -71,8 +71,9 @@ FUSED_RNN = """## Fused layers against cells, as in MXNet's table
 `python -m bench.fused_rnn --device cpu --json bench/results/fused_rnn_cpu.json`, and the same for cuda. Sequences per
 second, of 300 timesteps, in batches of 20, input and cells 800: through torch's fused layers (on a CPU oneDNN's LSTM
 and torch's own GRU, ReLU and tanh; on a GPU cuDNN's), and through one call of a cell for each timestep, with the same
-weights. Both give the same, gradients too, which is checked before each row. "Packed" is oneDNN's LSTM with its weights
-reordered once, "graph" either way as a CUDA graph, which spares the host's calls: the engine runs its steps so.
+weights. Both give the same, gradients too, which is checked before each row. "Packed" is how the engine runs layers in
+one direction on a CPU: with their weights reordered once, or transposed (`serve_app/engine/packed_layers.py`). "Graph"
+is either way as a CUDA graph, which spares the host's calls: the engine runs its steps so.
 Beside it what MXNet's "Fused RNN Operators for CPU" has, in tables, of two sockets of SKX-8180 and of a P100: cells
 against `sym.RNN` (cwiki.apache.org/confluence/display/MXNET/Fused+RNN+Operators+for+CPU). Those of 5 layers are under a
 heading that says two directions, but an earlier version of the page, which the P100's are from, has the same ones under
@@ -385,6 +386,14 @@ def _fused_rnn_tables(figures: dict[str, float], threads: int) -> str:
         head, rows = fused_rnn.columns(figures, target)
         if rows:
             parts.append(f"{title}:\n\n{_table(head, [list(map(shown, row)) for row in rows])}")
+    for device, where in (("cpu", "CPU"), ("cuda", "GPU")):
+        _, rows = fused_rnn.best_speedups(figures, device)
+        if rows:
+            parts.append(
+                f"On the {where}, inference, over cells in fp32: torch's fused layers; the fastest way that "
+                "the product has;\nand the fastest of these in a precision that is off by at most "
+                f"{fused_rnn.MAX_ERROR}:\n\n{_table(fused_rnn.BEST, [list(map(shown, row)) for row in rows])}"
+            )
     return "\n".join(parts)
 
 

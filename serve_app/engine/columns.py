@@ -82,7 +82,11 @@ class HostColumn(Column):
         return torch.from_numpy(taken) if self._bits is None else torch.from_numpy(taken).view(self._dtype)
 
     def put(self, index: Any, new: torch.Tensor) -> None:
-        self._by_slot[index] = self._numbers(new).swapaxes(0, self.dim)
+        rows = self._numbers(new).swapaxes(0, self.dim)
+        if len(index) == 1:  # a third of the time of an array of one
+            self._by_slot[index.item()] = rows[0]
+        else:
+            self._by_slot[index] = rows
 
     def _numbers(self, tensor: torch.Tensor) -> np.ndarray:
         array: np.ndarray = (tensor if self._bits is None else tensor.view(self._bits)).numpy()

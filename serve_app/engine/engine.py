@@ -16,7 +16,7 @@ from serve_app.engine.checkpoints import Checkpointer
 from serve_app.engine.columns import MOVERS
 from serve_app.engine.cuda_runner import CudaRunner
 from serve_app.engine.mailbox import Mailbox, Ticket
-from serve_app.engine.packed_lstm import pack_weights
+from serve_app.engine.packed_layers import pack_weights
 from serve_app.engine.runner import EagerRunner, Step, StepRunner
 from serve_app.engine.scheduler import Batch, Scheduler
 from serve_app.engine.sessions import NEVER, SessionTable, Status, Verdict, check_frame

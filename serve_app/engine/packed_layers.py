@@ -1,0 +1,183 @@
+"""Recurrent layers on a CPU with their weights packed once: torch has them reordered at every call, at every timestep.
+
+For a step of a few sessions that is much of its time (`packed_vs_module_*` in bench/results/engine_cpu.json, "packed"
+in bench/results/fused_rnn_cpu.json). torch.compile packs them the same way, through the same operators of oneDNN; they
+are no public interface, so what comes of them is compared with the layer itself before it is used.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch.nn.functional import linear
+
+logger = logging.getLogger(__name__)
+
+LSTM = 2  # what torch calls it among its modes
+REORDER = "_reorder_mkldnn_rnn_layer_weight", "_reorder_linear_weight"
+MIN_GRU = 512, 4
+"""Cells and sessions below which torch's own GRU is faster in fp32, where its products are not most of the time."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+Layer: TypeAlias = Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor]
+"""x [T, B, features], the state before, where to write the state after, each [B, hidden] -> y [T, B, hidden]"""
+
+
+def pack_weights(model: torch.nn.Module) -> int:
+    """Let the recurrent layers of a model on the CPU run with packed weights; returns how many modules do.
+
+    Their weights may not change afterwards: what is packed is a copy. Layers that cannot be packed stay as they are.
+    """
+    packed = 0
+    for module in model.modules():
+        if isinstance(module, torch.nn.RNNBase) and PackedLayers.supports(module):
+            forward = PackedLayers(module)
+            if forward.agrees():
+                module.forward = forward
+                packed += 1
+            else:
+                logger.warning("%s with packed weights gives other outputs here, so it runs without", module)
+    return packed
+
+
+class PackedLayers:
+    """The forward of an LSTM, GRU or RNN of torch with packed weights; for inputs other than [T, B, input], its own."""
+
+    def __init__(self, rnn: torch.nn.RNNBase) -> None:
+        """`supports` has said yes."""
+        self._plain: Callable[..., Any] = rnn.forward
+        self._input, self._hidden = rnn.input_size, rnn.hidden_size
+        self._has_cell = rnn.mode == "LSTM"
+        self._dtype = next(rnn.parameters()).dtype
+        self._min_batch = MIN_GRU[1] if rnn.mode == "GRU" and self._dtype == torch.float32 else 1
+        self._layers: list[Layer] = [
+            LAYERS[rnn.mode](*(weight.detach() for weight in weights)) for weights in rnn.all_weights
+        ]
+
+    @staticmethod
+    def supports(rnn: torch.nn.RNNBase) -> bool:
+        """Whether these layers can be packed, and are not: in one direction, with biases, without projection."""
+        weights = [*rnn.parameters()]
+        return (
+            "forward" not in vars(rnn)
+            and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+            and all(hasattr(torch.ops.mkldnn, name) for name in REORDER)
+            and all(weight.device.type == "cpu" and weight.dtype == weights[0].dtype for weight in weights)
+            and weights[0].dtype in TOLERANCE
+            and (weights[0].dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+            and (rnn.mode != "GRU" or weights[0].dtype != torch.float32 or rnn.hidden_size >= MIN_GRU[0])
+            and rnn.bias
+            and not (rnn.bidirectional or rnn.proj_size or rnn.batch_first)
+        )
+
+    @torch.inference_mode()
+    def agrees(self) -> bool:
+        """Whether the outputs are those of the layers themselves."""
+        x = torch.linspace(-1, 1, 3 * 4 * self._input).view(3, 4, -1).to(self._dtype)
+        h = torch.linspace(-1, 1, len(self._layers) * 4 * self._hidden).view(-1, 4, self._hidden).to(self._dtype)
+        state = (h, h) if self._has_cell else h
+        try:
+            found, expected = self(x, state), self._plain(x, state)
+        except (RuntimeError, TypeError) as error:
+            logger.warning("torch %s cannot run layers with packed weights: %s", torch.__version__, error)
+            return False
+        pairs = zip((found[0], *_leaves(found[1])), (expected[0], *_leaves(expected[1])), strict=True)
+        limit = TOLERANCE[self._dtype]
+        return all(torch.allclose(a, b, rtol=limit, atol=limit) for a, b in pairs)
+
+    def __call__(self, x: Any, state: Any = None) -> tuple[Any, Any]:
+        """x [T, B, input], h or (h, c) [layers, B, hidden] -> y [T, B, hidden], state after T; as the module."""
+        if state is None or not isinstance(x, torch.Tensor) or x.dim() != 3 or torch.is_grad_enabled():
+            return self._plain(x, state)  # type: ignore[no-any-return]
+        if x.shape[1] < self._min_batch:
+            return self._plain(x, state)  # type: ignore[no-any-return]
+        x = x.contiguous()  # what lies in another order would be read as if it did not
+        before = [leaf.contiguous() for leaf in _leaves(state)]
+        after = [torch.empty_like(leaf) for leaf in before]
+        for i, layer in enumerate(self._layers):
+            x = layer(x, [leaf[i] for leaf in before], [leaf[i] for leaf in after])
+        return x, tuple(after) if self._has_cell else after[0]
+
+
+def _leaves(state: Any) -> Sequence[torch.Tensor]:
+    return state if isinstance(state, tuple) else (state,)
+
+
+class _Lstm:
+    def __init__(self, w_ih: torch.Tensor, w_hh: torch.Tensor, b_ih: torch.Tensor, b_hh: torch.Tensor) -> None:
+        reorder = getattr(torch.ops.mkldnn, REORDER[0])
+        self._hidden = w_hh.shape[1]
+        self._weights = *reorder(w_ih, w_hh, self._hidden, False, True, False, None), b_ih, b_hh
+
+    def __call__(self, x: torch.Tensor, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> torch.Tensor:
+        y: torch.Tensor
+        y, h, c, _ = torch.ops.aten.mkldnn_rnn_layer(
+            x, *self._weights, *before, False, [], LSTM, self._hidden, 1, True, False, False, False
+        )
+        after[0].copy_(h)
+        after[1].copy_(c)
+        return y
+
+
+class _Gru:
+    def __init__(self, w_ih: torch.Tensor, w_hh: torch.Tensor, b_ih: torch.Tensor, b_hh: torch.Tensor) -> None:
+        self._split = [2 * w_hh.shape[1], w_hh.shape[1]]
+        self._of_x, self._of_h = _packed(w_ih, b_ih), _packed(w_hh, b_hh)
+
+    def __call__(self, x: torch.Tensor, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> torch.Tensor:
+        (h,) = before
+        y = x.new_empty(len(x), *h.shape)
+        gates_of_x, new_of_x = torch.split(self._of_x(x), self._split, -1)
+        for gates_t, new_t, y_t in zip(gates_of_x.unbind(), new_of_x.unbind(), y.unbind(), strict=True):
+            gates, new = torch.split(self._of_h(h), self._split, -1)
+            reset, update = gates.add_(gates_t).sigmoid_().chunk(2, -1)
+            h = torch.lerp(torch.addcmul(new_t, reset, new).tanh_(), h, update, out=y_t)
+        after[0].copy_(h)
+        return y
+
+
+class _Rnn:
+    def __init__(self, w_ih: torch.Tensor, w_hh: torch.Tensor, b_ih: torch.Tensor, b_hh: torch.Tensor) -> None:
+        self._of_x = _packed(w_ih, b_ih + b_hh)
+        self._added = _packed_added(w_hh)
+        if w_hh.dtype == torch.float32:  # to have it transposed is enough, and adds in place
+            self._of_x = partial(linear, weight=w_ih, bias=b_ih + b_hh)
+            self._added = partial(_add_product, transposed=w_hh.t().contiguous())
+
+    def __call__(self, x: torch.Tensor, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> torch.Tensor:
+        y, (h,) = self._of_x(x), before
+        for y_t in y.unbind():
+            h = self.activate(self._added(y_t, h), out=y_t)
+        after[0].copy_(h)
+        return y
+
+    @staticmethod
+    def activate(values: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(values, out=out)
+
+
+class _ReluRnn(_Rnn):
+    @staticmethod
+    def activate(values: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        return torch.clamp_min(values, 0, out=out)
+
+
+def _add_product(y: torch.Tensor, x: torch.Tensor, transposed: torch.Tensor) -> torch.Tensor:
+    return y.addmm_(x, transposed)
+
+
+def _packed(weight: torch.Tensor, bias: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x -> x W^T + bias."""
+    packed, run = getattr(torch.ops.mkldnn, REORDER[1])(weight), torch.ops.mkldnn._linear_pointwise
+    return lambda x: run(x, packed, bias, "none", [], "")
+
+
+def _packed_added(weight: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(y, x) -> y + x W^T."""
+    packed, run = getattr(torch.ops.mkldnn, REORDER[1])(weight), torch.ops.mkldnn._linear_pointwise.binary
+    return lambda y, x: run(x, y, packed, None, "add")
+
+
+LAYERS: dict[str, Callable[..., Layer]] = {"LSTM": _Lstm, "GRU": _Gru, "RNN_TANH": _Rnn, "RNN_RELU": _ReluRnn}
