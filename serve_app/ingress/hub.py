@@ -36,7 +36,7 @@ STOPPED = "this sender was stopped: open the session by another"
 MOVE_WITHIN_S = 60.0
 """A session whose owner is gone waits so long for another one."""
 RETRY_MOVE_S = 0.1
-WATCH_S = 0.25
+WATCH_S = 0.15
 """So often it is looked whether owners are late: oftener than the margin of a lease is long (see Directory.tick)."""
 
 
