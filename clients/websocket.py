@@ -30,9 +30,9 @@ RETRY_DELAY_S, MAX_RETRY_DELAY_S = 0.05, 0.5
 CONNECT_WITHIN_S = 10.0
 RECONNECT_WITHIN_S, RESUMED_WITHIN_S = 2.0, 5.0
 """One that stands still takes connections all the same, and does nothing with them: then another address is tried."""
-SILENT_S, LOOK_S = 1.0, 0.5
+SILENT_S, LOOK_S = 0.75, 0.25
 """After so long without a message, where outputs are due, it is asked whether anybody is there; how often we look."""
-ALIVE_WITHIN_S = 1.5
+ALIVE_WITHIN_S = 1.0
 RESUME_WITHIN_S = 30.0
 """A session whose connection is gone is lost when there is none again within that time."""
 TAKEN_OVER = 4409

@@ -30,6 +30,7 @@ from serve_app.__main__ import end_haproxy, haproxy_env, interrupt
 HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
 FALLBACK_PORTS = ("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT")
 """Besides those for clients: others on this machine may have Ray's own."""
+_given: set[int] = set()  # by `free_port`
 
 
 @contextmanager
@@ -84,7 +85,9 @@ def free_port() -> int:
         port = random.randrange(20000, 30000)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
 def deploy(config: ServeDeploySchema) -> None:

@@ -135,6 +135,7 @@ class Ask(NamedTuple):
     """What `Directory.open` is asked. `ended`: epochs, by owner, that the sender has seen end before.
 
     turn, waited_s: of a new session; what it says for the case that no place is free, and how long it has waited.
+    lost: the owner that the session was at, where the sender cannot reach it any more.
     """
 
     session: str
@@ -145,6 +146,7 @@ class Ask(NamedTuple):
     claim: Claim | None = None
     turn: Turn = USUAL
     waited_s: float = 0.0
+    lost: str = ""
 
 
 class SessionStatistics(NamedTuple):

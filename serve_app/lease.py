@@ -3,8 +3,8 @@
 import math
 import time
 
-LEASE_S = 2.0
-MARGIN_S = 0.5
+LEASE_S = 1.5
+MARGIN_S = 0.4
 """The directory gives an owner up so much later than the owner stops."""
 
 

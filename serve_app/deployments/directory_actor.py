@@ -70,8 +70,10 @@ class DirectoryActor:
         return await self._listening
 
     async def open(self, asks: Sequence[Ask]) -> list[Grant | LockstepError]:
-        """See Directory.open; what each ask is granted, or why it is not. First, forget what its sender saw end."""
+        """See Directory.open; what each ask is granted, or why it is not. First, hear what is lost or has ended."""
         self._directory.tick(lease.now())
+        for owner in {ask.lost: None for ask in asks if ask.lost}:
+            await self.lost(owner)
         return [await self._open(ask) for ask in asks]
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:

@@ -5,8 +5,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from serve_app.deployments.messages import CALLER_LOST, PICKLED, CallChannel, CallServer, Codec
-from serve_app.ingress.peers import Asked, NotReached
+from serve_app.ingress.peers import AreYouThere, Asked, NotReached
 
+SILENT_S = ALIVE_WITHIN_S = 1.0
+"""After so long without an answer it is asked whether anybody is there; when that has to be answered."""
 QUESTIONS: Codec[Asked, Any] = PICKLED
 
 
@@ -22,7 +24,7 @@ class PeerChannels:
         self._channels: dict[str, CallChannel[Asked, Any]] = {}
 
     async def call(self, address: str, asked: Asked) -> Any:
-        """See Calls."""
+        """See Calls. An ingress that stands still has its connections, and says nothing: TimeoutError."""
         channel = self._channels.get(address)
         if channel is None or channel.is_lost:
             channel = self._channels[address] = CallChannel(QUESTIONS, address)
@@ -32,7 +34,15 @@ class PeerChannels:
             if self._channels.get(address) is channel:
                 del self._channels[address]
             raise NotReached(address) from error
-        return await channel.call(asked)
+        asking = asyncio.ensure_future(channel.call(asked))
+        try:
+            while not (await asyncio.wait([asking], timeout=SILENT_S))[0]:
+                async with asyncio.timeout(ALIVE_WITHIN_S):
+                    await channel.call(asked._replace(question=AreYouThere()))
+            return asking.result()
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
 
     async def stop(self) -> None:
         """Ask nothing any more."""

@@ -11,7 +11,7 @@ from serve_app.errors import Unavailable
 from serve_app.lease import Lease
 from serve_app.policy.autoscaling import IDLE, Load
 
-ANSWERED_WITHIN_S = 0.5
+ANSWERED_WITHIN_S = 0.3
 """By a directory that lives, mostly."""
 
 

@@ -36,7 +36,7 @@ STOPPED = "this sender was stopped: open the session by another"
 MOVE_WITHIN_S = 60.0
 """A session whose owner is gone waits so long for another one."""
 RETRY_MOVE_S = 0.1
-WATCH_S = 0.25
+WATCH_S = 0.15
 """So often it is looked whether owners are late: oftener than the margin of a lease is long (see Directory.tick)."""
 
 
@@ -480,13 +480,12 @@ class Hub:
         try:
             while session.can_move:
                 try:
-                    if is_lost:
-                        await self._directory.lost(name)
-                        is_lost = False
-                    model, claim = session.spec.name, Claim(session.epoch)
-                    ask = Ask(session.name, self.sender, model, {}, session.stays, claim)
+                    ask = Ask(
+                        session.name, self.sender, session.spec.name, {}, session.stays, Claim(session.epoch),
+                        lost=name if is_lost else "",
+                    )  # fmt: skip
                     grant = await self._directory.open(ask)
-                    name = grant.owner.name
+                    is_lost, name = False, grant.owner.name
                     session.epoch, session.owner = grant.epoch, name
                     outbox = await self._outbox(grant.owner)
                     at, state = session.restore_point()

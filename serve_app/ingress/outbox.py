@@ -23,7 +23,7 @@ MIN_SHARE = 32
 RETRY_DELAY_S = 0.02
 MAX_ACKS = 4096
 STOP_WITHIN_S = 2.0
-LATE_S = 1.5
+LATE_S = 1.2
 """A call with nothing to tell is answered before that, unless a step takes so long."""
 
 
