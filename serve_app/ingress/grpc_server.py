@@ -44,8 +44,8 @@ class Requests(Protocol):
     #: Messages that were taken, and are not answered.
     outstanding: int
 
-    def take(self, message: Any) -> None:
-        """The next message of the client."""
+    def take(self, data: bytes) -> None:
+        """The next message of the client. Raises DecodeError where it is none."""
         ...
 
     def replied(self) -> None:
@@ -375,26 +375,20 @@ class _Call:
     def _take(self, is_compressed: int, data: bytes) -> None:
         assert self._method is not None
         try:
-            message = self._method.request.FromString(self._inflate(data) if is_compressed else data)
+            if is_compressed:
+                data = self._inflate(data)
+            if self._requests is not None:
+                self._requests.take(data)
+            elif self._message is None:
+                self._message = self._method.request.FromString(data)
+            else:
+                self.finish(grpc.StatusCode.INTERNAL, "a unary call has one message, a second one came")
         except _Refused as error:
             self.finish(error.code, error.details)
         except DecodeError:
             name = self._method.request.DESCRIPTOR.name
             self.finish(grpc.StatusCode.INVALID_ARGUMENT, f"a message of {len(data)} bytes is no {name}")
-        else:
-            if self._requests is not None:
-                self._take_from_stream(message)
-            elif self._message is None:
-                self._message = message
-            else:
-                self.finish(grpc.StatusCode.INTERNAL, "a unary call has one message, a second one came")
-
-    def _take_from_stream(self, message: Message) -> None:
-        """A fault costs this call only, not the others of the connection."""
-        assert self._requests is not None
-        try:
-            self._requests.take(message)
-        except Exception:
+        except Exception:  # costs this call only, not the others of the connection
             logger.exception("a call failed: %s", self._headers.get(b":path"))
             self.finish(grpc.StatusCode.INTERNAL, "an unexpected error: the server's log has it")
 
