@@ -284,7 +284,7 @@ class _Call:
     def data(self, data: bytes) -> None:
         """More of the client's messages."""
         self._num_unacknowledged += len(data)
-        if not self._buffer and self._may_take() and len(data) == PREFIX_BYTES + int.from_bytes(data[1:PREFIX_BYTES]):
+        if not self._buffer and len(data) == PREFIX_BYTES + int.from_bytes(data[1:PREFIX_BYTES]) and self._may_take():
             self._take(data[0], data[PREFIX_BYTES:])
         else:
             self._buffer += data
@@ -297,7 +297,7 @@ class _Call:
 
     def go_on(self) -> None:
         """Take what is here, as far as it may be taken; more may come if all of it was."""
-        while self._may_take() and len(self._buffer) >= PREFIX_BYTES:
+        while len(self._buffer) >= PREFIX_BYTES and self._may_take():
             end = PREFIX_BYTES + int.from_bytes(self._buffer[1:PREFIX_BYTES])
             if end > PREFIX_BYTES + MAX_MESSAGE_BYTES:
                 text = f"a message of {end - PREFIX_BYTES} bytes, the limit is {MAX_MESSAGE_BYTES}: send less at once"

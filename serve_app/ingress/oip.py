@@ -304,7 +304,6 @@ class InferenceServer:
         rows = len(next(iter(result.values.values()))) if isinstance(result, RowsResult) else 1
         executions = rows / timing.batch_size if isinstance(result, RowsResult) else 1
         statistics.add(rows, executions, took_ns, timing.queue_us * 1000, timing.compute_us * 1000)
-        values = {name: value[None] if call.batched else value for name, value in result.values.items()}
         parameters: dict[str, Parameter] = {
             "queue_us": timing.queue_us,
             "compute_us": timing.compute_us,
@@ -315,7 +314,10 @@ class InferenceServer:
             parameters |= {"began_us": call.began_ns // 1000, "queued_us": result.queued_us}
         if call.tells_final:
             parameters["triton_final_response"] = True
-        return Answer(call, {name: values[name] for name in call.outputs}, parameters)
+        values = result.values
+        return Answer(
+            call, {name: values[name][None] if call.batched else values[name] for name in call.outputs}, parameters
+        )
 
     async def infer(self, call: Call, space: Space) -> Answer:
         """Run one call. Raises what it fails with."""

@@ -475,8 +475,9 @@ def split(data: bytes) -> Parts:
     gRPC's clients write its fields in the order of their numbers, so that the values are the last.
     """
     at, size, identity, sequence, kept, form = 0, len(data), b"", 0, 0, b""
+    limit = min(size, MAX_FORM_BYTES)
     try:
-        while at < min(size, MAX_FORM_BYTES):
+        while at < limit:
             tag, length, begin = data[at], data[at + 1], at + 2
             if tag & 0x87 != 2:  # all fields have numbers below 16, and a length
                 break
@@ -484,7 +485,7 @@ def split(data: bytes) -> Parts:
                 length, begin = _varint(data, at + 1)
             end = begin + length
             if tag == VALUES_TAG:
-                if end == size:
+                if end == size:  # there are no others
                     return Parts(form + data[kept:at], identity.decode(), sequence, data[begin:])
                 break
             if tag == ID_TAG:
