@@ -61,8 +61,8 @@ class Run(NamedTuple):
 
     def cut(self, start: int) -> "Run":
         """What is left from timestep `start` on."""
-        skip = max(0, start - self.start)
-        return Run(self.start + skip, self.end, self.values, self.at + skip)
+        skip = start - self.start
+        return self if skip <= 0 else Run(self.start + skip, self.end, self.values, self.at + skip)
 
     def rows(self, name: str) -> np.ndarray:
         """This run of one output: a view."""

@@ -77,4 +77,4 @@ def check_segment(x: np.ndarray, spec: TensorSpec, limits: SessionLimits) -> Non
 
 def finite(x: np.ndarray) -> bool:
     """Whether all values are finite; integers always are."""
-    return x.dtype.kind != "f" or bool(np.isfinite(x).all())
+    return x.dtype.kind != "f" or np.count_nonzero(np.isfinite(x)) == x.size  # all() takes three times as long

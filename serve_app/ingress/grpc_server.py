@@ -44,8 +44,8 @@ class Requests(Protocol):
     #: Messages that were taken, and are not answered.
     outstanding: int
 
-    def take(self, message: Any) -> None:
-        """The next message of the client."""
+    def take(self, data: bytes) -> None:
+        """The next message of the client. Raises DecodeError where it is none."""
         ...
 
     def replied(self) -> None:
@@ -284,7 +284,7 @@ class _Call:
     def data(self, data: bytes) -> None:
         """More of the client's messages."""
         self._num_unacknowledged += len(data)
-        if not self._buffer and self._may_take() and len(data) == PREFIX_BYTES + int.from_bytes(data[1:PREFIX_BYTES]):
+        if not self._buffer and len(data) == PREFIX_BYTES + int.from_bytes(data[1:PREFIX_BYTES]) and self._may_take():
             self._take(data[0], data[PREFIX_BYTES:])
         else:
             self._buffer += data
@@ -297,7 +297,7 @@ class _Call:
 
     def go_on(self) -> None:
         """Take what is here, as far as it may be taken; more may come if all of it was."""
-        while self._may_take() and len(self._buffer) >= PREFIX_BYTES:
+        while len(self._buffer) >= PREFIX_BYTES and self._may_take():
             end = PREFIX_BYTES + int.from_bytes(self._buffer[1:PREFIX_BYTES])
             if end > PREFIX_BYTES + MAX_MESSAGE_BYTES:
                 text = f"a message of {end - PREFIX_BYTES} bytes, the limit is {MAX_MESSAGE_BYTES}: send less at once"
@@ -375,26 +375,20 @@ class _Call:
     def _take(self, is_compressed: int, data: bytes) -> None:
         assert self._method is not None
         try:
-            message = self._method.request.FromString(self._inflate(data) if is_compressed else data)
+            if is_compressed:
+                data = self._inflate(data)
+            if self._requests is not None:
+                self._requests.take(data)
+            elif self._message is None:
+                self._message = self._method.request.FromString(data)
+            else:
+                self.finish(grpc.StatusCode.INTERNAL, "a unary call has one message, a second one came")
         except _Refused as error:
             self.finish(error.code, error.details)
         except DecodeError:
             name = self._method.request.DESCRIPTOR.name
             self.finish(grpc.StatusCode.INVALID_ARGUMENT, f"a message of {len(data)} bytes is no {name}")
-        else:
-            if self._requests is not None:
-                self._take_from_stream(message)
-            elif self._message is None:
-                self._message = message
-            else:
-                self.finish(grpc.StatusCode.INTERNAL, "a unary call has one message, a second one came")
-
-    def _take_from_stream(self, message: Message) -> None:
-        """A fault costs this call only, not the others of the connection."""
-        assert self._requests is not None
-        try:
-            self._requests.take(message)
-        except Exception:
+        except Exception:  # costs this call only, not the others of the connection
             logger.exception("a call failed: %s", self._headers.get(b":path"))
             self.finish(grpc.StatusCode.INTERNAL, "an unexpected error: the server's log has it")
 

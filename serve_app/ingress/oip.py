@@ -50,6 +50,8 @@ LENGTH_BYTES = 4
 """Before each element of BYTES, where they come as one after the other: its length, little-endian."""
 LITTLE_ENDIAN = sys.byteorder == "little"
 MAX_DIMS = 32
+MAX_FORMS = 256
+"""Requests have others where sequences start and end, and for each number of timesteps."""
 Parameter = bool | int | str | float
 Parameters = Mapping[str, Parameter]
 
@@ -75,6 +77,19 @@ class Call(NamedTuple):
     #: The client asked to be told with each response whether it is the last.
     tells_final: bool
     began_ns: int
+
+
+@dataclass(slots=True)
+class Form:
+    """What calls have in common that differ only in their ids, sequences and values.
+
+    call: one of them, without these. template: what whoever writes their answers wants to have at hand.
+    """
+
+    call: Call
+    dtype: np.dtype
+    shape: Sequence[int]
+    template: Any = None
 
 
 class Answer(NamedTuple):
@@ -105,6 +120,8 @@ class InferenceServer:
         self.log: dict[str, bool | int | str] = {"log_info": True, "log_warning": True, "log_error": True}
         self._hub = hub
         self._batched = batched or NoModels()
+        #: Of calls that have been read, by the bytes by which it is known; forgotten when models change.
+        self.forms: dict[bytes, Form] = {}
         self._specs: dict[str, ModelSpec | BatchedSpec] = {}
         self._control = control or Marks()
         self._unloaded: Mapping[str, bool] = {}  # as it was when somebody asked last
@@ -249,6 +266,29 @@ class InferenceServer:
         request = Request(model, sequence, start, end, x, priority, deadline, notice, timestep)
         return Call(request, spec, identity, wanted, batched, final, began_ns)
 
+    def learn(self, key: bytes, call: Call, datatype: str) -> None:
+        """Remember the form of a call, if others may have it. Its input came as bytes."""
+        request = call.request
+        if not isinstance(request, Request) or datatype in ("BOOL", "BYTES"):
+            return
+        if request.deadline < math.inf or request.timestep is not None:
+            return
+        if len(self.forms) == MAX_FORMS:
+            self.forms.clear()
+        without = call._replace(request=request._replace(x=np.empty(0)), id="")
+        self.forms[key] = Form(without, request.x.dtype, request.x.shape)
+
+    def fill(self, form: Form, identity: str, sequence: SequenceId, data: bytes) -> Call | None:
+        """A call of that form; None where it is not, since there is more or less data. sequence: 0 for the form's."""
+        try:
+            x = np.frombuffer(data, form.dtype).reshape(form.shape)
+        except ValueError:
+            return None
+        call, of = form.call, form.call.request
+        assert isinstance(of, Request)
+        request = Request(of.model, sequence or of.sequence, of.start, of.end, x, of.priority, notice=of.notice)
+        return Call(request, call.spec, identity, call.outputs, call.batched, call.tells_final, time.monotonic_ns())
+
     async def know(self, model: str) -> None:
         """Look the model up, if it is not known here yet. Raises Unavailable for one that is just starting."""
         if model not in self._specs and model not in await self._models() and model in self._batched.specs():
@@ -264,7 +304,6 @@ class InferenceServer:
         rows = len(next(iter(result.values.values()))) if isinstance(result, RowsResult) else 1
         executions = rows / timing.batch_size if isinstance(result, RowsResult) else 1
         statistics.add(rows, executions, took_ns, timing.queue_us * 1000, timing.compute_us * 1000)
-        values = {name: value[None] if call.batched else value for name, value in result.values.items()}
         parameters: dict[str, Parameter] = {
             "queue_us": timing.queue_us,
             "compute_us": timing.compute_us,
@@ -275,7 +314,10 @@ class InferenceServer:
             parameters |= {"began_us": call.began_ns // 1000, "queued_us": result.queued_us}
         if call.tells_final:
             parameters["triton_final_response"] = True
-        return Answer(call, {name: values[name] for name in call.outputs}, parameters)
+        values = result.values
+        return Answer(
+            call, {name: values[name][None] if call.batched else values[name] for name in call.outputs}, parameters
+        )
 
     async def infer(self, call: Call, space: Space) -> Answer:
         """Run one call. Raises what it fails with."""
@@ -318,6 +360,7 @@ class InferenceServer:
         self._unloaded = await self._control.unloaded()
         kept = {name: spec for name, spec in self._specs.items() if name in self._unloaded}
         self._specs = {**kept, **await self._hub.models(), **batched}
+        self.forms.clear()
         return self._specs
 
     async def _spec(self, name: str, version: str) -> ModelSpec | BatchedSpec:

@@ -4,9 +4,9 @@ import asyncio
 import contextvars
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, MutableSequence, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import grpc
 from google.protobuf import json_format
@@ -18,6 +18,7 @@ from serve_app.ingress.oip import (
     DATATYPE_OF,
     Answer,
     Call,
+    Form,
     InferenceServer,
     Input,
     Parameter,
@@ -34,6 +35,12 @@ logger = logging.getLogger(__name__)
 
 MAX_OUTSTANDING = 1024
 """Requests of a stream that are not answered yet; no more are read meanwhile."""
+ID_TAG, PARAMETER_TAG, VALUES_TAG = (number << 3 | 2 for number in (3, 4, 7))
+"""Of the fields `id`, `parameters` and `raw_input_contents` of a ModelInferRequest."""
+SEQUENCE_ID, INT64_TAG = b"\x0a\x0bsequence_id\x12", 2 << 3
+"""How that parameter begins, up to its length; and an integer's tag, which follows."""
+MAX_FORM_BYTES = 1024
+MAX_TEMPLATE_BYTES = 65536
 CONTENTS = {
     "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
     "INT64": "int64_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
@@ -59,6 +66,20 @@ class Context(Protocol):
     def set_trailing_metadata(self, metadata: Sequence[tuple[str, str]]) -> None:
         """What else there is to say."""
         ...
+
+
+class Head(NamedTuple):
+    """Of a request whose form is known; its outputs go into the answer."""
+
+    model_name: str
+    model_version: str
+    id: str
+    form: Form
+    outputs: Sequence[pb.ModelInferRequest.InferRequestedOutputTensor] = ()
+
+
+Asked = pb.ModelInferRequest | Head
+"""What an answer takes from its request."""
 
 
 class InferenceService:
@@ -232,7 +253,10 @@ class InferenceService:
     def open_stream(
         self, metadata: Mapping[str, str], send: Callable[[pb.ModelStreamInferResponse], None]
     ) -> "RequestStream":
-        """A stream that begins, of a client with that metadata; `send` gets what is to be answered."""
+        """A stream that begins, of a client with that metadata; `send` gets what is to be answered.
+
+        Of requests that came by `take` an answer may change after that.
+        """
         return RequestStream(self.inference, client_name(metadata), send)
 
 
@@ -244,7 +268,7 @@ async def _read(
     """Take requests until the client sends no more, then wait for their replies."""
     try:
         async for request in stream:
-            requests.take(request)
+            requests.take_message(request)
             await requests.until(MAX_OUTSTANDING)
         await requests.until(0)
     finally:
@@ -270,10 +294,24 @@ class RequestStream:
         self._running: set[asyncio.Task[None]] = set()
         self._changed: asyncio.Event | None = None
 
-    def take(self, request: pb.ModelInferRequest) -> None:
-        """The next request. Beyond MAX_OUTSTANDING none should come."""
+    def take(self, data: bytes) -> None:
+        """The next request, as bytes. Raises DecodeError."""
+        parts = split(data)
+        form = None if self._held else self._inference.forms.get(parts.form)
+        if (
+            form is not None
+            and (call := self._inference.fill(form, parts.id, parts.sequence, parts.values)) is not None
+        ):
+            self.outstanding += 1
+            if self._ask(Head(call.spec.name, "1", parts.id, form), call):
+                return
+            self.outstanding -= 1
+        self.take_message(pb.ModelInferRequest.FromString(data), parts.form)
+
+    def take_message(self, request: pb.ModelInferRequest, key: bytes = b"") -> None:
+        """The next request. Beyond MAX_OUTSTANDING none should come. key: of its form, if there may be others of it."""
         self.outstanding += 1
-        if self._held or not self._take(request):
+        if self._held or not self._take(request, key):
             self._held.append(request)
             if len(self._held) == 1:
                 self._start(self._go_on())
@@ -299,17 +337,20 @@ class RequestStream:
         if self._client is None:
             self._space.abort()
 
-    def _take(self, request: pb.ModelInferRequest) -> bool:
+    def _take(self, request: pb.ModelInferRequest, key: bytes) -> bool:
         """Run it; False where it has to wait, for the model to be known or for room in its sequence's window."""
         try:
-            return self._ask(request, read_request(self._inference, request))
+            call = read_request(self._inference, request)
+            if key and not any(tensor.parameters for tensor in (*request.inputs, *request.outputs)):
+                self._inference.learn(key, call, request.inputs[0].datatype)
+            return self._ask(request, call)
         except UnknownModel:
             return False
         except LockstepError as error:
             self._reply_error(request, error)
             return True
 
-    def _ask(self, request: pb.ModelInferRequest, call: Call) -> bool:
+    def _ask(self, request: Asked, call: Call) -> bool:
         """Run what was read; False without room."""
         if isinstance(call.request, RowsRequest):
             self._start(self._run(request, call))
@@ -340,7 +381,7 @@ class RequestStream:
         self._running.add(running)
         running.add_done_callback(self._running.discard)
 
-    async def _run(self, request: pb.ModelInferRequest, call: Call) -> None:
+    async def _run(self, request: Asked, call: Call) -> None:
         """Of a stateless model: in whatever order they are done."""
         try:
             result = await self._inference.run(call)
@@ -349,17 +390,24 @@ class RequestStream:
             result = LockstepError("an unexpected error: the server's log has it")
         self._reply(request, call, result)
 
-    def _reply(self, request: pb.ModelInferRequest, call: Call, result: Result | RowsResult | LockstepError) -> None:
+    def _reply(self, request: Asked, call: Call, result: Result | RowsResult | LockstepError) -> None:
         answer = self._inference.answer(call, result)
         try:
             if not isinstance(answer, LockstepError):
-                response = pb.ModelStreamInferResponse()
-                write_response(self._inference, request, answer, response.infer_response)
-                self._send(response)
+                self._send(self._response(request, answer))
                 return
         except LockstepError as error:
             answer = error
         self._reply_error(request, answer)
+
+    def _response(self, request: Asked, answer: Answer) -> pb.ModelStreamInferResponse:
+        if isinstance(request, Head) and request.form.template is not None:
+            return _rewritten(request.form.template, request.id, answer)
+        response = pb.ModelStreamInferResponse()
+        write_response(self._inference, request, answer, response.infer_response)
+        if isinstance(request, Head) and response.ByteSize() < MAX_TEMPLATE_BYTES:
+            request.form.template = _Template.of(response)
+        return response
 
     def _notice(self, call: Call, error: LockstepError) -> None:
         """The sequence that began with this call has ended by itself."""
@@ -372,7 +420,7 @@ class RequestStream:
         self.outstanding += 1  # until it is out, as others
         self._send(pb.ModelStreamInferResponse(error_message=error.message, infer_response=response))
 
-    def _reply_error(self, request: pb.ModelInferRequest, error: LockstepError) -> None:
+    def _reply_error(self, request: Asked, error: LockstepError) -> None:
         response = pb.ModelInferResponse(
             model_name=request.model_name, model_version=request.model_version, id=request.id
         )
@@ -409,6 +457,59 @@ class told:  # as a context manager reads
         return True
 
 
+class Parts(NamedTuple):
+    """Of the bytes of a request: all that its form is known by, and what others of that form have of their own.
+
+    sequence: 0 where it is no positive number, and so one of the form's. values: of the one input.
+    """
+
+    form: bytes = b""
+    id: str = ""
+    sequence: int = 0
+    values: bytes = b""
+
+
+def split(data: bytes) -> Parts:
+    """The parts of a request that is still to be read; none where it is of a kind that is to be read anyway.
+
+    gRPC's clients write its fields in the order of their numbers, so that the values are the last.
+    """
+    at, size, identity, sequence, kept, form = 0, len(data), b"", 0, 0, b""
+    limit = min(size, MAX_FORM_BYTES)
+    try:
+        while at < limit:
+            tag, length, begin = data[at], data[at + 1], at + 2
+            if tag & 0x87 != 2:  # all fields have numbers below 16, and a length
+                break
+            if length > 127:
+                length, begin = _varint(data, at + 1)
+            end = begin + length
+            if tag == VALUES_TAG:
+                if end == size:  # there are no others
+                    return Parts(form + data[kept:at], identity.decode(), sequence, data[begin:])
+                break
+            if tag == ID_TAG:
+                form, identity, kept = form + data[kept:at], data[begin:end], end
+            elif tag == PARAMETER_TAG and data.startswith(SEQUENCE_ID, begin) and not sequence:
+                number, number_end = _varint(data, begin + len(SEQUENCE_ID) + 2)
+                if 0 < number < 2**63 and number_end == end and data[begin + len(SEQUENCE_ID) + 1] == INT64_TAG:
+                    form, sequence, kept = form + data[kept:at] + SEQUENCE_ID, number, end
+            at = end
+    except (IndexError, UnicodeDecodeError):
+        pass  # who reads the message says what is wrong with it
+    return Parts()
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number as protobuf writes it, and where it ends."""
+    number = shift = 0
+    while (digit := data[at]) > 127 and shift < 63:
+        number |= (digit & 127) << shift
+        shift += 7
+        at += 1
+    return number | digit << shift, at + 1
+
+
 def read_request(inference: InferenceServer, request: pb.ModelInferRequest) -> Call:
     """What a message asks for. Raises InvalidInput, UnknownModel (also for one to get to `know`) and others."""
     parameters = _parameters(request.parameters)
@@ -426,9 +527,7 @@ async def know_and_read(inference: InferenceServer, request: pb.ModelInferReques
     return read_request(inference, request)
 
 
-def write_response(
-    inference: InferenceServer, request: pb.ModelInferRequest, answer: Answer, response: pb.ModelInferResponse
-) -> None:
+def write_response(inference: InferenceServer, request: Asked, answer: Answer, response: pb.ModelInferResponse) -> None:
     """Fill in the answer. Outputs go where the request says: into the message, or into shared memory."""
     response.model_name, response.model_version, response.id = request.model_name, "1", request.id
     regions = {output.name: output.parameters for output in request.outputs if output.parameters}
@@ -448,6 +547,32 @@ def write_response(
             response.parameters[name].int64_param = parameter
         else:
             _set_parameter(response.parameters[name], parameter)
+
+
+class _Template(NamedTuple):
+    """The answer to a request of some form, and its parts, which are quicker to change than to make."""
+
+    response: pb.ModelStreamInferResponse
+    infer: pb.ModelInferResponse
+    parameters: dict[str, pb.InferParameter]
+    raw: MutableSequence[bytes]
+
+    @staticmethod
+    def of(response: pb.ModelStreamInferResponse) -> "_Template":
+        infer = response.infer_response
+        parameters = {name: infer.parameters[name] for name in infer.parameters}
+        return _Template(response, infer, parameters, infer.raw_output_contents)
+
+
+def _rewritten(template: _Template, identity: str, answer: Answer) -> pb.ModelStreamInferResponse:
+    """The answer to another request of that form; the last one is gone by that."""
+    template.infer.id = identity
+    for name, parameter in answer.parameters.items():
+        if type(parameter) is int:
+            template.parameters[name].int64_param = parameter
+    for i, value in enumerate(answer.outputs.values()):
+        template.raw[i] = write_tensor(value)
+    return template.response
 
 
 def _inputs(inference: InferenceServer, request: pb.ModelInferRequest) -> list[Input]:

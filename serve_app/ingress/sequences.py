@@ -219,17 +219,16 @@ class Space:
 
     def _refusal(self, request: Request, sequence: "Sequence", stream: object) -> LockstepError | None:
         """Why a request cannot be taken for the sequence that there is."""
-        name = f"sequence {request.sequence!r} of model {request.model!r}"
         if sequence.stream not in (None, stream):
-            return SessionExists(f"{name} is in use on another stream: end it there, or choose another id")
+            return SessionExists(f"{_named(request)} is in use on another stream: end it there, or choose another id")
         if request.start and self._is_shared and not sequence.ends and not sequence.is_broken:
             return SessionExists(
-                f"{name} is open already: end it, choose another id, or name your client (metadata or header "
-                "lockstep-client) so that it has its own"
+                f"{_named(request)} is open already: end it, choose another id, or name your client (metadata or "
+                "header lockstep-client) so that it has its own"
             )
         if not request.start and request.priority and sequence.priority not in (None, request.priority):
             return InvalidInput(
-                f"{name} began with priority {sequence.priority or 'unsaid'}, and a request of it has "
+                f"{_named(request)} began with priority {sequence.priority or 'unsaid'}, and a request of it has "
                 f"{request.priority}: leave it out there"
             )
         return None
@@ -332,6 +331,10 @@ class Space:
             del self._sequences[key]
 
 
+def _named(request: Request) -> str:
+    return f"sequence {request.sequence!r} of model {request.model!r}"
+
+
 def _not_started(request: Request) -> LockstepError:
     return InvalidInput(
         f"inference request for sequence {request.sequence} to model '{request.model}' must specify the START flag on "
@@ -361,7 +364,7 @@ class _Timed:
             self._reply(result)
 
     def _late(self) -> None:
-        name = f"sequence {self._request.sequence!r} of model {self._request.model!r}"
+        name = _named(self._request)
         if self._request.start and self._sequence is not None and not self._sequence.is_open:
             self(TimedOut(f"{name} has waited for a place longer than its timeout: try again later"))
             self._sequence.abort()
@@ -438,7 +441,7 @@ class Sequence:
 
     @property
     def _lost_an_answer(self) -> bool:
-        return any(way.is_set() for way in self._ways)
+        return bool(self._ways) and any(way.is_set() for way in self._ways)
 
     @property
     def is_open(self) -> bool:

@@ -63,7 +63,8 @@ class EchoStream:
         self.has_left = False
         self._echo, self._send = echo, send
 
-    def take(self, message: pb.ModelInferRequest) -> None:
+    def take(self, data: bytes) -> None:
+        message = pb.ModelInferRequest.FromString(data)
         if message.id == "fails":
             raise RuntimeError("a fault")
         self.outstanding += 1

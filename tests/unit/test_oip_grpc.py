@@ -18,7 +18,7 @@ import torch
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig
 from serve_app.ingress.batched import BatchedModels
 from serve_app.ingress.oip import InferenceServer
-from serve_app.ingress.oip_grpc import MAX_OUTSTANDING, InferenceService
+from serve_app.ingress.oip_grpc import MAX_OUTSTANDING, InferenceService, Parts, split
 from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.protos import oip_pb2_grpc
 from tests.fakes import FloatSumModel
@@ -640,3 +640,35 @@ async def test_texts_as_bytes() -> None:
             request = pb.ModelInferRequest(model_name="words", inputs=[tensor], raw_input_contents=[bad])
             code, text = await refused(stub.ModelInfer(request))
             assert (code, message in text) == ("INVALID_ARGUMENT", True), text
+
+
+async def test_requests_of_one_form_keep_what_is_their_own() -> None:
+    async with served() as (_, stub):
+        names: list[Any] = [1, "one", 2**40, 2**62, "two"]
+        rounds = [[infer(name, range(at + i), start=at == 1, identity=f"{at} {i}" * 20) for i, name in enumerate(names)]
+                  for at in (1, 2, 2, 3)]  # fmt: skip
+        responses = await stream(stub, [request for each in rounds for request in each])
+        found = {r.infer_response.id: totals(r.infer_response) for r in responses}
+        for i in range(len(names)):
+            lengths = [1 + i, 2 + i, 2 + i, 3 + i]
+            expected = np.cumsum([value for length in lengths for value in range(length)]).tolist()
+            assert found[f"3 {i}" * 20] == expected[-lengths[-1] :]
+
+
+async def test_what_a_request_is_split_into() -> None:
+    message = infer(7, [1, 2], start=True, identity="x").SerializeToString()
+    assert split(message).form == split(infer(2**40, [3, 4], start=True, identity="yz").SerializeToString()).form != b""
+    assert split(message)[1:] == ("x", 7, np.array([1, 2], np.float32).tobytes())
+    for other in (
+        infer(7, [1, 2]),
+        infer(7, [1], start=True),
+        infer("7", [1, 2], start=True),
+        infer(None, [1, 2], start=True),
+    ):
+        assert split(other.SerializeToString()).form not in (b"", split(message).form)
+    rng = random.Random(0)
+    for _ in range(2000):
+        broken = bytearray(message[: rng.randrange(len(message))])
+        if broken:
+            broken[rng.randrange(len(broken))] = rng.randrange(256)
+        assert isinstance(split(bytes(broken)), Parts)
