@@ -4,9 +4,9 @@
 
 All have the same weights and begin with states of zeros; "training" is forward and backward, with gradients of the
 input and of all weights. "Packed" is how the engine runs layers in one direction on a CPU
-(serve_app/engine/packed_layers.py), on a GPU "graph": as a CUDA graph. Before anything is timed, what they give is compared, and a difference ends the
-bench. They take turns, each from inputs that lie ready to results that are there; a rate is sequences per second, by
-the median time.
+(serve_app/engine/packed_layers.py), "graph" how it runs them on a GPU, as a CUDA graph. Before anything is timed, what
+they give is compared, and a difference ends the bench. They take turns, each from inputs that lie ready to results that
+are there; a rate is sequences per second, by the median time.
 
 `*_speedup` is torch's fused layers over torch's cells in the same precision. `*_product_speedup` is the fastest of
 fused, packed and graph over those cells: what the engine gives. MXNet's table is fp32 against fp32; `*_best_speedup` is
