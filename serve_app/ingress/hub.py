@@ -448,9 +448,14 @@ class Hub:
         return outbox
 
     async def _watch(self) -> None:
-        """Ask after owners that are late: one that stands still has its connections, and says nothing."""
+        """Ask after owners that are late: one that stands still has its connections, and says nothing.
+
+        Let go of the ways to owners that nobody needs: each load of a model brings owners of other names.
+        """
         while True:
             await asyncio.sleep(WATCH_S)
+            for owner in [owner for owner, outbox in self._outboxes.items() if outbox.is_unused]:
+                await self._outboxes.pop(owner).stop()
             late = [owner for owner, outbox in self._outboxes.items() if outbox.is_late]
             try:
                 gone = await self._directory.gone(late) if late else []

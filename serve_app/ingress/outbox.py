@@ -25,6 +25,7 @@ MAX_ACKS = 4096
 STOP_WITHIN_S = 2.0
 LATE_S = 1.2
 """A call with nothing to tell is answered before that, unless a step takes so long."""
+UNUSED_S = 60.0
 
 
 class Channel(Protocol):
@@ -175,6 +176,12 @@ class Outbox:
         """Whether the owner should have answered a call by now."""
         waits = bool(self._calls) and self._error is None
         return waits and asyncio.get_running_loop().time() - self._heard_at > LATE_S
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether there has been no session for some time: the owner may be gone, and nobody would be told."""
+        in_use = self._sessions or self._opening or self._calls or self._pump_due
+        return not in_use and asyncio.get_running_loop().time() - self._heard_at > UNUSED_S
 
     def fail(self, error: LockstepError) -> None:
         """The owner is gone, and nothing that it may still say counts."""

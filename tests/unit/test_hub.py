@@ -24,6 +24,8 @@ from serve_app.errors import (
     WindowFull,
 )
 from serve_app.frame import Answer, Frame
+from serve_app.ingress import hub as hub_module
+from serve_app.ingress import outbox as outbox_module
 from serve_app.session import Session
 from tests.fakes import FloatSumModel, SumModel
 from tests.local import REQUEST, local
@@ -287,6 +289,23 @@ async def test_a_dead_owner_ends_its_sessions_and_no_others() -> None:
         await cluster.kill("owner-1")
         with pytest.raises(Unavailable, match="no replica is ready"):
             await hub.open()
+
+
+async def test_the_way_to_an_owner_that_nobody_needs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An owner that goes while it has no sessions is not heard of again, and the next has another name."""
+    monkeypatch.setattr(hub_module, "WATCH_S", 0.0)
+    monkeypatch.setattr(outbox_module, "UNUSED_S", 0.0)
+    async with local(SumModel(), config=CONFIG) as (_, hub):
+        for _ in range(2):
+            session = await hub.open()
+            session.submit(ones(1))
+            assert await session.wait() == 1
+            assert len(hub._outboxes) == 1
+            session.close()
+            assert await session.closed() == "closed"
+            async with asyncio.timeout(10):
+                while hub._outboxes:
+                    await asyncio.sleep(0)
 
 
 async def test_idle_sessions_are_told() -> None:
