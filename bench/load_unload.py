@@ -4,11 +4,11 @@
 
 Sessions of a 2x256 LSTM, one after the other, send at a steady rate all the time, and each of their outputs is compared
 with the module's. Meanwhile another model, of some 130 MB, is loaded, asked, and unloaded. Memory is what all processes
-of the application and of its Ray have for themselves (USS), while that model is unloaded; and what is taken of the GPU's
-then. `swap_growth_mib` is from the first time to the last. What is set up once grows in the first cycles and no more, a
-leak grows by as much in each: `swap_mib_per_cycle` is the slope of the second half. `growth_mib` in the file says whose
-it is. A cycle takes seconds, and what grows with time, as what Ray and Serve keep of their events, grows in it too:
-`--idle` waits as long instead.
+of the application and of its Ray have for themselves (USS), while that model is unloaded; and what is taken of the
+GPU's then. `swap_growth_mib` is from the first time to the last. What is set up once grows in the first cycles and no
+more, a leak grows by as much in each: `swap_mib_per_cycle` is the slope of the second half. `growth_mib` in the file
+says whose it is. A cycle takes seconds, and what grows with time, as what Ray and Serve keep of their events, grows in
+it too: `--idle` waits as long instead.
 """
 
 import asyncio
@@ -46,7 +46,8 @@ def memory() -> tuple[dict[str, float], int]:
     for process in psutil.Process().children(recursive=True):
         try:
             command = process.cmdline()
-            what = command[0] if command and command[0].startswith("ray::") else process.name()
+            title = command[0] if command and command[0].startswith("ray::") else process.name()
+            what, _, _ = title.partition(".")  # an actor's has the method that runs, too
             found[what] += process.memory_full_info().uss / 2**20
             count += 1
         except psutil.Error:  # it has just ended
