@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 
 MAX_FRAMES = 2
 MIN_SHARE = 32
-"""Sessions that are not worth two frames."""
+"""Sessions that are not worth two frames, nor a second one while the first is on its way."""
+FEW = 8
+"""So few gain nothing by going together: each goes at once."""
 RETRY_DELAY_S = 0.02
 MAX_ACKS = 4096
 STOP_WITHIN_S = 2.0
@@ -44,7 +46,9 @@ class Outbox:
     """At most two frames on their way; what is pending when one has landed goes into the next, so there is no timer.
 
     A frame is on its way until the owner is known to have its inputs, mostly by their outputs. It takes half of the
-    sessions that have something to send or on its way: the owner runs one half while the other one travels. While there
+    sessions that have something to send or on its way: the owner runs one half while the other one travels. Where that
+    would be less than a step is worth, the rest waits until the first frame has landed: its step costs less a session,
+    and so does all that is done for a frame on both sides. While there
     are sessions one call is always waiting, for outputs and notices to come back with; which call brings what does not
     matter. Calls run in a context of their own: they must not die with the request in whose context they were made.
     `forgotten` hears of each session that is over, `lost` of each that was running when the owner was lost.
@@ -209,8 +213,16 @@ class Outbox:
         self._calls.add(loop.create_task(self._run(frame, sent), context=contextvars.Context()))
 
     def _has_reason(self) -> bool:
-        may_send = self._pending and len(self._frames) < MAX_FRAMES
-        return bool(may_send or self._opens or self._exports or (self._sessions and not self._calls))
+        return self._may_send or bool(self._exports or (self._sessions and not self._calls))
+
+    @property
+    def _may_send(self) -> bool:
+        """Whether what waits is worth a frame now."""
+        num_waiting = len(self._pending) + sum(epoch not in self._pending for epoch in self._opens)
+        if not num_waiting or not self._frames:
+            return num_waiting > 0
+        is_worth_it = num_waiting >= MIN_SHARE or num_waiting + len(self._frame_of) <= FEW
+        return is_worth_it and len(self._frames) < MAX_FRAMES
 
     def _next_frame(self, sent: list[tuple[Session, int]]) -> Frame:
         """A share of what is pending, up to the frame's size; `sent` gets the sessions with inputs, and up to where."""

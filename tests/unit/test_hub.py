@@ -107,6 +107,29 @@ async def test_two_frames_are_on_their_way_at_most_whatever_is_pending() -> None
         assert sum(sent) == 40
 
 
+async def test_what_is_not_worth_a_second_frame_waits_for_the_first() -> None:
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        sessions = await asyncio.gather(*(hub.open() for _ in range(60)))
+        arrived, may_arrive = cluster.call, asyncio.Event()
+        sent: list[int] = []
+
+        async def call(owner: str, frame: Frame) -> Answer:
+            sent.append(len(frame.x))
+            await may_arrive.wait()
+            return await arrived(owner, frame)
+
+        cluster.call = call  # type: ignore[method-assign]
+        for some, expected in ((sessions[:12], [12]), (sessions[12:20], [12]), (sessions[20:], [12, 32])):
+            for session in some:
+                session.submit(ones(1))
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert [size for size in sent if size] == expected
+        may_arrive.set()
+        await asyncio.gather(*(session.wait() for session in sessions))
+        assert sum(sent) == 60
+
+
 async def test_closed_sessions_with_outputs_to_fetch_hold_up_nobody() -> None:
     """Their frames have landed, though the calls that brought them may wait for long."""
     config = dataclasses.replace(
