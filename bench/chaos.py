@@ -8,15 +8,21 @@ for longer than a lease. Gaps are from when a segment was due to when all of its
 session within the seconds after a kill: of sessions that have got another owner since, or another connection (`gap_…`),
 and of all others (`others_…`). Who owns a session by WebSocket or gRPC is not known to its client: it is in neither,
 unless its connection broke. Checkpoints are kept in a folder, since what dies may be the directory.
+
+All nodes, and the clients, are on one machine: what starts again takes the cores of those who are measured, which have
+machines of their own in life; where it is allowed clients go first. Of each model there are replicas enough that one is
+left when a node is killed while another replica starts. A run of 15 minutes has fewer than 20 kills of each kind:
+`--earlier FILE` counts in what an earlier run has written by `--json`.
 """
 
-import asyncio
 import itertools
+import json
 import os
 import random
 import signal
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +33,9 @@ import click
 import numpy as np
 import psutil
 import ray
+import uvloop
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayActorError
 from ray.serve.schema import ServeDeploySchema
 
 from bench.chaos_load import FOREIGN, HANDLE, PERIOD_S, SOCKET, Line, load, lstm, silero, wrong
@@ -38,9 +46,11 @@ from serve_app.__main__ import find_haproxy
 from serve_app.deployments.transport import NAMESPACE, SERVE_NAMESPACE
 
 HUNG_S = 10.0
+NODES = 3
 STOPPED_S, AWAKE_S = 5.0, 2.0
 """A node that was stopped is awake for a while, before it is replaced if Ray has given it up."""
 WATCHED_S = 8.0
+CLIENT_NICENESS = -10
 """After a kill."""
 KINDS = (
     "replica", "ingress", "node", "directory", "ingress and replica", "stopped replica", "proxy",
@@ -117,10 +127,18 @@ class Killer:
         elif kind == "ingress":
             actor = ray.get_actor(self._named("SERVE_REPLICA::lockstep#Ingress#"), namespace=SERVE_NAMESPACE)
         else:
-            held = ray.get(directory.num_sessions.remote(), timeout=10)
+            held = self._held(directory)
             owner = self._rng.choice([owner for owner, count in held.items() if count] or list(held))
             actor = ray.get_actor(self._named(f"#{owner}"), namespace=SERVE_NAMESPACE)
         return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=30))
+
+    def _held(self, directory: Any) -> dict[str, int]:
+        """Sessions of each owner, once the directory knows of any: it may just start."""
+        while True:
+            with suppress(RayActorError):
+                if held := ray.get(directory.num_sessions.remote()):
+                    return dict(held)
+            time.sleep(0.1)
 
     def _named(self, part: str) -> str:
         """The name of a replica that there is, or will be in a moment."""
@@ -135,9 +153,9 @@ def deploy_models(replicas: int, store: str) -> None:
     """The application of both models, so that no node has all replicas of any deployment."""
     models = {
         "rnn": {"model": {"name": "rnn", "seed": SEED}, "replicas": replicas},
-        "vad": {"model": {"name": "silero_vad"}, "replicas": replicas // 2},
+        "vad": {"model": {"name": "silero_vad"}, "replicas": replicas - 1},
     }
-    most = {"Ingress": 1, "Recurrent-rnn": replicas // 2, "Recurrent-vad": replicas // 4}
+    most = {"Ingress": 1, "Recurrent-rnn": replicas // 2, "Recurrent-vad": -(-(replicas - 1) // NODES)}
     app = {
         "name": "lockstep",
         "route_prefix": "/",
@@ -150,6 +168,12 @@ def deploy_models(replicas: int, store: str) -> None:
     deploy(ServeDeploySchema.model_validate({"applications": [app]}))
 
 
+def go_first() -> None:
+    """Clients are on other machines than what is killed, and starts again: where that is allowed they do not wait."""
+    with suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, CLIENT_NICENESS)  # of this thread alone
+
+
 def run(
     killer: Killer, lines: list[Line], ports: Sequence[Ports], kinds: Sequence[str], seconds: float
 ) -> list[tuple[str, float]]:
@@ -158,8 +182,8 @@ def run(
     until = time.monotonic() + seconds
     sockets = ",".join(f"ws://127.0.0.1:{each.http}" for each in ports)
     loads = load(lines, sockets, [f"127.0.0.1:{each.grpc}" for each in ports], until)
-    with ThreadPoolExecutor(1) as threads:  # nodes can be added by the main thread only
-        loading = threads.submit(asyncio.run, loads)
+    with ThreadPoolExecutor(1, initializer=go_first) as threads:  # nodes can be added by the main thread only
+        loading = threads.submit(uvloop.run, loads)
         for kind in itertools.cycle(kinds):
             wait([loading], WATCHED_S)
             if loading.done() or time.monotonic() > until - WATCHED_S:
@@ -173,26 +197,38 @@ def run(
 @click.command()
 @click.option("--seconds", default=90.0, show_default=True)
 @click.option("--sessions", default=500, show_default=True)
+@click.option("--segment", default=5, show_default=True, help="Timesteps every half second, of the LSTM.")
 @click.option("--speech", default=100, show_default=True, help="Of the sessions, of Silero.")
 @click.option("--sockets", default=100, show_default=True, help="Of the sessions, by WebSocket.")
 @click.option("--foreign", default=25, show_default=True, help="Of the sessions, by plain gRPC.")
+@click.option("--named", default=0, show_default=True, help="Of those by plain gRPC, whose client has a name.")
 @click.option(
-    "--replicas", default=4, show_default=True, type=click.IntRange(4), help="Of the LSTM; of Silero half as many."
+    "--replicas", default=4, show_default=True, type=click.IntRange(4), help="Of the LSTM; of Silero one less."
 )
 @click.option("--kinds", default=",".join(KINDS), show_default=True)
 @click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--earlier",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What an earlier run wrote by --json, to be counted in. May be given several times.",
+)
 @json_option
 def main(
-    seconds: float, sessions: int, speech: int, sockets: int, foreign: int, replicas: int, kinds: str, seed: int,
-    json_file: Path | None,
+    seconds: float, sessions: int, segment: int, speech: int, sockets: int, foreign: int, named: int, replicas: int,
+    kinds: str, seed: int, earlier: tuple[Path, ...], json_file: Path | None,
 ) -> None:  # fmt: skip
     """Kill things under load, and look at every output."""
     show_hardware()
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # nodes are started by forks of this process, which has gRPC clients
     ways = [SOCKET] * sockets + [FOREIGN] * foreign + [HANDLE] * (sessions - sockets - foreign)
-    works = [silero() if i * speech // sessions < (i + 1) * speech // sessions else lstm() for i in range(sessions)]
+    works = [
+        silero() if i * speech // sessions < (i + 1) * speech // sessions else lstm(segment) for i in range(sessions)
+    ]
     lines = [Line(1000 * seed + i, work, way) for i, (work, way) in enumerate(zip(works, ways, strict=True))]
-    head, *ports = (Ports(free_port(), free_port()) for _ in range(3))
+    for line in lines[sockets : sockets + named]:
+        line.has_name = True
+    head, *ports = (Ports(free_port(), free_port()) for _ in range(NODES))
     cpus = replicas  # of a node; two can hold all replicas
     rpc = {"port": head.grpc, "grpc_servicer_functions": [SERVICER]}
     with (
@@ -205,15 +241,45 @@ def main(
     for line in lines:
         if line.error is not None:
             click.echo(f"session {line.seed} by {line.way} has ended at timestep {line.received}: {line.error}")
-    figures = figures_of(lines, kills)
+    figures, delays = figures_of(lines, kills), delays_of(lines, kills)
+    for file in earlier:
+        add_run(json.loads(file.read_text()), figures, delays)
+    figures |= percentiles_of(delays)
     rows = [(name, value) for name, value in figures.items()]
     click.echo(table(("figure", "value"), rows))
-    save(figures, json_file)
+    gaps = {kind: " ".join(map(str, found)) for kind, found in delays["gap"].items()}
+    save(figures, json_file, gaps=gaps)
+
+
+def add_run(report: Mapping[str, Any], figures: dict[str, float], delays: "Delays") -> None:
+    """Count an earlier run in: its figures but the sessions', which are as many each time, and its gaps."""
+    counted = ("timesteps", "failed", "lost", "doubled", "wrong", "hung")
+    for name, value in report["figures"].items():
+        if name in counted or name.startswith("kills_"):
+            figures[name] = figures.get(name, 0) + value
+    for kind, gaps in report["gaps"].items():
+        delays["gap"].setdefault(kind, []).extend(map(float, gaps.split()))
+
+
+Delays = dict[str, dict[str, list[float]]]
+"""Gaps ("gap") and what others waited ("others"), by kind of kill."""
+
+
+def delays_of(lines: list[Line], kills: list[tuple[str, float]]) -> Delays:
+    """The longest delay of each session after each kill."""
+    delays: Delays = {"gap": {}, "others": {}}
+    for kind, at in kills:
+        for line in lines:
+            what = "gap" if line.hit(at, WATCHED_S) else "others" if line.way == HANDLE else None
+            if what is not None:
+                delays[what].setdefault(kind, []).append(round(line.longest(at - PERIOD_S, at + WATCHED_S), 3))
+    return delays
 
 
 def figures_of(lines: list[Line], kills: list[tuple[str, float]]) -> dict[str, float]:
-    """What was lost, doubled, hung or wrong, and how long gaps were, by kind of kill and over all."""
-    figures: dict[str, float] = {
+    """What was lost, doubled, hung or wrong, and how often each kind was killed."""
+    counts = Counter(kind for kind, _ in kills)
+    return {
         "sessions": len(lines),
         "timesteps": sum(line.submitted for line in lines),
         "failed": sum(line.error is not None for line in lines),
@@ -221,24 +287,26 @@ def figures_of(lines: list[Line], kills: list[tuple[str, float]]) -> dict[str, f
         "doubled": sum(line.doubled for line in lines),
         "wrong": wrong(lines),
         "hung": sum(late > HUNG_S for line in lines for _, late in line.delays) + sum(len(line.due) for line in lines),
+        **{f"kills_{_name(kind)}": count for kind, count in counts.items()},
     }
-    gaps: list[float] = []
-    for kind in dict.fromkeys(kind for kind, _ in kills):
-        times = [at for each, at in kills if each == kind]
-        found = [(line, at, line.longest(at - PERIOD_S, at + WATCHED_S)) for at in times for line in lines]
-        hit = [late for line, at, late in found if line.hit(at, WATCHED_S)]
-        others = [late for line, at, late in found if line.way == HANDLE and not line.hit(at, WATCHED_S)]
-        name = kind.replace(" ", "_")
-        figures |= {f"kills_{name}": len(times), f"hit_{name}": len(hit)}
-        for what, delays in (("gap", hit), ("others", others)):
-            if delays:
-                p50, p99 = np.percentile(delays, [50, 99]).tolist()
-                figures |= {f"{what}_p50_s_{name}": p50, f"{what}_p99_s_{name}": p99}
-        gaps += hit
-    if gaps:
+
+
+def percentiles_of(delays: Delays) -> dict[str, float]:
+    """How long gaps were, by kind of kill and over all."""
+    figures: dict[str, float] = {}
+    for what, by_kind in delays.items():
+        for kind, found in by_kind.items():
+            p50, p99 = np.percentile(found, [50, 99]).tolist()
+            figures |= {f"{what}_p50_s_{_name(kind)}": p50, f"{what}_p99_s_{_name(kind)}": p99}
+    figures |= {f"hit_{_name(kind)}": len(found) for kind, found in delays["gap"].items()}
+    if gaps := [gap for found in delays["gap"].values() for gap in found]:
         p50, p99 = np.percentile(gaps, [50, 99]).tolist()
         figures |= {"gap_p50_s": p50, "gap_p99_s": p99}
     return figures
+
+
+def _name(kind: str) -> str:
+    return kind.replace(" ", "_")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from clients.audio import read_wav
 from clients.client import Client, connect
 from clients.session import Session
 from serve_app.config import ModelConfig
-from serve_app.errors import LockstepError
+from serve_app.errors import LockstepError, SessionExists
 from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.protos import oip_pb2_grpc
 from serve_app.models import registry
@@ -56,10 +56,10 @@ class Work(NamedTuple):
 
 
 @cache
-def lstm() -> Work:
+def lstm(segment: int = 5) -> Work:
     """The 2x256 LSTM on noise."""
     x = np.random.default_rng(SEED).standard_normal((4096, INPUT), np.float32)
-    return Work("rnn", 5, "y", x, plain_module())
+    return Work("rnn", segment, "y", x, plain_module())
 
 
 @cache
@@ -81,13 +81,15 @@ def silero() -> Work:
 class Line:
     """One session: what it has sent, what came back, and how late. `seed`: which inputs, and when in a period.
 
+    has_name: the client, of a foreign one.
     epochs: when it was known to have another owner, or another way in. begins: the timesteps at which its state was
-    that of a new sequence. error: what it has ended with.
+    that of a new sequence. differs: what it was answered again was not as it was. error: what it has ended with.
     """
 
     seed: int
     work: Work
     way: str = HANDLE
+    has_name: bool = False
     epochs: list[tuple[float, int]] = field(default_factory=list)
     begins: list[int] = field(default_factory=lambda: [0])
     due: deque[tuple[int, float]] = field(default_factory=deque)
@@ -95,6 +97,7 @@ class Line:
     received: int = 0
     submitted: int = 0
     doubled: int = 0
+    differs: bool = False
     error: LockstepError | None = None
     delays: list[tuple[float, float]] = field(default_factory=list)  # when due, how late
 
@@ -104,13 +107,17 @@ class Line:
         x: np.ndarray = self.work.inputs[at % len(self.work.inputs)]
         return x
 
-    def take(self, start: int, y: np.ndarray) -> None:
-        """Outputs from timestep `start` on have come."""
+    def take(self, start: int, y: np.ndarray, asked: int | None = None) -> None:
+        """Outputs from timestep `start` on have come; `asked`: those from there on were asked for again."""
         now = time.monotonic()
-        self.doubled += max(0, self.received - start)
+        self.doubled += max(0, (self.received if asked is None else asked) - start)
         assert start <= self.received, "outputs come in order"
-        self.outputs.append(y.reshape(len(y), -1)[self.received - start :, :KEPT])
-        self.received = start + len(y)
+        came = y.reshape(len(y), -1)[:, :KEPT]
+        if start < self.received:
+            before = np.concatenate(self.outputs)[start : start + len(y)]
+            self.differs |= not np.abs(before - came[: len(before)]).max() <= TOLERANCE
+        self.outputs.append(came[self.received - start :])
+        self.received = max(self.received, start + len(y))
         while self.due and self.due[0][0] <= self.received:
             _, due = self.due.popleft()
             self.delays.append((due, now - due))
@@ -180,78 +187,105 @@ async def read(session: Session, line: Line) -> None:
 
 
 class Broken(Exception):
-    """A foreign client's stream is over, or its sequence."""
+    """A foreign client's stream is over. `is_lost`: so is its sequence."""
+
+    def __init__(self, is_lost: bool) -> None:
+        super().__init__()
+        self.is_lost = is_lost
 
 
 async def run_foreign(addresses: Sequence[str], line: Line, until: float) -> None:
     """A plain client of the Open Inference Protocol: one sequence, one stream, one segment a message.
 
     What is due while there is no stream waits for the next one, by the next address, as long as a session of ours does.
+    A client that has a name numbers its timesteps: its sequence outlives the stream, and goes on where the server says.
+    Of the others it ends with the stream, and a new one begins with what has had no answer.
     """
     due = asyncio.Event()
     producing = asyncio.create_task(_submit(line, until, lambda start, end: due.set()))
     turn = line.seed
+    is_new = True
     while time.monotonic() < until + RESUME_WITHIN_S and not (producing.done() and line.received == line.submitted):
         address = addresses[turn % len(addresses)]
         turn += 1
         try:
             async with grpc.aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-                await _run_stream(channel, line, due, producing)
-        except Broken:
+                await _Stream(channel, line, turn, is_new).run(due, producing)
+        except Broken as broken:
             await asyncio.sleep(RETRY_S * random.uniform(0.5, 1))
-            _begin_again(line)
+            is_new = broken.is_lost or (is_new and line.received == line.begins[-1])
+            if is_new and line.begins[-1] != line.received:
+                line.begins.append(line.received)
 
 
-def _begin_again(line: Line) -> None:
-    """A new sequence, with what has had no answer."""
-    if line.begins[-1] != line.received:
-        line.begins.append(line.received)
+class _Stream:
+    """A foreign client's stream number `turn`. is_new: it begins a sequence, with what has had no answer."""
 
+    def __init__(self, channel: Any, line: Line, turn: int, is_new: bool) -> None:
+        stub: Any = oip_pb2_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        self._has_name = line.has_name
+        self._call = stub.ModelStreamInfer(metadata=[("lockstep-client", str(line.seed))] if self._has_name else None)
+        self._line, self._turn, self._is_new = line, turn, is_new
+        self._sent = self._asked = line.received
+        self._resends = 0  # so often it was told from where to: what was sent before that is not answered any more
 
-async def _run_stream(channel: Any, line: Line, due: asyncio.Event, producing: "asyncio.Task[None]") -> None:
-    """Until all is answered, and nothing more comes. Raises Broken."""
-    stub: Any = oip_pb2_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
-    call = stub.ModelStreamInfer()
-    sent = first = line.received
+    async def run(self, due: asyncio.Event, producing: "asyncio.Task[None]") -> None:
+        """Until all is answered, and nothing more comes. Raises Broken."""
+        line, sending = self._line, asyncio.create_task(self._send(due))
+        try:
+            while not (producing.done() and line.received == line.submitted):
+                async with asyncio.timeout(PERIOD_S + ANSWER_WITHIN_S):
+                    response = await self._call.read()
+                if response is grpc.aio.EOF:
+                    raise Broken(not self._has_name)
+                self._take(response, due)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
+            raise Broken(not self._has_name) from error
+        finally:
+            sending.cancel()
+            self._call.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
 
-    async def send() -> None:
-        nonlocal sent
+    async def _send(self, due: asyncio.Event) -> None:
         while True:
-            while sent < line.submitted:
-                end = min(sent + line.work.segment, line.submitted)
-                await call.write(_request(line, sent, end, sent == first))
-                sent = end
+            while self._sent < self._line.submitted:
+                start, self._sent = self._sent, min(self._sent + self._line.work.segment, self._line.submitted)
+                await self._call.write(self._request(start, self._sent))
             due.clear()
             await due.wait()
 
-    sending = asyncio.create_task(send())
-    try:
-        while not (producing.done() and line.received == line.submitted):
-            async with asyncio.timeout(PERIOD_S + ANSWER_WITHIN_S):
-                response = await call.read()
-            if response is grpc.aio.EOF or response.error_message:
-                raise Broken
-            line.saw(len(line.begins))
+    def _request(self, start: int, end: int) -> pb.ModelInferRequest:
+        line = self._line
+        x = line.inputs(start, end)
+        request = pb.ModelInferRequest(model_name=line.work.model, id=f"{self._resends} {start} {end}")
+        request.inputs.add(name="x", datatype="FP32", shape=x.shape)
+        request.raw_input_contents.append(np.ascontiguousarray(x, "<f4").tobytes())
+        request.parameters["sequence_id"].string_param = str(line.seed)
+        request.parameters["sequence_start"].bool_param, self._is_new = self._is_new, False
+        request.parameters["sequence_end"].bool_param = False
+        if self._has_name:
+            request.parameters["sequence_timestep"].int64_param = start - line.begins[-1]
+        return request
+
+    def _take(self, response: pb.ModelStreamInferResponse, due: asyncio.Event) -> None:
+        line, parameters = self._line, response.infer_response.parameters
+        resends, start, end = map(int, response.infer_response.id.split())
+        if resends < self._resends:
+            line.doubled += (end - start) * (not response.error_message)
+        elif response.error_message and "expected" in parameters:
+            self._resends += 1
+            self._sent = self._asked = line.begins[-1] + parameters["expected"].int64_param
+            if self._sent > line.received:  # it has had answers that were lost on their way
+                raise Broken(is_lost=True)
+            due.set()
+        elif response.error_message:
+            lives = "retry_after_s" in parameters or parameters["error"].string_param == SessionExists.code
+            raise Broken(is_lost=not (self._has_name and lives))  # the stream before may still have it
+        else:
+            line.saw(self._turn)
             (data,) = response.infer_response.raw_output_contents
-            start, _, end = response.infer_response.id.partition("-")
-            line.take(int(start), np.frombuffer(data, np.float32).reshape(int(end) - int(start), -1))
-    except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
-        raise Broken from error
-    finally:
-        sending.cancel()
-        call.cancel()
-        await asyncio.gather(sending, return_exceptions=True)
-
-
-def _request(line: Line, start: int, end: int, starts: bool) -> pb.ModelInferRequest:
-    x = line.inputs(start, end)
-    request = pb.ModelInferRequest(model_name=line.work.model, id=f"{start}-{end}")
-    request.inputs.add(name="x", datatype="FP32", shape=x.shape)
-    request.raw_input_contents.append(np.ascontiguousarray(x, "<f4").tobytes())
-    request.parameters["sequence_id"].string_param = str(line.seed)
-    request.parameters["sequence_start"].bool_param = starts
-    request.parameters["sequence_end"].bool_param = False
-    return request
+            line.take(start, np.frombuffer(data, np.float32).reshape(end - start, -1), self._asked)
+            self._asked = end
 
 
 def wrong(lines: Sequence[Line]) -> int:
@@ -268,7 +302,7 @@ def _wrong_of(work: Work, lines: Sequence[Line]) -> int:
         for start, end in zip(line.begins, [*line.begins[1:], line.received], strict=True)
         if end > start
     ]
-    found: set[int] = set()
+    found = {id(line) for line in lines if line.differs}
     state = None
     for at in range(0, max((len(came) for _, _, came in pieces), default=0), CHUNK):
         x = np.stack([line.inputs(start + at, start + at + CHUNK) for line, start, _ in pieces], axis=1)
