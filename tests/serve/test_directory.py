@@ -18,6 +18,6 @@ async def test_a_directory_is_filled_and_asked_and_its_owner_killed(
     figures = await measure(idle=2000, moving=50, seconds=0.2)
     assert figures["failover_sessions"] == 50
     assert figures["directory_sessions"] >= 2000
-    assert figures["failover_directory_calls"] >= 100, "each session moves by one call of lost, and one of open"
+    assert figures["failover_directory_calls"] >= 50, "each session moves by one call"
     claimed = ("directory_opens_per_s", "failover_10k_s", "failover_directory_p99_s", "failover_lookup_p99_s")
     assert all(figures[name] > 0 for name in claimed)
