@@ -454,8 +454,9 @@ class Hub:
         """
         while True:
             await asyncio.sleep(WATCH_S)
-            for owner in [owner for owner, outbox in self._outboxes.items() if outbox.is_unused]:
-                await self._outboxes.pop(owner).stop()
+            unused = [owner for owner, outbox in self._outboxes.items() if outbox.is_unused]
+            for outbox in [self._outboxes.pop(owner) for owner in unused]:  # all at once: one may be used meanwhile
+                await outbox.stop()
             late = [owner for owner, outbox in self._outboxes.items() if outbox.is_late]
             try:
                 gone = await self._directory.gone(late) if late else []
