@@ -83,10 +83,12 @@ class Call(NamedTuple):
 class Form:
     """What calls have in common that differ only in their ids, sequences and values.
 
-    call: one of them, without these. template: what whoever writes their answers wants to have at hand.
+    call: one of them, without these. version: of the model, as they say it. template: what whoever writes their
+    answers wants to have at hand.
     """
 
     call: Call
+    version: str
     dtype: np.dtype
     shape: Sequence[int]
     template: Any = None
@@ -266,7 +268,7 @@ class InferenceServer:
         request = Request(model, sequence, start, end, x, priority, deadline, notice, timestep)
         return Call(request, spec, identity, wanted, batched, final, began_ns)
 
-    def learn(self, key: bytes, call: Call, datatype: str) -> None:
+    def learn(self, key: bytes, call: Call, version: str, datatype: str) -> None:
         """Remember the form of a call, if others may have it. Its input came as bytes."""
         request = call.request
         if not isinstance(request, Request) or datatype in ("BOOL", "BYTES"):
@@ -276,7 +278,7 @@ class InferenceServer:
         if len(self.forms) == MAX_FORMS:
             self.forms.clear()
         without = call._replace(request=request._replace(x=np.empty(0)), id="")
-        self.forms[key] = Form(without, request.x.dtype, request.x.shape)
+        self.forms[key] = Form(without, version, request.x.dtype, request.x.shape)
 
     def fill(self, form: Form, identity: str, sequence: SequenceId, data: bytes) -> Call | None:
         """A call of that form; None where it is not, since there is more or less data. sequence: 0 for the form's."""

@@ -303,7 +303,7 @@ class RequestStream:
             and (call := self._inference.fill(form, parts.id, parts.sequence, parts.values)) is not None
         ):
             self.outstanding += 1
-            if self._ask(Head(call.spec.name, "1", parts.id, form), call):
+            if self._ask(Head(call.spec.name, form.version, parts.id, form), call):
                 return
             self.outstanding -= 1
         self.take_message(pb.ModelInferRequest.FromString(data), parts.form)
@@ -342,7 +342,7 @@ class RequestStream:
         try:
             call = read_request(self._inference, request)
             if key and not any(tensor.parameters for tensor in (*request.inputs, *request.outputs)):
-                self._inference.learn(key, call, request.inputs[0].datatype)
+                self._inference.learn(key, call, request.model_version, request.inputs[0].datatype)
             return self._ask(request, call)
         except UnknownModel:
             return False
@@ -490,7 +490,9 @@ def split(data: bytes) -> Parts:
                 break
             if tag == ID_TAG:
                 form, identity, kept = form + data[kept:at], data[begin:end], end
-            elif tag == PARAMETER_TAG and data.startswith(SEQUENCE_ID, begin) and not sequence:
+            elif tag == PARAMETER_TAG and data.startswith(SEQUENCE_ID, begin):
+                if sequence:  # said twice, the last one counts
+                    break
                 number, number_end = _varint(data, begin + len(SEQUENCE_ID) + 2)
                 if 0 < number < 2**63 and number_end == end and data[begin + len(SEQUENCE_ID) + 1] == INT64_TAG:
                     form, sequence, kept = form + data[kept:at] + SEQUENCE_ID, number, end

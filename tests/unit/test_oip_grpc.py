@@ -18,7 +18,7 @@ import torch
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig
 from serve_app.ingress.batched import BatchedModels
 from serve_app.ingress.oip import InferenceServer
-from serve_app.ingress.oip_grpc import MAX_OUTSTANDING, InferenceService, Parts, split
+from serve_app.ingress.oip_grpc import MAX_OUTSTANDING, VALUES_TAG, InferenceService, Parts, split
 from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.protos import oip_pb2_grpc
 from tests.fakes import FloatSumModel
@@ -655,6 +655,18 @@ async def test_requests_of_one_form_keep_what_is_their_own() -> None:
             assert found[f"3 {i}" * 20] == expected[-lengths[-1] :]
 
 
+async def test_what_is_refused_says_the_version_that_was_asked_for() -> None:
+    async with served() as (_, stub):
+        for version in ("", "1"):
+            requests = [
+                infer(sequence, [1], model_version=version, identity=str(sequence), start=start)
+                for sequence, start in ((1, True), (1, False), (1, False), (2, False))
+            ]
+            responses = await stream(stub, requests)
+            (error,) = [each for each in responses if each.error_message]
+            assert (error.infer_response.id, error.infer_response.model_version) == ("2", version)
+
+
 async def test_what_a_request_is_split_into() -> None:
     message = infer(7, [1, 2], start=True, identity="x").SerializeToString()
     assert split(message).form == split(infer(2**40, [3, 4], start=True, identity="yz").SerializeToString()).form != b""
@@ -666,6 +678,9 @@ async def test_what_a_request_is_split_into() -> None:
         infer(None, [1, 2], start=True),
     ):
         assert split(other.SerializeToString()).form not in (b"", split(message).form)
+    said_twice = pb.ModelInferRequest(parameters={"sequence_id": pb.InferParameter(int64_param=8)}).SerializeToString()
+    values = message.index(bytes([VALUES_TAG, 8]))
+    assert split(message[:values] + said_twice + message[values:]) == Parts()
     rng = random.Random(0)
     for _ in range(2000):
         broken = bytearray(message[: rng.randrange(len(message))])
