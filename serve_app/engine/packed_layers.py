@@ -140,11 +140,14 @@ class _Gru:
 
 class _Rnn:
     def __init__(self, w_ih: torch.Tensor, w_hh: torch.Tensor, b_ih: torch.Tensor, b_hh: torch.Tensor) -> None:
-        self._of_x = _packed(w_ih, b_ih + b_hh)
-        self._added = _packed_added(w_hh)
+        bias = b_ih + b_hh
+        self._of_x: Callable[[torch.Tensor], torch.Tensor]
+        self._added: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
         if w_hh.dtype == torch.float32:  # to have it transposed is enough, and adds in place
-            self._of_x = partial(linear, weight=w_ih, bias=b_ih + b_hh)
+            self._of_x = partial(linear, weight=w_ih, bias=bias)
             self._added = partial(_add_product, transposed=w_hh.t().contiguous())
+        else:
+            self._of_x, self._added = _packed(w_ih, bias), _packed_added(w_hh)
 
     def __call__(self, x: torch.Tensor, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> torch.Tensor:
         y, (h,) = self._of_x(x), before
