@@ -28,7 +28,7 @@ from serve_app.ingress import hub as hub_module
 from serve_app.ingress import outbox as outbox_module
 from serve_app.session import Session
 from tests.fakes import FloatSumModel, SumModel
-from tests.local import REQUEST, local
+from tests.local import REQUEST, LocalCluster, local
 
 pytestmark = pytest.mark.asyncio
 
@@ -84,18 +84,24 @@ async def test_segments_of_many_sessions_share_a_frame() -> None:
         assert brought == [50, 50]  # the one travels while the other one runs
 
 
+def held_up(cluster: LocalCluster) -> tuple[list[int], asyncio.Event]:
+    """Frames from now on arrive when that is set: the timesteps of each."""
+    arrived, may_arrive = cluster.call, asyncio.Event()
+    sent: list[int] = []
+
+    async def call(owner: str, frame: Frame) -> Answer:
+        sent.append(len(frame.x))
+        await may_arrive.wait()
+        return await arrived(owner, frame)
+
+    cluster.call = call  # type: ignore[method-assign]
+    return sent, may_arrive
+
+
 async def test_two_frames_are_on_their_way_at_most_whatever_is_pending() -> None:
     async with local(SumModel(), config=CONFIG) as (cluster, hub):
         sessions = await asyncio.gather(*(hub.open() for _ in range(40)))
-        arrived, may_arrive = cluster.call, asyncio.Event()
-        sent: list[int] = []
-
-        async def call(owner: str, frame: Frame) -> Answer:
-            sent.append(len(frame.x))
-            await may_arrive.wait()
-            return await arrived(owner, frame)
-
-        cluster.call = call  # type: ignore[method-assign]
+        sent, may_arrive = held_up(cluster)
         for session in sessions:
             session.submit(ones(1))
             await asyncio.sleep(0)  # each alone could have a frame
@@ -110,15 +116,7 @@ async def test_two_frames_are_on_their_way_at_most_whatever_is_pending() -> None
 async def test_what_is_not_worth_a_second_frame_waits_for_the_first() -> None:
     async with local(SumModel(), config=CONFIG) as (cluster, hub):
         sessions = await asyncio.gather(*(hub.open() for _ in range(60)))
-        arrived, may_arrive = cluster.call, asyncio.Event()
-        sent: list[int] = []
-
-        async def call(owner: str, frame: Frame) -> Answer:
-            sent.append(len(frame.x))
-            await may_arrive.wait()
-            return await arrived(owner, frame)
-
-        cluster.call = call  # type: ignore[method-assign]
+        sent, may_arrive = held_up(cluster)
         for some, expected in ((sessions[:12], [12]), (sessions[12:20], [12]), (sessions[20:], [12, 32])):
             for session in some:
                 session.submit(ones(1))
