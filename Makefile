@@ -78,6 +78,7 @@ bench: venv models
 # Beside Triton, which it fetches; on Debian or Ubuntu.
 bench-triton: venv
 	$(BIN)/python -m bench.triton --json bench/results/triton_cpu.json
+	$(BIN)/python -m bench.soak --json bench/results/soak_cpu.json
 
 # On a machine with an NVIDIA GPU; the pictures and docs/performance.md anywhere.
 bench-gpu: venv

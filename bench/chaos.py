@@ -50,8 +50,9 @@ NODES = 3
 STOPPED_S, AWAKE_S = 5.0, 2.0
 """A node that was stopped is awake for a while, before it is replaced if Ray has given it up."""
 WATCHED_S = 8.0
-CLIENT_NICENESS = -10
 """After a kill."""
+DIRECTORY_WITHIN_S = 60.0
+CLIENT_NICENESS = -10
 KINDS = (
     "replica", "ingress", "node", "directory", "ingress and replica", "stopped replica", "proxy",
     "directory and replica", "stopped node", "controller",
@@ -133,12 +134,14 @@ class Killer:
         return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=30))
 
     def _held(self, directory: Any) -> dict[str, int]:
-        """Sessions of each owner, once the directory knows of any: it may just start."""
-        while True:
+        """Sessions of each owner, once the directory knows of any: it may just start. Raises TimeoutError."""
+        deadline = time.monotonic() + DIRECTORY_WITHIN_S
+        while time.monotonic() < deadline:
             with suppress(RayActorError):
-                if held := ray.get(directory.num_sessions.remote()):
+                if held := ray.get(directory.num_sessions.remote(), timeout=DIRECTORY_WITHIN_S):
                     return dict(held)
             time.sleep(0.1)
+        raise TimeoutError(f"the directory has known of no owner for {DIRECTORY_WITHIN_S} s")
 
     def _named(self, part: str) -> str:
         """The name of a replica that there is, or will be in a moment."""
