@@ -15,6 +15,7 @@ left when a node is killed while another replica starts. A run of 15 minutes has
 `--earlier FILE` counts in what an earlier run has written by `--json`.
 """
 
+import asyncio
 import itertools
 import json
 import os
@@ -22,12 +23,12 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import click
 import numpy as np
@@ -35,16 +36,19 @@ import psutil
 import ray
 import uvloop
 from ray.cluster_utils import Cluster
-from ray.exceptions import RayActorError
 from ray.serve.schema import ServeDeploySchema
 
 from bench.chaos_load import FOREIGN, HANDLE, PERIOD_S, SOCKET, Line, load, lstm, silero, wrong
 from bench.closed_loop import SEED
+from bench.directory import listening_at
 from bench.report import json_option, save, show_hardware, table
 from cluster.local import HAPROXY_PORTS, deploy, free_port, local_cluster
 from serve_app.__main__ import find_haproxy
-from serve_app.deployments.transport import NAMESPACE, SERVE_NAMESPACE
+from serve_app.deployments.directory_service import DirectoryService
+from serve_app.deployments.transport import SERVE_NAMESPACE, RayDirectory
+from serve_app.errors import Unavailable
 
+T = TypeVar("T")
 HUNG_S = 10.0
 NODES = 3
 STOPPED_S, AWAKE_S = 5.0, 2.0
@@ -87,6 +91,7 @@ class Killer:
 
     def __init__(self, cluster: Cluster, nodes: dict[Ports, Any], cpus: int, rng: random.Random) -> None:
         self._cluster, self._nodes, self._cpus, self._rng = cluster, nodes, cpus, rng
+        self._directory = RayDirectory("lockstep")
 
     def kill(self, kind: str) -> None:
         """Kill one of that kind, and see that another can come."""
@@ -120,28 +125,27 @@ class Killer:
         self._nodes[ports] = add_node(self._cluster, self._cpus, ports)
 
     def _process(self, kind: str) -> int:
-        directory: Any = ray.get_actor("directory:lockstep", namespace=NAMESPACE)
         if kind == "directory":
-            actor = directory
-        elif kind == "controller":
-            actor = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace=SERVE_NAMESPACE)
+            return listening_at(self._ask(DirectoryService.address))
+        if kind == "controller":
+            actor: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace=SERVE_NAMESPACE)
         elif kind == "ingress":
             actor = ray.get_actor(self._named("SERVE_REPLICA::lockstep#Ingress#"), namespace=SERVE_NAMESPACE)
         else:
-            held = self._held(directory)
+            held = self._ask(DirectoryService.num_sessions)
             owner = self._rng.choice([owner for owner, count in held.items() if count] or list(held))
             actor = ray.get_actor(self._named(f"#{owner}"), namespace=SERVE_NAMESPACE)
         return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=30))
 
-    def _held(self, directory: Any) -> dict[str, int]:
-        """Sessions of each owner, once the directory knows of any: it may just start. Raises TimeoutError."""
+    def _ask(self, method: Callable[[DirectoryService], Awaitable[T]]) -> T:
+        """What the directory says, once it knows of anything: it may just start. Raises TimeoutError."""
         deadline = time.monotonic() + DIRECTORY_WITHIN_S
         while time.monotonic() < deadline:
-            with suppress(RayActorError):
-                if held := ray.get(directory.num_sessions.remote(), timeout=DIRECTORY_WITHIN_S):
-                    return dict(held)
+            with suppress(Unavailable):
+                if found := asyncio.run(self._directory.ask(method)):
+                    return found
             time.sleep(0.1)
-        raise TimeoutError(f"the directory has known of no owner for {DIRECTORY_WITHIN_S} s")
+        raise TimeoutError(f"the directory has known of nothing for {DIRECTORY_WITHIN_S} s")
 
     def _named(self, part: str) -> str:
         """The name of a replica that there is, or will be in a moment."""
@@ -204,7 +208,7 @@ def run(
 @click.option("--speech", default=100, show_default=True, help="Of the sessions, of Silero.")
 @click.option("--sockets", default=100, show_default=True, help="Of the sessions, by WebSocket.")
 @click.option("--foreign", default=25, show_default=True, help="Of the sessions, by plain gRPC.")
-@click.option("--named", default=0, show_default=True, help="Of those by plain gRPC, whose client has a name.")
+@click.option("--named", default=12, show_default=True, help="Of those by plain gRPC, whose client has a name.")
 @click.option(
     "--replicas", default=4, show_default=True, type=click.IntRange(4), help="Of the LSTM; of Silero one less."
 )

@@ -27,6 +27,7 @@ from cluster.local import local_cluster
 from serve_app.app import build
 from serve_app.checkpoint import Checkpoint, encode_checkpoint
 from serve_app.config import DurabilityConfig
+from serve_app.deployments.directory_service import DirectoryService
 from serve_app.deployments.transport import SERVE_NAMESPACE, RayDirectory
 from serve_app.directory import Ask, Grant, Held, Owner
 from serve_app.ingress.hub import Hub
@@ -150,7 +151,7 @@ async def fill_and_open(directory: RayDirectory, idle: int, seconds: float) -> d
     """Fill the directory, then open more."""
     await register_idle_owners(directory, idle)
     callers = [start_caller(number) for number in range(CALLERS)]
-    process = psutil.Process(pid_of(directory.actor))
+    process = psutil.Process(listening_at(await directory.ask(DirectoryService.address)))
     before = process.memory_info().rss
     began = time.monotonic()
     share = -(-idle // CALLERS)
@@ -161,7 +162,7 @@ async def fill_and_open(directory: RayDirectory, idle: int, seconds: float) -> d
     grown = process.memory_info().rss - before
     rates = await asyncio.gather(*(caller.open.remote(seconds) for caller in callers))
     return {
-        "directory_sessions": float(sum((await directory.actor.num_sessions.remote()).values())),
+        "directory_sessions": float(sum((await directory.ask(DirectoryService.num_sessions)).values())),
         "directory_fill_s": filled_s,
         "directory_bytes_per_session": (grown - nbytes) / idle,
         "directory_opens_per_s": sum(rates),
@@ -226,6 +227,13 @@ async def run(session: Session) -> None:
 def pid_of(actor: Any) -> int:
     """The process of an actor."""
     return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=10))
+
+
+def listening_at(address: str) -> int:
+    """The process of this machine that takes calls there."""
+    port = int(address.rpartition(":")[2])
+    listening = (each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN)
+    return next(each.pid for each in listening if each.pid and each.laddr[1:] == (port,))
 
 
 async def measure(idle: int, moving: int, seconds: float) -> dict[str, float]:

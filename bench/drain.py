@@ -17,7 +17,6 @@ from typing import Any
 
 import click
 import numpy as np
-import ray
 from ray._private.state import actors
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
@@ -29,7 +28,8 @@ from bench.closed_loop import SEED
 from bench.report import json_option, save, show_hardware, table
 from clients.client import connect
 from cluster.local import local_cluster
-from serve_app.deployments.transport import NAMESPACE
+from serve_app.deployments.directory_service import DirectoryService
+from serve_app.deployments.transport import RayDirectory
 from serve_app.ingress.outbox import Outbox
 from serve_app.session import Session
 
@@ -78,8 +78,7 @@ def drain(address: str, node: str) -> None:
 
 def owners_by_node() -> Counter[str]:
     """How many owners with sessions each node has."""
-    directory: Any = ray.get_actor("directory:lockstep", namespace=NAMESPACE)
-    held = ray.get(directory.num_sessions.remote(), timeout=10)
+    held = asyncio.run(RayDirectory("lockstep").ask(DirectoryService.num_sessions))
     nodes = {actor["Name"].rpartition("#")[2]: actor["Address"]["NodeID"] for actor in actors().values()}
     return Counter(nodes[owner] for owner, count in held.items() if count)
 

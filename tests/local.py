@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from serve_app import lease
 from serve_app.config import AppConfig
-from serve_app.deployments.directory_actor import DirectoryActor
+from serve_app.deployments.directory_service import DirectoryService
 from serve_app.directory import Ask, Described, Directory, Grant, Owner, SessionStatistics, Slab
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.engine import Engine, spare_rows_of
@@ -33,7 +33,7 @@ class LocalCluster:
     """
 
     def __init__(self, models: list[RecurrentModel], config: AppConfig) -> None:
-        self.actor = DirectoryActor("app", self._is_listening)
+        self.actor = DirectoryService("app", self._is_listening)
         self.engines: dict[str, Engine] = {}
         self.frames: list[Frame] = []
         self.requests: list[str] = []
@@ -74,7 +74,7 @@ class LocalCluster:
 
     async def start_directory(self) -> None:
         """A directory starts (again), and all that live register, as they do on Ray."""
-        self.actor = DirectoryActor("app", self._is_listening)
+        self.actor = DirectoryService("app", self._is_listening)
         for name in self._running:
             await self.actor.register(self.owners[name], self._config.durability)
 

@@ -1,7 +1,7 @@
 """A whole Lockstep in which all that happens is one of a list of events, and whoever uses it chooses the next.
 
 Clients, ingresses, owners and the directory are the real ones (WebSocketCarrier, converse, Hub, Engine,
-DirectoryActor), each a process of its own; what goes from one to another is a message that lies there until its
+DirectoryService), each a process of its own; what goes from one to another is a message that lies there until its
 delivery is chosen. The event loop has no clock and no threads but those here: the same events lead to the same world.
 """
 
@@ -23,7 +23,7 @@ from clients import websocket
 from serve_app import directory, lease
 from serve_app.checkpoint_store import MemoryStore, key_of
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
-from serve_app.deployments.directory_actor import DirectoryActor
+from serve_app.deployments.directory_service import DirectoryService
 from serve_app.deployments.registration import Registration
 from serve_app.directory import Ask, Directory, Grant, Owner
 from serve_app.engine.engine import Engine
@@ -400,8 +400,8 @@ class World:
         assert parts.hostname is not None
         return Connection(self, self.clients[parts.hostname], parts.query).opened
 
-    def _new_directory(self) -> DirectoryActor:
-        actor = DirectoryActor("app", self._is_listening)
+    def _new_directory(self) -> DirectoryService:
+        actor = DirectoryService("app", self._is_listening)
         self.directories += 1
         actor._directory = Directory(self.directories, self.loop.now)
         actor._directory.found(self.store.keys(), CONFIG.durability.keep_s, self.loop.now)

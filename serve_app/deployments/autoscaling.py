@@ -11,6 +11,8 @@ from ray.exceptions import RayError
 from ray.serve.config import AutoscalingContext
 
 ASK_EVERY_S = 0.5
+NAMES = ("directory:{}", "directory:{}:standby")
+"""Of the directory's two processes."""
 
 
 class DirectoryPolicy:
@@ -23,6 +25,7 @@ class DirectoryPolicy:
         """namespace: of the directory."""
         self._model, self._namespace = model, namespace
         self._directory: Any = None
+        self._turn = 0
         self._asked: Future[int] | None = None
         self._asked_at = 0.0
         self._wanted: int | None = None
@@ -33,15 +36,17 @@ class DirectoryPolicy:
         if self._asked is not None and self._asked.done():
             try:
                 self._wanted = self._asked.result()
-            except RayError:
+            except RayError:  # it is gone, or in its other process
                 self._wanted = self._directory = None
+                self._turn += 1
             self._asked = None
         if self._asked is None and now - self._asked_at > ASK_EVERY_S:
             self._asked_at = now
             try:
                 if self._directory is None:
-                    self._directory = ray.get_actor(f"directory:{context.app_name}", namespace=self._namespace)
-                self._asked = self._directory.wanted_replicas.remote(self._model, target).future()
+                    name = NAMES[self._turn % len(NAMES)].format(context.app_name)
+                    self._directory = ray.get_actor(name, namespace=self._namespace)
+                self._asked = self._directory.ask.remote("wanted_replicas", self._model, target).future()
             except (ValueError, RayError):  # no replica has made one yet
                 self._wanted = None
         return target if self._wanted is None else self._wanted, {}

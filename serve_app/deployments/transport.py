@@ -3,18 +3,21 @@
 import asyncio
 import logging
 import pickle
-from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from uuid import uuid4
 
 import ray
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray._private.state import actors
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve._private.common import RequestMetadata
 
 from serve_app.config import DurabilityConfig
-from serve_app.deployments.directory_actor import OPENS, DirectoryActor
+from serve_app.deployments.autoscaling import NAMES
+from serve_app.deployments.directory_process import DirectoryProcess, Elsewhere
+from serve_app.deployments.directory_service import OPENS, DirectoryService
 from serve_app.deployments.frame_channel import FrameChannel
 from serve_app.deployments.messages import CallChannel
 from serve_app.deployments.registration import Standing
@@ -29,8 +32,13 @@ from serve_app.spec import ModelSpec
 NAMESPACE = "lockstep"
 SERVE_NAMESPACE = "serve"
 RETRY_S = 1.0
+P = ParamSpec("P")
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
+
+
+class Gone(Unavailable):
+    """An actor is gone, or starts again."""
 
 
 class RayDirectory:
@@ -38,7 +46,6 @@ class RayDirectory:
 
     def __init__(self, app: str) -> None:
         options = {
-            "name": f"directory:{app}",
             "namespace": NAMESPACE,
             "lifetime": "detached",
             "get_if_exists": True,
@@ -46,7 +53,8 @@ class RayDirectory:
             "resources": {HEAD_NODE_RESOURCE_NAME: 0.001},  # where Serve's controller is, and replicas seldom are
             "max_restarts": -1,
         }
-        self.actor: Any = ray.remote(DirectoryActor).options(**options).remote(app)
+        actor = ray.remote(DirectoryProcess)
+        self._processes = deque[Any](actor.options(name=name.format(app), **options).remote(app) for name in NAMES)
         self._straight: CallChannel[Sequence[Ask], Sequence[Grant | LockstepError]] | None = None
         self._opens = Together(self._open_all)
         self._losses = Together(self._lose_all)
@@ -60,19 +68,19 @@ class RayDirectory:
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
         """See DirectoryClient."""
-        return await _result(self.actor.attach.remote(session, sender))
+        return await self.ask(DirectoryService.attach, session, sender)
 
     async def release(self, session: str, epoch: int) -> None:
         """See DirectoryClient."""
-        await _result(self.actor.release.remote(session, epoch))
+        await self.ask(DirectoryService.release, session, epoch)
 
     async def keep(self, sender: str, slab: Slab) -> dict[str, LockstepError]:
         """See DirectoryClient."""
-        return await _result(self.actor.keep.remote(sender, slab))
+        return await self.ask(DirectoryService.keep, sender, slab)
 
     async def fetch(self, session: str) -> tuple[int, bytes]:
         """See DirectoryClient."""
-        return await _result(self.actor.fetch.remote(session))
+        return await self.ask(DirectoryService.fetch, session)
 
     async def lost(self, owner: str) -> None:
         """See DirectoryClient."""
@@ -80,64 +88,78 @@ class RayDirectory:
 
     async def gone(self, owners: Sequence[str]) -> list[str]:
         """See DirectoryClient."""
-        return await _result(self.actor.gone.remote(owners))
+        return await self.ask(DirectoryService.gone, owners)
 
     async def is_down(self) -> bool:
-        """See Registry: the cluster's own table says so."""
-        found = await asyncio.to_thread(actors, self.actor._actor_id.hex())
-        return bool(found) and found["State"] in ("RESTARTING", "DEAD")
+        """See Registry: the cluster's own table says so of both processes."""
+        return all([await asyncio.to_thread(_is_dead, process) for process in self._processes])
 
     async def describe(self, session: str) -> Described:
         """See DirectoryClient."""
-        return await _result(self.actor.describe.remote(session))
+        return await self.ask(DirectoryService.describe, session)
 
     async def sessions(self, after: str, limit: int) -> list[Described]:
         """See DirectoryClient."""
-        return await _result(self.actor.sessions.remote(after, limit))
+        return await self.ask(DirectoryService.sessions, after, limit)
 
     async def drop(self, session: str) -> Grant | None:
         """See DirectoryClient."""
-        return await _result(self.actor.drop.remote(session))
+        return await self.ask(DirectoryService.drop, session)
 
     async def migrate(self, session: str, to: str | None) -> Grant:
         """See DirectoryClient."""
-        return await _result(self.actor.migrate.remote(session, to))
+        return await self.ask(DirectoryService.migrate, session, to)
 
     async def models(self) -> dict[str, ModelSpec]:
         """See DirectoryClient."""
-        return await _result(self.actor.models.remote())
+        return await self.ask(DirectoryService.models)
 
     async def statistics(self) -> dict[str, SessionStatistics]:
         """See DirectoryClient."""
-        return await _result(self.actor.statistics.remote())
+        return await self.ask(DirectoryService.statistics)
 
     async def register(self, owner: Owner, durability: DurabilityConfig) -> int:
         """See Registry. Raises ConfigError where checkpoints cannot be kept as configured."""
-        return await _result(self.actor.register.remote(owner, durability))
+        return await self.ask(DirectoryService.register, owner, durability)
 
     async def unregister(self, owner: str) -> None:
         """The owner takes nothing any more."""
-        await _result(self.actor.unregister.remote(owner))
+        await self.ask(DirectoryService.unregister, owner)
 
     async def unloaded(self) -> dict[str, bool]:
         """See Directory.unloaded."""
-        return await _result(self.actor.unloaded.remote())
+        return await self.ask(DirectoryService.unloaded)
 
     async def load(self, model: str) -> None:
         """See Directory.load."""
-        await _result(self.actor.load.remote(model))
+        await self.ask(DirectoryService.load, model)
 
     async def unload(self, model: str, *, gone: bool = False) -> int:
         """See Directory.unload."""
-        return await _result(self.actor.unload.remote(model, gone=gone))
+        return await self.ask(DirectoryService.unload, model, gone=gone)
 
     async def report(self, owner: str, ended: list[int], ends: dict[str, int], load: Load = IDLE) -> Standing:
         """See Registry."""
-        return await _result(self.actor.report.remote(owner, ended, ends, load))
+        return await self.ask(DirectoryService.report, owner, ended, ends, load)
 
     async def lookup(self, session: str) -> Record:
         """Who holds a session."""
-        return await _result(self.actor.lookup.remote(session))
+        return await self.ask(DirectoryService.lookup, session)
+
+    async def ask(
+        self, method: Callable[Concatenate[DirectoryService, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Call a method in the process where the directory is. Raises what it does, Unavailable where it is in none."""
+        failure: LockstepError | None = None
+        for process in tuple(self._processes):
+            try:
+                answer: Awaitable[T] = process.ask.remote(method.__name__, *args, **kwargs)
+                return await _result(answer)
+            except (Elsewhere, Gone) as error:
+                failure = error
+                if self._processes[0] is process:
+                    self._processes.rotate()
+        raise Unavailable("the directory starts: try again in a moment") from failure
 
     def connect(self, owner: Owner) -> Channel:
         """See DirectoryClient."""
@@ -153,7 +175,7 @@ class RayDirectory:
     async def _open_all(self, asks: Sequence[Ask]) -> Sequence[Grant | LockstepError]:
         """Straight to the directory's own port: a sequence of few timesteps costs less than a call through Ray."""
         if self._straight is None or self._straight.is_lost:
-            self._straight = CallChannel(OPENS, await _result(self.actor.address.remote()))
+            self._straight = CallChannel(OPENS, await self.ask(DirectoryService.address))
         try:
             return await self._straight.call(asks)
         except OSError as error:
@@ -161,7 +183,7 @@ class RayDirectory:
 
     async def _lose_all(self, owners: Sequence[str]) -> Sequence[None]:
         for owner in dict.fromkeys(owners):
-            await _result(self.actor.lost.remote(owner))
+            await self.ask(DirectoryService.lost, owner)
         return [None] * len(owners)
 
 
@@ -220,12 +242,17 @@ class BatchedHandles:
 
 
 async def _result(reference: Awaitable[T]) -> T:
-    """The result of an actor call; a LockstepError comes out as itself, a dead actor as Unavailable."""
+    """The result of an actor call; a LockstepError comes out as itself, a dead actor as Gone."""
     try:
         return await reference
     except RayTaskError as error:
         if isinstance(error.cause, LockstepError):
             raise error.cause from None
         raise
-    except (ActorDiedError, RayActorError) as error:
-        raise Unavailable(f"a part of Lockstep is gone: {error}") from error
+    except RayActorError as error:
+        raise Gone(f"a part of Lockstep is gone: {error}") from error
+
+
+def _is_dead(actor: Any) -> bool:
+    found = actors(actor._actor_id.hex())
+    return bool(found) and found["State"] in ("RESTARTING", "DEAD")

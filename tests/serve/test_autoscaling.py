@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -14,8 +13,9 @@ from bench.chaos_load import PERIOD_S, Line, lstm, read, wrong
 from bench.closed_loop import SEED
 from bench.drain import Replays
 from clients.client import Client, connect
+from serve_app.deployments.directory_service import DirectoryService
 from serve_app.deployments.serve_models import ServeModels
-from serve_app.deployments.transport import NAMESPACE, RayDirectory
+from serve_app.deployments.transport import RayDirectory
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(180)]
 
@@ -42,10 +42,10 @@ def running() -> int:
 
 async def sessions_become(count: int, level: bool) -> None:
     """There are so many replicas; `level`: with about as many sessions each."""
-    directory: Any = ray.get_actor(f"directory:{APP}", namespace=NAMESPACE)
+    directory = RayDirectory(APP)
     deadline, held, found = time.monotonic() + WITHIN_S, [], 0
     while time.monotonic() < deadline:
-        held = list((await directory.num_sessions.remote()).values())
+        held = list((await directory.ask(DirectoryService.num_sessions)).values())
         found = await asyncio.to_thread(running)
         if found == len(held) == count and (not level or max(held) - min(held) <= 3):
             return

@@ -1,14 +1,63 @@
-"""That the directory's bench runs and reports; never how fast anything is."""
+"""The directory in its two processes; and that its bench runs and reports, never how fast anything is."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
+import ray
+from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
-from bench.directory import APP, APPLICATION, measure
+from bench.directory import APP, APPLICATION, listening_at, measure, pid_of
+from clients.client import Client, connect
+from clients.session import Session
+from serve_app.deployments.autoscaling import NAMES
+from serve_app.deployments.directory_service import DirectoryService
+from serve_app.deployments.transport import NAMESPACE, RayDirectory
+from serve_app.errors import Unavailable
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(120)]
+WITHIN_S = 20.0
+
+
+async def opened(client: Client) -> Session:
+    """A session, as soon as the directory has heard of a replica."""
+    deadline = time.monotonic() + WITHIN_S
+    while True:
+        try:
+            return await client.open()
+        except Unavailable:
+            assert time.monotonic() < deadline
+
+
+def processes() -> set[int]:
+    """Both, when they are there."""
+    deadline = time.monotonic() + WITHIN_S
+    while True:
+        try:
+            return {pid_of(ray.get_actor(name.format(APP), namespace=NAMESPACE)) for name in NAMES}
+        except RayActorError:
+            assert time.monotonic() < deadline
+
+
+async def test_the_directory_goes_on_in_its_other_process(run_app: Callable[..., DeploymentHandle[Any]]) -> None:
+    run_app(APP, **APPLICATION)
+    directory = RayDirectory(APP)
+    x = np.ones((5, 4), np.float32)
+    async with connect(APP) as client:
+        session = await client.open()
+        for _ in NAMES:  # the one dies, and the other, when the one has started again
+            waiting = processes()
+            waiting.remove(killed := listening_at(await directory.ask(DirectoryService.address)))
+            psutil.Process(killed).kill()
+            await session.wait(session.submit(x))
+            another = await opened(client)
+            await another.wait(another.submit(x))
+            assert listening_at(await directory.ask(DirectoryService.address)) in waiting
+        assert session.progress == 10
 
 
 async def test_a_directory_is_filled_and_asked_and_its_owner_killed(

@@ -204,22 +204,23 @@ class Actor:
     def __init__(self) -> None:
         self.asked: list[tuple[str, int]] = []
         self.answers: list[Future[int]] = []
-        self.wanted_replicas = SimpleNamespace(remote=self._ask)
+        self.ask = SimpleNamespace(remote=self._ask)
 
-    def _ask(self, model: str, target: int) -> Any:
+    def _ask(self, method: str, model: str, target: int) -> Any:
+        assert method == "wanted_replicas"
         self.asked.append((model, target))
         self.answers.append(Future())
         return SimpleNamespace(future=lambda: self.answers[-1])
 
 
 def test_serve_is_told_what_the_directory_says_and_keeps_what_there_is_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    there: list[Actor] = []
+    there: dict[str, Actor] = {}
 
     def get_actor(name: str, namespace: str) -> Actor:
-        assert (name, namespace) == ("directory:app", "space")
-        if not there:
+        assert namespace == "space"
+        if name not in there:
             raise ValueError("no such actor")
-        return there[0]
+        return there[name]
 
     monkeypatch.setattr(ray, "get_actor", get_actor)
     policy, now = DirectoryPolicy("vad", "space"), 100.0
@@ -231,7 +232,7 @@ def test_serve_is_told_what_the_directory_says_and_keeps_what_there_is_without(m
         return policy(context)[0]
 
     assert ask(3) == 3
-    there.append(actor := Actor())
+    there["directory:app"] = actor = Actor()
     assert ask(3, 0.1) == 3
     assert not actor.asked, "it asks from time to time"
     assert [ask(3), ask(3), ask(3)] == [3, 3, 3]
@@ -239,9 +240,10 @@ def test_serve_is_told_what_the_directory_says_and_keeps_what_there_is_without(m
     actor.answers[0].set_result(5)
     assert [ask(3, 0.1), ask(4, 0.1)] == [5, 5]
     actor.answers[1].set_exception(ActorUnavailableError("it starts again", b"0" * 16))
+    there["directory:app:standby"] = actor = Actor()
     assert ask(5, 0.1) == 5
     assert ask(2) == 2, "what it said before counts no more"
-    actor.answers[2].set_result(1)
+    actor.answers[0].set_result(1)
     assert ask(2) == 1
 
 

@@ -1,4 +1,4 @@
-"""The session directory and its store of checkpoints, in one actor."""
+"""The session directory and its store of checkpoints."""
 
 import asyncio
 import logging
@@ -30,7 +30,7 @@ PUBLISH_EVERY_S = 1.0
 OPENS: Codec[Sequence[Ask], Sequence[Grant | LockstepError]] = PICKLED
 
 
-class DirectoryActor:
+class DirectoryService:
     """Of one application. What the directory decides it decides at once; the store is used beside that, in order."""
 
     def __init__(self, app: str, is_listening: Callable[[str], Awaitable[bool]] = is_listening) -> None:
