@@ -6,7 +6,8 @@ others share. Requests of a sequence run and are answered in order; sequences do
 A stream's own sequences end with it. All others may be gone on with by any ingress: a single request is brought to the
 one that has the sequence, a stream takes it over from there. When that one is gone, with it goes what it knew of which
 answers have been sent: unless all are known to have been, the next request is told from which timestep to resend, and
-requests that are sent again are answered as they were.
+requests that are sent again are answered as they were. A client that counts its timesteps needs not be told: what it
+has not got is kept until it goes on, and it has its sequence though the stream before may not know that it is dead.
 """
 
 import asyncio
@@ -81,12 +82,16 @@ class Forwarded(NamedTuple):
 
 
 class LetGo(NamedTuple):
-    """Asks the ingress that has a sequence to have it no more: it starts again elsewhere, or moves to a stream."""
+    """Asks the ingress that has a sequence to have it no more: it starts again elsewhere, or moves to a stream.
+
+    insists: though it may be in use on one here.
+    """
 
     client: str | None
     model: str
     sequence: SequenceId
     starts: bool
+    insists: bool = False
 
 
 class Left(NamedTuple):
@@ -127,15 +132,17 @@ class Space:
     def ask(self, request: Request, reply: Reply, stream: object = None, notice: Notice | None = None) -> None:
         """Run a request; `reply` gets its outputs, or the error. Raises WindowFull: ask again after `room`.
 
-        stream: what the request came with; while that lasts, no other takes its sequences, and `notice` is called, if
-        the request asks for that. When the request's deadline passes, a sequence that still waits for a place is over
-        (TimedOut). One that runs goes on, with the timesteps of this request, whose outputs nobody gets (TooLate):
-        those that follow need the state after them.
+        stream: what the request came with; while that lasts no other takes its sequences, but one of a client who has a
+        name and counts; and `notice` is called, if the request asks for that. When the request's deadline passes, a
+        sequence that still waits for a place is over (TimedOut). One that runs goes on, with the timesteps of this
+        request, whose outputs nobody gets (TooLate): those that follow need the state after them.
         """
         sequence = self._sequences.get((request.model, request.sequence))
         if sequence is not None and (refusal := self._refusal(request, sequence, stream)) is not None:
             reply(refusal)
             return
+        if sequence is not None and sequence.stream is not stream and self._insists(request):
+            sequence.move_to(stream)
         if request.start:
             begin = partial(self._begin, self._session_name(request), request, sequence)
             sequence = self._put(request, begin, stream, request.priority)
@@ -206,11 +213,12 @@ class Space:
         if sequence is None:
             return NOT_HERE
         none = np.empty(0)
-        refusal = self._refusal(Request(*key, start=ask.starts, end=False, x=none), sequence, None)
+        asked = Request(*key, start=ask.starts, end=False, x=none, timestep=0 if ask.insists else None)
+        refusal = self._refusal(asked, sequence, None)
         if refusal is not None:
             raise refusal
         if not ask.starts:
-            return await sequence.let_go() or NOT_HERE
+            return await sequence.let_go(at_once=sequence.stream is not None) or NOT_HERE
         await sequence.make_way()
         return sequence.left(UNKNOWN) or NOT_HERE
 
@@ -219,7 +227,7 @@ class Space:
 
     def _refusal(self, request: Request, sequence: "Sequence", stream: object) -> LockstepError | None:
         """Why a request cannot be taken for the sequence that there is."""
-        if sequence.stream not in (None, stream):
+        if sequence.stream not in (None, stream) and not self._insists(request):
             return SessionExists(f"{_named(request)} is in use on another stream: end it there, or choose another id")
         if request.start and self._is_shared and not sequence.ends and not sequence.is_broken:
             return SessionExists(
@@ -232,6 +240,10 @@ class Space:
                 f"{request.priority}: leave it out there"
             )
         return None
+
+    def _insists(self, request: Request) -> bool:
+        """Whether it has the sequence wherever that is in use: its client knows what it has got."""
+        return self._client is not None and request.timestep is not None
 
     @property
     def _is_shared(self) -> bool:
@@ -267,7 +279,7 @@ class Space:
     async def _free(self, peers: Peers, name: str, request: Request) -> None:
         """Another ingress has a sequence of that id, which is to start again here. Raises SessionExists."""
         try:
-            left = await peers.ask(name, LetGo(self._client, request.model, request.sequence, starts=True))
+            left = await peers.ask(name, self._let_go(request, starts=True))
             self._hub.has_ended(left.owner, left.epoch)
         except Gone as gone:
             await self._hub.discard(name, gone.sender)
@@ -280,8 +292,7 @@ class Space:
         name, acked = self._session_name(request), UNKNOWN
         try:
             if gone is None:
-                ask = LetGo(self._client, request.model, request.sequence, starts=False)
-                acked = (await peers.ask(name, ask)).acked
+                acked = (await peers.ask(name, self._let_go(request, starts=False))).acked
         except Gone:
             pass
         except UnknownSession:
@@ -295,6 +306,9 @@ class Space:
                 f"sequence {request.sequence!r} of model {request.model!r} has ended, or was lost with its way in and "
                 f"its replica: start it again ({error})"
             ) from error
+
+    def _let_go(self, request: Request, *, starts: bool) -> LetGo:
+        return LetGo(self._client, request.model, request.sequence, starts, self._insists(request))
 
     def _forward(self, peers: Peers, request: Request, reply: Reply) -> None:
         timed = _Timed(request, reply) if request.deadline < math.inf else reply
@@ -403,6 +417,7 @@ class Sequence:
         self._early: deque[tuple[Request, Reply]] = deque()  # came before the session was open, or took the first
         self._asked: deque[_Asked] = deque()
         self._is_broken = False  # it was told so
+        self._counts = False  # its client has said which timestep its last request starts at
         self._resent: int | None = None  # the next request starts there, not at the session's next timestep
         self._has_lost = False  # a request that may have run elsewhere
         self._ways: set[asyncio.Event] = set()  # by which requests came whose answers may not have been sent yet
@@ -464,14 +479,23 @@ class Sequence:
             self.abort()
         await asyncio.shield(self._is_over)
 
-    async def let_go(self) -> Left | None:
-        """Be over, and leave the session for whoever takes it over; None where it has ended."""
-        while (self._session is None or self._early or self._asked or self.ends) and not self._is_over.done():
+    def move_to(self, stream: object) -> None:
+        """It goes on there, whatever it was used on."""
+        self.stream, self.notice = stream, None
+
+    async def let_go(self, *, at_once: bool) -> Left | None:
+        """Be over, and leave the session for whoever takes it over; None where it has ended.
+
+        at_once: nobody is there any more for the answers that have yet to come.
+        """
+        while (self._session is None or (self._is_due and not at_once)) and not self._is_over.done():
             await self.room()
         session = self._session
         if session is None or self._is_over.done():
             return None
-        if not self.is_broken and self._resent is None:
+        if at_once:
+            self._refuse(NotOwner(f"{self._name} goes on by another way in, and this request may have run: try again"))
+        elif not self.is_broken and not self._counts and self._resent is None:
             session.ack(session.next)
         session.changed = None
         self._finish()
@@ -543,7 +567,8 @@ class Sequence:
             reply(Unavailable(f"a request of {self._name} was not run: the ingress that it came by is gone"))
             return
         known = self._resent if request.timestep is None else request.timestep
-        if self._outlives:
+        self._counts = request.timestep is not None
+        if self._outlives and (known is None or known <= session.next):  # else it is refused, and says nothing
             self._ack(session, self._answered if known is None else min(self._answered, known))
         if request.asker_lost is not None:
             self._ways.add(request.asker_lost)
@@ -627,6 +652,11 @@ class Sequence:
         self._sending = asyncio.get_running_loop().call_later(after_s, self._sent, session, end)
 
     @property
+    def _is_due(self) -> bool:
+        """Whether there are requests that have had no answer, or the last of the sequence has just had it."""
+        return bool(self._early or self._asked or self.ends)
+
+    @property
     def _has_closed(self) -> bool:
         """Whether all is answered that there will be."""
         return self.ends and not self._early and not self._asked
@@ -637,6 +667,8 @@ class Sequence:
         if self._lost_an_answer:
             self.ends = False  # the next request is told
             return
+        if self._counts and not self._has_closed:
+            return  # the next request says what has arrived
         self._ack(session, end)
         if end < self._answered:
             self._send_by(session, self._answered)
@@ -656,14 +688,18 @@ class Sequence:
             if each.request.end:
                 self.ends = False  # to be sent again
 
+    def _refuse(self, error: LockstepError) -> None:
+        """All that has had no answer."""
+        self._fail(error)
+        early, self._early = self._early, deque()
+        for _, reply in early:
+            reply(error)
+
     def _end(self, error: LockstepError | None) -> None:
         """The session is over, or there is none."""
         why = error or SessionEnded(f"{self._name} has ended: start a new one")
-        early, self._early = self._early, deque()
-        for _, reply in early:
-            reply(why)
         notice = None if self.ends else self.notice
-        self._fail(why)
+        self._refuse(why)
         if notice is not None:
             notice(why)
         if self._session is not None:

@@ -281,10 +281,28 @@ async def test_a_client_that_counts_is_never_in_doubt() -> None:
         assert await two.infer(7, [3, 4], timestep=2) == [6, 10]
         assert "a segment of session" in str(await expect(StartMismatch, two.infer(7, [9], timestep=9)))
         await asyncio.sleep(TOLD_S)
+        assert await two.infer(7, [3, 4], timestep=2) == [6, 10], "it has not said that it has them"
+        assert await two.infer(7, [5], timestep=4) == [15]
         error = await expect(StartMismatch, two.infer(7, [3], timestep=2))
-        assert "go on from 4" in str(error)
-        assert await two.infer(7, [5], timestep=4, end=True) == [15]
-        assert cluster.engines["owner-0"].stats.timesteps == 5
+        assert "go on from 5" in str(error)
+        assert await two.infer(7, [6], timestep=5, end=True) == [21]
+        assert cluster.engines["owner-0"].stats.timesteps == 6
+
+
+async def test_a_client_that_counts_has_its_sequence_back_from_a_stream_that_hangs() -> None:
+    async with ingresses() as (cluster, one, two):
+        stream = object()
+        assert totals(await one.on_stream(stream, 7, [1, 2], start=True, timestep=0)) == [1, 3]
+        cluster.delay_s = lambda: 0.05
+        lost = one.on_stream(stream, 7, [3], timestep=2)
+        for ingress in (one, two, one):
+            stream = object()
+            assert totals(await ingress.on_stream(stream, 7, [3], timestep=2)) == [6]
+        assert lost.done(), "nobody reads it, but nothing is left open"
+        assert "in use on another stream" in (await one.on_stream(object(), 7, [4])).message
+        assert "in use on another stream" in (await two.on_stream(object(), 7, [4])).message
+        assert totals(await two.on_stream(object(), 7, [5], start=True, timestep=0)) == [5]
+        assert cluster.engines["owner-0"].stats.timesteps == 4
 
 
 async def test_a_sequence_is_lost_with_its_ingress_and_its_owner() -> None:
