@@ -148,7 +148,7 @@ async def _connect_to(address: str, first: dict[str, Any], **query: str | None) 
         )
     except InvalidURI as error:
         raise InvalidInput(f"{address!r} is no address, expected one like ws://host:8000 ({error})") from error
-    except (OSError, InvalidHandshake) as error:  # a TimeoutError is an OSError
+    except (OSError, InvalidHandshake, ConnectionClosed) as error:  # a TimeoutError is an OSError
         raise Unavailable(f"no connection to {address}: {str(error) or type(error).__name__}") from error
     try:
         if first:
