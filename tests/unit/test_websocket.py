@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -601,6 +602,28 @@ async def test_a_session_goes_on_by_another_way_when_its_own_stands_still(monkey
         session.close()
         assert await session.closed() == "closed"
         assert await collect(session) == line(0, 7)
+
+
+async def test_a_connection_that_is_lost_before_its_handshake_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a proxy that dies when it has just taken it."""
+    lost: list[ClientConnection] = []
+
+    class Once(ClientConnection):
+        async def handshake(self, *args: Any, **more: Any) -> None:
+            if not lost:
+                lost.append(self)
+                self.transport.abort()
+                await asyncio.sleep(0.01)
+            await super().handshake(*args, **more)
+
+    async with system() as sut:
+        session = await open_websocket(sut.address)
+        await session.wait(session.submit(np.array(ones(3))))
+        monkeypatch.setattr(websocket_client, "connect", partial(connect, create_connection=Once))
+        break_connection(session)
+        assert await session.wait(session.submit(np.array(ones(4)))) == 7
+        assert len(lost) == 1
+        session.abort()
 
 
 async def test_a_way_in_that_waits_for_the_model_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
