@@ -21,7 +21,8 @@ from bench.report import json_option, save, show_hardware, table
 from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.protos import oip_pb2_grpc
 
-WAYS: tuple[Literal["own", "haproxy", "proxy"], ...] = ("own", "haproxy", "proxy")
+Way = Literal["own", "haproxy", "proxy"]
+WAYS: tuple[Way, ...] = ("own", "haproxy", "proxy")
 WARM_UP = 200
 """Timesteps that do not count."""
 
@@ -57,17 +58,21 @@ async def delays(server: Server, timesteps: int) -> list[tuple[float, float]]:
 def main(timesteps: int, runs: int, json_file: Path | None) -> None:
     """Measure the delay of a session that is alone."""
     show_hardware()
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    found: dict[Way, list[tuple[float, float]]] = {way: [] for way in WAYS}
     for way in WAYS * runs:
         with lockstep(way) as server:
             found[way] += asyncio.run(delays(server, timesteps))
     figures: dict[str, float] = {}
     rows = []
-    for way, took in found.items():
+    for name, took in found.items():
         whole, engine = (median(each) for each in zip(*took, strict=True))
         over = median(a - b for a, b in took)
-        rows.append((way, whole, engine, over))
-        figures |= {f"alone_p50_ms_{way}": whole, f"alone_engine_ms_{way}": engine, f"alone_over_engine_ms_{way}": over}
+        rows.append((name, whole, engine, over))
+        figures |= {
+            f"alone_p50_ms_{name}": whole,
+            f"alone_engine_ms_{name}": engine,
+            f"alone_over_engine_ms_{name}": over,
+        }
     click.echo(table(("way in", "p50 ms", "in the engine", "over it"), rows))
     save(figures, json_file)
 

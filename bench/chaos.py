@@ -121,6 +121,7 @@ class Killer:
             if any(each["NodeID"] == node.node_id and each["Alive"] for each in ray.nodes()):  # type: ignore[no-untyped-call]
                 return
         send(signal.SIGKILL, processes)
+        send(signal.SIGKILL, find_haproxy(node.node_id))  # also one that was just being started
         self._cluster.remove_node(node, allow_graceful=False)
         self._nodes[ports] = add_node(self._cluster, self._cpus, ports)
 

@@ -31,8 +31,9 @@ CONNECT_WITHIN_S = 10.0
 RECONNECT_WITHIN_S, RESUMED_WITHIN_S = 2.0, 5.0
 """One that stands still takes connections all the same, and does nothing with them: then another address is tried."""
 SILENT_S, LOOK_S = 0.75, 0.25
-"""After so long without a message, where outputs are due, it is asked whether anybody is there; how often we look."""
+"""After so long without a message, where some are due, it is asked whether anybody is there; how often we look."""
 ALIVE_WITHIN_S = 1.0
+PING = MSGPACK.encode({"type": "ping"})
 RESUME_WITHIN_S = 30.0
 """A session whose connection is gone is lost when there is none again within that time."""
 TAKEN_OVER = 4409
@@ -179,6 +180,7 @@ class WebSocketCarrier:
         self._resume_within_s = RESUME_WITHIN_S if resume_within_s is None else resume_within_s
         self._addresses = addresses
         self._heard_at = 0.0
+        self._heard = asyncio.Event()
         self._unsure_until = 0.0
         self._due = asyncio.Event()
         self._wants_state = False
@@ -239,6 +241,7 @@ class WebSocketCarrier:
         try:
             async for data in self._websocket:
                 self._heard_at = time.monotonic()
+                self._heard.set()
                 _take(session, MSGPACK.decode(data))
                 if session.end_reason is not None:
                     break
@@ -251,19 +254,23 @@ class WebSocketCarrier:
         return "it was closed"
 
     async def _watch(self, session: Session) -> None:
-        """Give the connection up when nobody is there: a way in that stands still keeps it, and says nothing."""
+        """Give the connection up when nobody is there: a way in that stands still keeps it, and says nothing.
+
+        A proxy that ends WebSockets, as Serve's does, answers their own pings itself, whoever is behind it.
+        """
         while True:
             await asyncio.sleep(LOOK_S)
-            if session.progress == session.next or time.monotonic() < self._heard_at + SILENT_S:
+            if not session.is_due or time.monotonic() < self._heard_at + SILENT_S:
                 continue
+            self._heard.clear()
             try:
                 async with asyncio.timeout(ALIVE_WITHIN_S):
-                    await (await self._websocket.ping())
+                    await self._websocket.send(PING)
+                    await self._heard.wait()
             except TimeoutError:
                 self._addresses.rotate(-1)
                 self._websocket.transport.abort()
                 return
-            self._heard_at = time.monotonic()
 
     async def _resume(self, session: Session) -> None:
         """Connect again, and go on. Raises what the session cannot be had again for, Unavailable after a while."""

@@ -411,6 +411,12 @@ class Session:
             self._wake()
 
     @property
+    def is_due(self) -> bool:
+        """Whether something is to come from the owner: outputs, a state, or the end that was asked for."""
+        asked = self.progress < self.next or self._close != NO_CLOSE or self._num_exporting > 0
+        return asked and self.end_reason is None
+
+    @property
     def has_all(self) -> bool:
         """Whether it is to close, and its last output is here."""
         return self._close == self.next == self.progress

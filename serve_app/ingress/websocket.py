@@ -224,6 +224,9 @@ async def _listen(talk: Conversation, session: Session) -> int:
             try:
                 if message.text("type") == "export":
                     exports.start(message)
+                elif message.text("type") == "ping":
+                    message.only("type")
+                    await talk.send("pong")
                 else:
                     _obey(message, session)
             except LockstepError as error:
@@ -284,7 +287,7 @@ def _obey(message: Message, session: Session) -> None:
             _check_rewind(message, session)
             session.close(message.number("start"))
     else:
-        raise InvalidInput(f"a message of type {kind!r} arrived, expected segment, ack, export or close")
+        raise InvalidInput(f"a message of type {kind!r} arrived, expected segment, ack, export, ping or close")
 
 
 def _check_rewind(message: Message, session: Session) -> None:

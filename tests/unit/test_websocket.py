@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import uvicorn
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.connection import Connection
+from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 import clients.client
@@ -197,7 +199,7 @@ BAD_MESSAGES: dict[str, tuple[str, str, str | bytes]] = {
     "binary": ("invalid_input", "a binary message arrived in a conversation in JSON", b"\x80"),
     "not a map": ("invalid_input", "a list, expected a map", "[]"),
     "too large": ("invalid_input", "a message of 90000 bytes arrived, the limit is 81920", " " * 90_000),
-    "no type": ("invalid_input", "a message of type None arrived, expected segment, ack, export or close", "{}"),
+    "no type": ("invalid_input", "a message of type None arrived, expected segment, ack, export, ping or close", "{}"),
     "unknown type": ("invalid_input", "type 'open' arrived, expected segment", '{"type": "open"}'),
     "unknown key": ("invalid_input", "'ack' is not known here: type, acked", '{"type": "ack", "ack": 3}'),
     "no x": ("invalid_input", "key 'x' is missing", '{"type": "segment"}'),
@@ -602,6 +604,48 @@ async def test_a_session_goes_on_by_another_way_when_its_own_stands_still(monkey
         session.close()
         assert await session.closed() == "closed"
         assert await collect(session) == line(0, 7)
+
+
+@asynccontextmanager
+async def proxy(to: str, stands_still: asyncio.Event) -> AsyncIterator[str]:
+    """As `relay`, but as Serve's own proxy it ends WebSockets, and answers their pings, whoever is behind it."""
+
+    async def pass_on(source: Connection, target: Connection) -> None:
+        async for message in source:
+            if stands_still.is_set():
+                await asyncio.Event().wait()
+            await target.send(message)
+
+    async def accept(client: ServerConnection) -> None:
+        assert client.request is not None
+        async with connect(to + client.request.path, subprotocols=[websocket_client.SUBPROTOCOL]) as ahead:
+            passing = [asyncio.create_task(pass_on(*way)) for way in ((client, ahead), (ahead, client))]
+            await client.wait_closed()
+            for task in passing:
+                task.cancel()
+            await asyncio.gather(*passing, return_exceptions=True)
+
+    async with serve(accept, "127.0.0.1", 0, subprotocols=[websocket_client.SUBPROTOCOL]) as server:
+        yield f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}"
+
+
+@pytest.mark.parametrize("due", ["outputs", "end", "checkpoint"])
+async def test_who_is_behind_a_proxy_that_answers_pings_is_asked(due: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("SILENT_S", 0.1), ("LOOK_S", 0.05), ("ALIVE_WITHIN_S", 0.3), ("RESUMED_WITHIN_S", 0.3)):
+        monkeypatch.setattr(websocket_client, name, seconds)
+    stands_still = asyncio.Event()
+    async with system() as sut, proxy(sut.address, stands_still) as first:
+        session = await open_websocket(f"{first},{sut.address}")
+        assert await session.wait(session.submit(np.array(ones(3)))) == 3
+        stands_still.set()
+        if due == "outputs":
+            assert await session.wait(session.submit(np.array(ones(4)))) == 7
+        elif due == "checkpoint":
+            assert (await session.export()).at == 3
+        session.close()
+        assert await session.closed() == "closed"
+        assert await collect(session) == line(0, session.next)
+        assert carrier(session)._addresses[0] == sut.address
 
 
 async def test_a_connection_that_is_lost_before_its_handshake_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
