@@ -18,14 +18,16 @@ left when a node is killed while another replica starts. A run of 15 minutes has
 import asyncio
 import itertools
 import json
+import math
 import os
 import random
 import signal
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
@@ -34,11 +36,10 @@ import click
 import numpy as np
 import psutil
 import ray
-import uvloop
 from ray.cluster_utils import Cluster
 from ray.serve.schema import ServeDeploySchema
 
-from bench.chaos_load import FOREIGN, HANDLE, PERIOD_S, SOCKET, Line, load, lstm, silero, wrong
+from bench.chaos_load import FOREIGN, HANDLE, PERIOD_S, SOCKET, Line, load_apart, lstm, silero, wrong
 from bench.closed_loop import SEED
 from bench.directory import listening_at
 from bench.report import json_option, save, show_hardware, table
@@ -56,7 +57,6 @@ STOPPED_S, AWAKE_S = 5.0, 2.0
 WATCHED_S = 8.0
 """After a kill."""
 DIRECTORY_WITHIN_S = 60.0
-CLIENT_NICENESS = -10
 KINDS = (
     "replica", "ingress", "node", "directory", "ingress and replica", "stopped replica", "proxy",
     "directory and replica", "stopped node", "controller",
@@ -105,6 +105,10 @@ class Killer:
         else:
             send(signal.SIGKILL, [psutil.Process(self._process(what)) for what in kind.split(" and ")])
 
+    def wait_for(self, sessions: int) -> None:
+        """So many are open. Raises TimeoutError."""
+        self._ask(DirectoryService.num_sessions, lambda held: sum(held.values()) >= sessions)
+
     def _stop(self, processes: Sequence[psutil.Process]) -> None:
         send(signal.SIGSTOP, processes)
         time.sleep(STOPPED_S)
@@ -138,15 +142,15 @@ class Killer:
             actor = ray.get_actor(self._named(f"#{owner}"), namespace=SERVE_NAMESPACE)
         return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=30))
 
-    def _ask(self, method: Callable[[DirectoryService], Awaitable[T]]) -> T:
-        """What the directory says, once it knows of anything: it may just start. Raises TimeoutError."""
+    def _ask(self, method: Callable[[DirectoryService], Awaitable[T]], is_it: Callable[[T], bool] = bool) -> T:
+        """What the directory says, once it is that: it may just start. Raises TimeoutError."""
         deadline = time.monotonic() + DIRECTORY_WITHIN_S
         while time.monotonic() < deadline:
             with suppress(Unavailable):
-                if found := asyncio.run(self._directory.ask(method)):
+                if is_it(found := asyncio.run(self._directory.ask(method))):
                     return found
             time.sleep(0.1)
-        raise TimeoutError(f"the directory has known of nothing for {DIRECTORY_WITHIN_S} s")
+        raise TimeoutError(f"the directory has not known of what it should for {DIRECTORY_WITHIN_S} s")
 
     def _named(self, part: str) -> str:
         """The name of a replica that there is, or will be in a moment."""
@@ -176,30 +180,27 @@ def deploy_models(replicas: int, store: str) -> None:
     deploy(ServeDeploySchema.model_validate({"applications": [app]}))
 
 
-def go_first() -> None:
-    """Clients are on other machines than what is killed, and starts again: where that is allowed they do not wait."""
-    with suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, CLIENT_NICENESS)  # of this thread alone
-
-
 def run(
-    killer: Killer, lines: list[Line], ports: Sequence[Ports], kinds: Sequence[str], seconds: float
-) -> list[tuple[str, float]]:
-    """All sessions, and kills of each kind in turn; returns what was killed when."""
+    cluster: str, killer: Killer, lines: Sequence[Line], ports: Sequence[Ports], kinds: Sequence[str], seconds: float
+) -> tuple[Sequence[Line], list[tuple[str, float]]]:
+    """All sessions, as they end, and kills of each kind in turn: what was killed when.
+
+    Nodes are started by forks of this process, which gRPC in it would not survive: the clients are in another one.
+    """
     kills: list[tuple[str, float]] = []
     until = time.monotonic() + seconds
     sockets = ",".join(f"ws://127.0.0.1:{each.http}" for each in ports)
-    loads = load(lines, sockets, [f"127.0.0.1:{each.grpc}" for each in ports], until)
-    with ThreadPoolExecutor(1, initializer=go_first) as threads:  # nodes can be added by the main thread only
-        loading = threads.submit(uvloop.run, loads)
+    rpc = [f"127.0.0.1:{each.grpc}" for each in ports]
+    with ProcessPoolExecutor(1, get_context("spawn")) as processes:
+        loading = processes.submit(load_apart, cluster, lines, sockets, rpc, until)
+        killer.wait_for(len(lines))
         for kind in itertools.cycle(kinds):
             wait([loading], WATCHED_S)
             if loading.done() or time.monotonic() > until - WATCHED_S:
                 break
             kills.append((kind, time.monotonic()))
             killer.kill(kind)
-        loading.result()
-    return kills
+        return loading.result(), kills
 
 
 @click.command()
@@ -228,12 +229,13 @@ def main(
 ) -> None:  # fmt: skip
     """Kill things under load, and look at every output."""
     show_hardware()
-    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # nodes are started by forks of this process, which has gRPC clients
     ways = [SOCKET] * sockets + [FOREIGN] * foreign + [HANDLE] * (sessions - sockets - foreign)
     works = [
         silero() if i * speech // sessions < (i + 1) * speech // sessions else lstm(segment) for i in range(sessions)
     ]
-    lines = [Line(1000 * seed + i, work, way) for i, (work, way) in enumerate(zip(works, ways, strict=True))]
+    lines: Sequence[Line] = [
+        Line(1000 * seed + i, work, way) for i, (work, way) in enumerate(zip(works, ways, strict=True))
+    ]
     for line in lines[sockets : sockets + named]:
         line.has_name = True
     head, *ports = (Ports(free_port(), free_port()) for _ in range(NODES))
@@ -245,10 +247,12 @@ def main(
     ):
         nodes = {each: add_node(cluster, cpus, each) for each in ports}
         deploy_models(replicas, store)
-        kills = run(Killer(cluster, nodes, cpus, random.Random(seed)), lines, [head, *ports], kinds.split(","), seconds)
+        killer = Killer(cluster, nodes, cpus, random.Random(seed))
+        lines, kills = run(cluster.address, killer, lines, [head, *ports], kinds.split(","), seconds)
     for line in lines:
         if line.error is not None:
             click.echo(f"session {line.seed} by {line.way} has ended at timestep {line.received}: {line.error}")
+    tell_hung(lines, kills)
     figures, delays = figures_of(lines, kills), delays_of(lines, kills)
     for file in earlier:
         add_run(json.loads(file.read_text()), figures, delays)
@@ -257,6 +261,17 @@ def main(
     click.echo(table(("figure", "value"), rows))
     gaps = {kind: " ".join(map(str, found)) for kind, found in delays["gap"].items()}
     save(figures, json_file, gaps=gaps)
+
+
+def tell_hung(lines: Sequence[Line], kills: list[tuple[str, float]]) -> None:
+    """Whose outputs were due for too long after which kill."""
+    for number, (kind, at) in enumerate(kills, 1):
+        until = kills[number][1] if number < len(kills) else math.inf
+        hung = Counter(
+            f"{line.work.model} by {line.way}" for line in lines if line.longest(at - PERIOD_S, until) > HUNG_S
+        )
+        if hung:
+            click.echo(f"hung after kill {number}, {kind}: {', '.join(f'{n} of {who}' for who, n in hung.items())}")
 
 
 def add_run(report: Mapping[str, Any], figures: dict[str, float], delays: "Delays") -> None:
@@ -273,7 +288,7 @@ Delays = dict[str, dict[str, list[float]]]
 """Gaps ("gap") and what others waited ("others"), by kind of kill."""
 
 
-def delays_of(lines: list[Line], kills: list[tuple[str, float]]) -> Delays:
+def delays_of(lines: Sequence[Line], kills: list[tuple[str, float]]) -> Delays:
     """The longest delay of each session after each kill."""
     delays: Delays = {"gap": {}, "others": {}}
     for kind, at in kills:
@@ -284,7 +299,7 @@ def delays_of(lines: list[Line], kills: list[tuple[str, float]]) -> Delays:
     return delays
 
 
-def figures_of(lines: list[Line], kills: list[tuple[str, float]]) -> dict[str, float]:
+def figures_of(lines: Sequence[Line], kills: list[tuple[str, float]]) -> dict[str, float]:
     """What was lost, doubled, hung or wrong, and how often each kind was killed."""
     counts = Counter(kind for kind, _ in kills)
     return {
