@@ -11,7 +11,7 @@ from uuid import uuid4
 import ray
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray._private.state import actors
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.serve._private.common import RequestMetadata
 
 from serve_app.config import DurabilityConfig
@@ -45,16 +45,8 @@ class RayDirectory:
     """The directory of an application, from any process of the cluster (see hub.DirectoryClient)."""
 
     def __init__(self, app: str) -> None:
-        options = {
-            "namespace": NAMESPACE,
-            "lifetime": "detached",
-            "get_if_exists": True,
-            "num_cpus": 0,
-            "resources": {HEAD_NODE_RESOURCE_NAME: 0.001},  # where Serve's controller is, and replicas seldom are
-            "max_restarts": -1,
-        }
-        actor = ray.remote(DirectoryProcess)
-        self._processes = deque[Any](actor.options(name=name.format(app), **options).remote(app) for name in NAMES)
+        self._app = app
+        self._processes = _processes(app)
         self._straight: CallChannel[Sequence[Ask], Sequence[Grant | LockstepError]] | None = None
         self._opens = Together(self._open_all)
         self._losses = Together(self._lose_all)
@@ -159,6 +151,8 @@ class RayDirectory:
                 failure = error
                 if self._processes[0] is process:
                     self._processes.rotate()
+        if failure is not None and isinstance(failure.__cause__, ActorDiedError):
+            self._processes = _processes(self._app)  # they ended while the application was deleted and deployed anew
         raise Unavailable("the directory starts: try again in a moment") from failure
 
     def connect(self, owner: Owner) -> Channel:
@@ -251,6 +245,20 @@ async def _result(reference: Awaitable[T]) -> T:
         raise
     except RayActorError as error:
         raise Gone(f"a part of Lockstep is gone: {error}") from error
+
+
+def _processes(app: str) -> deque[Any]:
+    """Both of the directory, which are started unless they are there."""
+    options = {
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "num_cpus": 0,
+        "resources": {HEAD_NODE_RESOURCE_NAME: 0.001},  # where Serve's controller is, and replicas seldom are
+        "max_restarts": -1,
+    }
+    actor = ray.remote(DirectoryProcess)
+    return deque(actor.options(name=name.format(app), **options).remote(app) for name in NAMES)
 
 
 def _is_dead(actor: Any) -> bool:
