@@ -37,8 +37,9 @@ PERIOD_S = 0.5
 KEPT = 8
 """Columns of an output that are compared."""
 RESUME_WITHIN_S = 60.0
-ANSWER_WITHIN_S = 2.0
-"""A foreign client gives up a stream that takes longer: it may lead to a process that stands still."""
+ANSWER_WITHIN_S, MAX_ANSWER_WITHIN_S = 2.0, 16.0
+"""A foreign client gives up a stream that takes longer: it may lead to a process that stands still. Each time that it
+does it waits for twice as long by the next, which may only be slow, until one has answered."""
 RETRY_S = 0.2
 NICENESS = -10
 """Clients are on other machines than what is killed, and starts again: where that is allowed they do not wait."""
@@ -228,14 +229,19 @@ async def run_foreign(addresses: Sequence[str], line: Line, until: float) -> Non
     due = asyncio.Event()
     producing = asyncio.create_task(_submit(line, until, lambda start, end: due.set()))
     turn = line.seed
-    is_new = True
+    is_new, within_s = True, ANSWER_WITHIN_S
     while time.monotonic() < until + RESUME_WITHIN_S and not (producing.done() and line.received == line.submitted):
         address = addresses[turn % len(addresses)]
         turn += 1
+        before = line.received
         try:
             async with grpc.aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-                await _Stream(channel, line, turn, is_new).run(due, producing)
+                await _Stream(channel, line, turn, is_new).run(due, producing, within_s)
         except Broken as broken:
+            if line.received > before:
+                within_s = ANSWER_WITHIN_S
+            elif isinstance(broken.__cause__, TimeoutError):
+                within_s = min(2 * within_s, MAX_ANSWER_WITHIN_S)
             await asyncio.sleep(RETRY_S * random.uniform(0.5, 1))
             is_new = broken.is_lost or (is_new and line.received == line.begins[-1])
             if is_new and line.begins[-1] != line.received:
@@ -253,12 +259,12 @@ class _Stream:
         self._sent = self._asked = line.received
         self._resends = 0  # so often it was told from where to: what was sent before that is not answered any more
 
-    async def run(self, due: asyncio.Event, producing: "asyncio.Task[None]") -> None:
-        """Until all is answered, and nothing more comes. Raises Broken."""
+    async def run(self, due: asyncio.Event, producing: "asyncio.Task[None]", within_s: float) -> None:
+        """Until all is answered, and nothing more comes. Raises Broken, also where nothing comes for so long."""
         line, sending = self._line, asyncio.create_task(self._send(due))
         try:
             while not (producing.done() and line.received == line.submitted):
-                async with asyncio.timeout(PERIOD_S + ANSWER_WITHIN_S):
+                async with asyncio.timeout(PERIOD_S + within_s):
                     response = await self._call.read()
                 if response is grpc.aio.EOF:
                     raise Broken(not self._has_name)

@@ -5,7 +5,7 @@ import random
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlencode
@@ -33,13 +33,16 @@ RECONNECT_WITHIN_S, RESUMED_WITHIN_S = 2.0, 5.0
 SILENT_S, LOOK_S = 0.75, 0.25
 """After so long without a message, where some are due, it is asked whether anybody is there; how often we look."""
 ALIVE_WITHIN_S = 1.0
+MAX_PATIENCE, CALM_S = 8, 10.0
+"""The times above double with each way that has said nothing, so that one which is only slow gets done what it is asked
+for; until a connection has lasted for so long."""
 PING = MSGPACK.encode({"type": "ping"})
 RESUME_WITHIN_S = 30.0
 """A session whose connection is gone is lost when there is none again within that time."""
 TAKEN_OVER = 4409
 FINAL = (1000, 1011, *range(4000, 5000))
 """Codes of a connection that is closed for good: with TAKEN_OVER another client has the session."""
-UNSURE_S = 10.0
+UNSURE_S = 60.0
 """So long it may be this client that takes it over, by a connection of which it has heard nothing and given up."""
 
 
@@ -130,13 +133,15 @@ async def _connect(
     """
     for address in list(addresses)[:-1]:
         try:
-            return await _connect_to(address, first or {}, **query)
+            return await _connect_to(address, first or {}, query)
         except Unavailable:
             addresses.rotate(-1)
-    return await _connect_to(addresses[0], first or {}, **query)
+    return await _connect_to(addresses[0], first or {}, query)
 
 
-async def _connect_to(address: str, first: dict[str, Any], **query: str | None) -> tuple[ClientConnection, Message]:
+async def _connect_to(
+    address: str, first: dict[str, Any], query: Mapping[str, str | None], patience: int = 1
+) -> tuple[ClientConnection, Message]:
     parameters = urlencode({key: value for key, value in query.items() if value is not None})
     resumes = "resume" in query  # another opening may wait for its turn
     try:
@@ -145,7 +150,7 @@ async def _connect_to(address: str, first: dict[str, Any], **query: str | None) 
             subprotocols=[SUBPROTOCOL],
             compression=None,
             max_size=None,
-            open_timeout=RECONNECT_WITHIN_S if resumes else CONNECT_WITHIN_S,
+            open_timeout=patience * RECONNECT_WITHIN_S if resumes else CONNECT_WITHIN_S,
         )
     except InvalidURI as error:
         raise InvalidInput(f"{address!r} is no address, expected one like ws://host:8000 ({error})") from error
@@ -154,7 +159,7 @@ async def _connect_to(address: str, first: dict[str, Any], **query: str | None) 
     try:
         if first:
             await websocket.send(MSGPACK.encode({"type": "open", **first}))
-        async with asyncio.timeout(RESUMED_WITHIN_S if resumes else None):
+        async with asyncio.timeout(patience * RESUMED_WITHIN_S if resumes else None):
             opened = MSGPACK.decode(await websocket.recv())
         if "error" in opened.values:
             raise from_wire(opened.mapping("error").values)
@@ -179,6 +184,7 @@ class WebSocketCarrier:
         self._websocket = websocket
         self._resume_within_s = RESUME_WITHIN_S if resume_within_s is None else resume_within_s
         self._addresses = addresses
+        self._patience = 1
         self._heard_at = 0.0
         self._heard = asyncio.Event()
         self._unsure_until = 0.0
@@ -221,7 +227,10 @@ class WebSocketCarrier:
         why = "it was closed"
         try:
             while not self._stopped:
+                began = time.monotonic()
                 why = await self._converse(session)
+                if time.monotonic() > began + CALM_S:
+                    self._patience = 1
                 code = self._websocket.close_code
                 is_own = code == TAKEN_OVER and time.monotonic() < self._unsure_until
                 if session.end_reason is not None or (code in FINAL and not is_own):
@@ -264,11 +273,11 @@ class WebSocketCarrier:
                 continue
             self._heard.clear()
             try:
-                async with asyncio.timeout(ALIVE_WITHIN_S):
+                async with asyncio.timeout(self._patience * ALIVE_WITHIN_S):
                     await self._websocket.send(PING)
                     await self._heard.wait()
             except TimeoutError:
-                self._addresses.rotate(-1)
+                self._give_up_way(is_slow=True)
                 self._websocket.transport.abort()
                 return
 
@@ -278,16 +287,11 @@ class WebSocketCarrier:
         delay_s = RETRY_DELAY_S
         while not self._stopped:
             try:
-                self._websocket, opened = await _connect_to(
-                    self._addresses[0],
-                    {},
-                    session=session.name,
-                    resume=str(session.progress),
-                    rewind=str(session.rewind),
-                )
+                where = {"session": session.name, "resume": str(session.progress), "rewind": str(session.rewind)}
+                self._websocket, opened = await _connect_to(self._addresses[0], {}, where, self._patience)
             except LockstepError as error:
                 if isinstance(error, Unavailable):
-                    self._addresses.rotate(-1)
+                    self._give_up_way(is_slow=isinstance(error.__cause__, TimeoutError))
                     self._unsure_until = time.monotonic() + UNSURE_S
                 if isinstance(error, UnknownSession) and session.has_all:
                     session.notice("ended", None, "closed", session.progress)  # which nobody was left to tell
@@ -301,6 +305,11 @@ class WebSocketCarrier:
                 session.epoch += 1
                 session.resumed(opened.number("next") or 0, opened.number("rewind") or 0)
                 return
+
+    def _give_up_way(self, *, is_slow: bool) -> None:
+        self._addresses.rotate(-1)
+        if is_slow:
+            self._patience = min(2 * self._patience, MAX_PATIENCE)
 
     async def _send(self, session: Session) -> None:
         """Send what is due until cancelled; without a sender the connection is of no use."""

@@ -670,6 +670,24 @@ async def test_a_connection_that_is_lost_before_its_handshake_is_tried_again(mon
         session.abort()
 
 
+async def test_a_way_in_that_is_only_slow_is_given_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(websocket_client, "RESUMED_WITHIN_S", 0.1)
+    resume = Hub.resume
+
+    async def slowly(*args: Any, **more: Any) -> Session:
+        await asyncio.sleep(0.25)
+        return await resume(*args, **more)
+
+    async with system() as sut:
+        session = await open_websocket(sut.address)
+        assert await session.wait(session.submit(np.array(ones(3)))) == 3
+        monkeypatch.setattr(Hub, "resume", slowly)
+        break_connection(session)
+        assert await session.wait(session.submit(np.array(ones(4)))) == 7
+        assert carrier(session)._patience == 4, "0.1 and 0.2 s were too short"
+        session.abort()
+
+
 async def test_a_way_in_that_waits_for_the_model_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing comes for long, but somebody is there."""
     for name, seconds in (("SILENT_S", 0.05), ("LOOK_S", 0.02)):
@@ -841,7 +859,7 @@ async def test_outputs_tell_where_their_time_went() -> None:
 async def test_tries_to_resume_become_rarer(monkeypatch: pytest.MonkeyPatch) -> None:
     attempts: list[str] = []
 
-    async def refused(address: str, first: dict[str, Any], **query: str) -> None:
+    async def refused(address: str, *rest: Any) -> None:
         attempts.append(address)
         raise Unavailable("nobody is there")
 
