@@ -1,4 +1,4 @@
-"""One Ray for all tests here, on ports and in a folder of its own; an application a test module, torn down after it."""
+"""One Ray for all tests here, on ports and in a folder of its own; applications end with their module or their test."""
 
 import gc
 import logging
@@ -22,9 +22,17 @@ def http_port() -> int:
     return free_port()
 
 
+RAY_ENV = {
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    # What nobody looks at here, and takes a tenth of two cores:
+    "LOG_NAME_UPDATE_INTERVAL_S": "60",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+}
+
+
 @pytest.fixture(scope="session")
 def cluster(http_port: int) -> Iterator[None]:
-    os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
+    os.environ |= RAY_ENV
     with tempfile.TemporaryDirectory(prefix="ls", dir="/tmp") as folder:  # short: Ray puts sockets there
         ray.init(
             num_cpus=32,  # not of this machine: it only has to hold all test applications
@@ -43,6 +51,16 @@ def cluster(http_port: int) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def run_app(cluster: None) -> Iterator[Callable[..., DeploymentHandle[Any]]]:
     """Start an application, by name and arguments; it is deleted at the module's end."""
+    yield from _deployed()
+
+
+@pytest.fixture
+def run_alone(cluster: None) -> Iterator[Callable[..., DeploymentHandle[Any]]]:
+    """As `run_app`; it is deleted at the test's end."""
+    yield from _deployed()
+
+
+def _deployed() -> Iterator[Callable[..., DeploymentHandle[Any]]]:
     names = []
 
     def run(name: str, route_prefix: str | None = None, **args: Any) -> DeploymentHandle[Any]:
@@ -50,7 +68,7 @@ def run_app(cluster: None) -> Iterator[Callable[..., DeploymentHandle[Any]]]:
         return serve.run(build(args), name=name, route_prefix=route_prefix, external_scaler_enabled=True)
 
     yield run
-    for name in names:
+    for name in dict.fromkeys(names):
         serve.delete(name)
 
 

@@ -50,6 +50,7 @@ def app(run_app: Callable[..., DeploymentHandle[Any]]) -> DeploymentHandle[Any]:
     """Two replicas with few slots, so that sessions move between them and host memory."""
     return run_app(
         "lstm",
+        "/lstm",
         model=MODEL,
         engine=SMALL,
         replicas=2,
@@ -160,14 +161,13 @@ async def test_a_client_that_leaves_costs_the_others_nothing(app: DeploymentHand
 
 
 async def test_websocket_clients_that_vanish_cost_the_others_nothing(
-    run_app: Callable[..., DeploymentHandle[Any]], http_port: int
+    app: DeploymentHandle[Any], http_port: int
 ) -> None:
     """Through Serve's own proxy, with the segments of those who stay in the same frames."""
-    run_app("sockets", route_prefix="/sockets", model=MODEL, engine=SMALL)
     x = noise(6, 120)
-    async with connect(f"ws://127.0.0.1:{http_port}/sockets") as stays:
+    async with connect(f"ws://127.0.0.1:{http_port}/lstm") as stays:
         sessions = [await stays.open() for _ in range(6)]
-        leaves = connect(f"ws://127.0.0.1:{http_port}/sockets")
+        leaves = connect(f"ws://127.0.0.1:{http_port}/lstm")
         gone = [await leaves.open(f"gone {i}") for i in range(6)]
         for at in range(0, 120, 10):
             for session in (*sessions, *gone):
@@ -195,6 +195,21 @@ def process_of(replica: str) -> int:
     return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
 
 
+@pytest.fixture(scope="module")
+def lasting(run_app: Callable[..., DeploymentHandle[Any]]) -> Callable[..., tuple[str, DeploymentHandle[Any]]]:
+    """The name and the handle of an application with that many replicas; `again` deploys it once more."""
+    running = {}
+
+    def run(replicas: int, again: int = 0) -> tuple[str, DeploymentHandle[Any]]:
+        if again or replicas not in running:
+            name, session, engine = f"lasting{replicas}", {"checkpoint_timesteps": 20}, {"slots": 64 + again}
+            handle = run_app(name, f"/{name}", model=MODEL, replicas=replicas, session=session, engine=engine)
+            running[replicas] = name, handle
+        return running[replicas]
+
+    return run
+
+
 @pytest.mark.parametrize(
     "what",
     [
@@ -206,18 +221,17 @@ def process_of(replica: str) -> int:
     ],
 )
 async def test_sessions_outlive_their_replicas(
-    run_app: Callable[..., DeploymentHandle[Any]], http_port: int, what: str
+    lasting: Callable[..., tuple[str, DeploymentHandle[Any]]], http_port: int, what: str
 ) -> None:
     """Twice, under sessions of handle and WebSocket clients; where there is no other replica, Serve starts it first."""
-    name = what.replace(" ", "")
     killed = [deployment for deployment, word in (("Ingress", "ingress"), ("Recurrent", "one of")) if word in what]
-    arguments = {"model": MODEL, "replicas": 1 if "one of one" in what else 2, "session": {"checkpoint_timesteps": 20}}
-    app = run_app(name, f"/{name}", engine={"slots": 64}, **arguments)
+    num_replicas = 1 if "one of one" in what else 2
+    name, app = lasting(num_replicas)
     rng = random.Random(what)
 
     async def one(client: Client, seed: int, until: asyncio.Event) -> int:
         x = noise(seed, 3000)
-        async with await client.open(f"session {seed}") as session:
+        async with await client.open(f"{what} {seed}") as session:
             reading = asyncio.create_task(collect(session))
             while not until.is_set() or session.submitted < 100:
                 session.submit(x[session.submitted : session.submitted + rng.randint(1, 5)])
@@ -228,7 +242,7 @@ async def test_sessions_outlive_their_replicas(
         return end
 
     async def disturb(until: asyncio.Event) -> None:
-        for slots in (65, 66):
+        for time in (1, 2):
             await asyncio.sleep(1)
             if "killed" in what:
                 victims = [rng.choice(replicas(name, deployment)) for deployment in killed]
@@ -236,7 +250,7 @@ async def test_sessions_outlive_their_replicas(
                     os.kill(process, signal.SIGKILL)
                 await asyncio.sleep(4)
             else:
-                await asyncio.to_thread(run_app, name, f"/{name}", engine={"slots": slots}, **arguments)
+                await asyncio.to_thread(lasting, num_replicas, again=time)
         until.set()
 
     async with connect(app) as handle, connect(f"ws://127.0.0.1:{http_port}/{name}") as websocket:
@@ -249,7 +263,7 @@ async def test_sessions_outlive_their_replicas(
 
 
 async def test_a_replica_gives_its_sessions_back_though_a_handle_call_of_it_never_ends(
-    run_app: Callable[..., DeploymentHandle[Any]], monkeypatch: pytest.MonkeyPatch
+    run_alone: Callable[..., DeploymentHandle[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Serve then waits, and kills it without a word."""
     ran_again = []
@@ -263,7 +277,7 @@ async def test_a_replica_gives_its_sessions_back_though_a_handle_call_of_it_neve
         replica._replica_impl._metrics_manager.inc_num_ongoing_requests(RequestMetadata("", ""))
 
     monkeypatch.setattr(Line, "moved", noticed)
-    app = run_app("busy", model=MODEL, engine=SMALL, replicas=2)
+    app = run_alone("busy", model=MODEL, engine=SMALL, replicas=2)
     async with connect(app) as client:
         sessions = [await client.open() for _ in range(6)]
         for seed, session in enumerate(sessions):
@@ -284,9 +298,9 @@ async def test_a_replica_gives_its_sessions_back_though_a_handle_call_of_it_neve
 
 
 async def test_a_killed_replica_ends_its_sessions_clearly_and_is_replaced(
-    run_app: Callable[..., DeploymentHandle[Any]],
+    run_alone: Callable[..., DeploymentHandle[Any]],
 ) -> None:
-    app = run_app("victim", model=MODEL, engine=SMALL, session={"checkpoint_timesteps": 0})
+    app = run_alone("victim", model=MODEL, engine=SMALL, session={"checkpoint_timesteps": 0})
     async with connect(app) as client:
         session = await client.open("a")
         session.submit(noise(1, 3))
@@ -315,8 +329,8 @@ async def test_a_killed_replica_ends_its_sessions_clearly_and_is_replaced(
         assert await session.wait() == 3
 
 
-async def test_own_model_and_a_failing_step(run_app: Callable[..., DeploymentHandle[Any]]) -> None:
-    app = run_app("own", model={"name": "tests.serve.models:Picky", "limit": 10})
+async def test_own_model_and_a_failing_step(run_alone: Callable[..., DeploymentHandle[Any]]) -> None:
+    app = run_alone("own", model={"name": "tests.serve.models:Picky", "limit": 10})
     async with connect(app) as client:
         async with await client.open() as session:
             session.submit(np.array([[1.0], [2.0]], np.float32))
@@ -331,9 +345,8 @@ async def test_own_model_and_a_failing_step(run_app: Callable[..., DeploymentHan
         assert outputs.values["total"].tolist() == [[1.0], [3.0], [7.0]]
 
 
-async def test_http_and_metrics(run_app: Callable[..., DeploymentHandle[Any]], http_port: int) -> None:
-    run_app("web", route_prefix="/web", model=MODEL, engine=SMALL)
-    base = f"http://127.0.0.1:{http_port}/web/v1"
+async def test_http_and_metrics(app: DeploymentHandle[Any], http_port: int) -> None:
+    base = f"http://127.0.0.1:{http_port}/lstm/v1"
     x = noise(9, 7)
     async with httpx.AsyncClient(timeout=30) as http:
         assert (await http.get(f"{base}/health/ready")).status_code == 200
@@ -356,11 +369,8 @@ async def test_http_and_metrics(run_app: Callable[..., DeploymentHandle[Any]], h
         assert 'reason="closed"' in seen["lockstep_session_ends"]
 
 
-async def test_the_command_line_ends_a_session_of_another_client(
-    run_app: Callable[..., DeploymentHandle[Any]], http_port: int
-) -> None:
-    app = run_app("watched", route_prefix="/watched", model=MODEL, engine=SMALL)
-    address = f"ws://127.0.0.1:{http_port}/watched"
+async def test_the_command_line_ends_a_session_of_another_client(app: DeploymentHandle[Any], http_port: int) -> None:
+    address = f"ws://127.0.0.1:{http_port}/lstm"
 
     async def call(*arguments: str) -> str:
         command = [sys.executable, "-m", "clients", "sessions", *arguments, "--address", address]
@@ -383,24 +393,23 @@ async def test_the_command_line_ends_a_session_of_another_client(
 
 
 async def test_a_session_is_taken_along_from_one_application_to_another(
-    run_app: Callable[..., DeploymentHandle[Any]], http_port: int
+    app: DeploymentHandle[Any], run_alone: Callable[..., DeploymentHandle[Any]], http_port: int
 ) -> None:
-    run_app("here", route_prefix="/here", model=MODEL, engine=SMALL)
-    there = run_app("there", model=MODEL, engine=SMALL)
-    other = run_app("other", model={**MODEL, "seed": 4}, engine=SMALL)
+    models = {"rnn": {"model": MODEL}, "other": {"model": {**MODEL, "seed": 4}}}
+    there = run_alone("there", models=models, engine=SMALL)
     x = noise(2, 60)
-    here = connect(f"ws://127.0.0.1:{http_port}/here")
-    async with here, connect(there) as by_handle, connect(other) as wrong:
+    here = connect(f"ws://127.0.0.1:{http_port}/lstm")
+    async with here, connect(there) as by_handle:
         session = await here.open()
         session.submit(x[:30])
         record = await session.export()
         for client in (by_handle, here):
-            again = await client.open(checkpoint=record)
+            again = await client.open(model="rnn", checkpoint=record)
             again.submit(x[30:])
             await again.close()
             np.testing.assert_allclose(await collect(again), alone(x)[30:], rtol=1e-5, atol=1e-5)
         with pytest.raises(StateLost, match="other weights, options or dtype"):
-            await wrong.open(checkpoint=record)
+            await by_handle.open(model="other", checkpoint=record)
 
 
 async def _metrics(http: httpx.AsyncClient, names: set[str]) -> dict[str, str]:
@@ -408,7 +417,7 @@ async def _metrics(http: httpx.AsyncClient, names: set[str]) -> dict[str, str]:
     (node,) = [node for node in ray.nodes() if node["Alive"]]
     while True:
         text = (await http.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics")).text
-        lines = [line for line in text.splitlines() if 'application="web"' in line]
+        lines = [line for line in text.splitlines() if 'application="lstm"' in line]
         seen = {name: next((line for line in lines if name in line), "") for name in names}
         if all(seen.values()):
             return seen

@@ -54,9 +54,9 @@ async def sessions_become(count: int, level: bool) -> None:
 
 
 async def test_replicas_come_and_go_with_sessions_which_are_spread_over_them(
-    run_app: Callable[..., DeploymentHandle[Any]],
+    run_alone: Callable[..., DeploymentHandle[Any]],
 ) -> None:
-    run_app(
+    run_alone(
         APP,
         model={"name": "rnn", "seed": SEED},
         engine={"device": "cpu"},
