@@ -379,11 +379,8 @@ async def test_the_command_line_ends_a_session_of_another_client(app: Deployment
 
     async with connect(app) as by_handle, connect(address) as by_socket:
         dropped, stays = await by_handle.open("dropped"), await by_socket.open("stays")
-        lines = (await call("list")).splitlines()
-        assert [(line.split()[0], line.endswith("resumable")) for line in lines] == [
-            ("dropped", False),
-            ("stays", True),
-        ]
+        listed = {line.split()[0]: line.endswith("resumable") for line in (await call("list")).splitlines()}
+        assert (listed["dropped"], listed["stays"]) == (False, True)
         assert await call("drop", "dropped") == "dropped: aborted\n"
         with pytest.raises(SessionEnded, match="aborted"):
             await dropped.wait(dropped.submit(noise(1, 5)))

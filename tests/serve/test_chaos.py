@@ -20,7 +20,7 @@ def test_nothing_is_lost_doubled_wrong_or_hung(repository: Path, tmp_path: Path)
     figures = json.loads(file.read_text())["figures"]
     assert {name: figures[name] for name in ("failed", "lost", "doubled", "wrong", "hung")} == {
         "failed": 0, "lost": 0, "doubled": 0, "wrong": 0, "hung": 0,
-    }  # fmt: skip
+    }, done.stdout[-5000:]  # fmt: skip
     kinds = ("replica", "ingress", "ingress_and_replica", "node", "directory")
     assert all(figures[f"kills_{kind}"] >= 1 for kind in kinds)
     assert figures["hit_replica"] >= 1 and figures["hit_ingress"] >= 1
