@@ -1,8 +1,8 @@
 """Kills under load, and whether anybody noticed: `python -m bench.chaos [--seconds S] [--json FILE]`.
 
 Sessions of two models send segments at a steady rate (bench.chaos_load), by a handle client, by WebSockets and by plain
-gRPC streams, through a HAProxy on each node and two ingresses, to replicas on the nodes of a local cluster. Every few
-seconds something is killed with SIGKILL: a replica, an ingress, both at once, a whole worker node, the session
+gRPC streams, through a HAProxy on each node and two ingresses, to replicas on the nodes of a local cluster. Whenever
+all runs, something is killed with SIGKILL: a replica, an ingress, both at once, a whole worker node, the session
 directory, that and a replica, a HAProxy, the Serve controller; or a replica, or all of a node, is stopped by SIGSTOP
 for longer than a lease. Gaps are from when a segment was due to when all of its outputs were there, the longest of each
 session within the seconds after a kill: of sessions that have got another owner since, or another connection (`gap_…`),
@@ -36,7 +36,10 @@ import click
 import numpy as np
 import psutil
 import ray
+from ray import serve
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
 from bench.chaos_load import FOREIGN, HANDLE, PERIOD_S, SOCKET, Line, load_apart, lstm, silero, wrong
@@ -54,11 +57,11 @@ HUNG_S = 10.0
 NODES = 3
 STOPPED_S, AWAKE_S = 5.0, 2.0
 """A node that was stopped is awake for a while, before it is replaced if Ray has given it up."""
-WATCHED_S = 8.0
-"""After a kill."""
+WATCHED_S, WHOLE_WITHIN_S = 8.0, 60.0
+"""After a kill; and until all that was lost runs again, which the next kill waits for."""
 DIRECTORY_WITHIN_S = 60.0
 KINDS = (
-    "replica", "ingress", "node", "directory", "ingress and replica", "stopped replica", "proxy",
+    "replica", "ingress", "directory", "ingress and replica", "node", "stopped replica", "proxy",
     "directory and replica", "stopped node", "controller",
 )  # fmt: skip
 SERVICER = "serve_app.ingress.protos.oip_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"
@@ -87,10 +90,10 @@ def send(signal_number: int, processes: Sequence[psutil.Process]) -> None:
 
 
 class Killer:
-    """Knows what there is to kill. nodes: the worker nodes, by the ports of their HAProxy."""
+    """Knows what there is to kill. nodes: the worker nodes, by the ports of their HAProxy. owners: how many."""
 
-    def __init__(self, cluster: Cluster, nodes: dict[Ports, Any], cpus: int, rng: random.Random) -> None:
-        self._cluster, self._nodes, self._cpus, self._rng = cluster, nodes, cpus, rng
+    def __init__(self, cluster: Cluster, nodes: dict[Ports, Any], cpus: int, owners: int, rng: random.Random) -> None:
+        self._cluster, self._nodes, self._cpus, self._num_owners, self._rng = cluster, nodes, cpus, owners, rng
         self._directory = RayDirectory("lockstep")
 
     def kill(self, kind: str) -> None:
@@ -108,6 +111,21 @@ class Killer:
     def wait_for(self, sessions: int) -> None:
         """So many are open. Raises TimeoutError."""
         self._ask(DirectoryService.num_sessions, lambda held: sum(held.values()) >= sessions)
+
+    def is_whole(self) -> bool:
+        """Whether all replicas and ways in run, and the directory knows all owners."""
+        try:
+            status = serve.status()
+            owners = asyncio.run(self._directory.ask(DirectoryService.num_sessions))
+        except (RayError, RayServeException, Unavailable):
+            return False
+        states = [each.replica_states for each in status.applications["lockstep"].deployments.values()]
+        ways = list(status.proxies.values())
+        return (
+            all(set(each) == {"RUNNING"} for each in states)
+            and ways == ["HEALTHY"] * NODES
+            and len(owners) == self._num_owners
+        )
 
     def _stop(self, processes: Sequence[psutil.Process]) -> None:
         send(signal.SIGSTOP, processes)
@@ -196,6 +214,9 @@ def run(
         killer.wait_for(len(lines))
         for kind in itertools.cycle(kinds):
             wait([loading], WATCHED_S)
+            deadline = min(until, time.monotonic() + WHOLE_WITHIN_S)
+            while not (killer.is_whole() or loading.done() or time.monotonic() > deadline):
+                time.sleep(0.2)
             if loading.done() or time.monotonic() > until - WATCHED_S:
                 break
             kills.append((kind, time.monotonic()))
@@ -247,7 +268,7 @@ def main(
     ):
         nodes = {each: add_node(cluster, cpus, each) for each in ports}
         deploy_models(replicas, store)
-        killer = Killer(cluster, nodes, cpus, random.Random(seed))
+        killer = Killer(cluster, nodes, cpus, 2 * replicas - 1, random.Random(seed))
         lines, kills = run(cluster.address, killer, lines, [head, *ports], kinds.split(","), seconds)
     for line in lines:
         if line.error is not None:

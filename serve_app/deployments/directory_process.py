@@ -1,6 +1,8 @@
 """The directory's two processes: when one dies the other goes on at once, which one that has yet to start cannot."""
 
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -17,7 +19,7 @@ CONTROLLER = {"name": "SERVE_CONTROLLER_ACTOR", "namespace": "serve"}
 """To import it from Serve would take longer than all that is needed here."""
 LOOK_EVERY_S = 5.0
 LOOKS = 2
-"""In which the application is not there, before it is taken to be deleted; it may be deployed anew at once."""
+"""In which there is neither the application nor an owner, before it is taken to be deleted, and not deployed anew."""
 
 
 class Elsewhere(Unavailable):
@@ -32,13 +34,13 @@ class DirectoryProcess:
     what one that starts again does; see Directory. Both outlive all replicas, and end when the application is deleted.
     """
 
-    def __init__(self, app: str) -> None:
-        self._app = app
+    def __init__(self, app: str, names: Sequence[str], namespace: str) -> None:
+        """names: of both, in that namespace."""
+        self._app, self._names, self._namespace = app, names, namespace
         self._directory: DirectoryService | None = None
         context = ray.get_runtime_context()
         folder = Path(context.get_temp_dir()) / context.get_session_name()
         self._lock = FileLock(folder / f"lockstep-directory-{quote(app, safe='')}.lock")
-        Thread(target=self._end_with_application, args=(context.current_actor,), daemon=True).start()
 
     async def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the directory. Raises what it raises, Elsewhere where the directory is not."""
@@ -51,14 +53,22 @@ class DirectoryProcess:
             except Timeout:
                 raise Elsewhere("the directory is in its other process: ask that one") from None
             self._directory = DirectoryService(self._app)
+            Thread(target=self._end_with_application, args=(self._directory,), daemon=True).start()
         return self._directory
 
-    def _end_with_application(self, this: Any) -> None:
-        missed = 0
+    def _end_with_application(self, directory: DirectoryService) -> None:
+        missed = num_reports = 0
         while missed < LOOKS:
             time.sleep(LOOK_EVERY_S)
-            missed = 0 if self._has_application() else missed + 1
-        ray.kill(this)
+            is_used = directory.num_reports > num_reports or self._has_application()
+            missed, num_reports = 0 if is_used else missed + 1, directory.num_reports
+        this = ray.get_runtime_context().get_actor_id()
+        processes = []
+        for name in self._names:
+            with suppress(ValueError):  # it is gone
+                processes.append(ray.get_actor(name, namespace=self._namespace))
+        for process in sorted(processes, key=lambda each: each._actor_id.hex() == this):  # this one last
+            ray.kill(process)
 
     def _has_application(self) -> bool:
         """Whether Serve knows it; a controller that starts again may."""

@@ -45,6 +45,8 @@ class DirectoryService:
         self._drops: set[asyncio.Task[None]] = set()
         self._metrics = DirectoryMetrics()
         self._published_at = -math.inf
+        #: Of owners.
+        self.num_reports = 0
 
     async def register(self, owner: Owner, durability: DurabilityConfig) -> int:
         """See Registry, Directory.register; first, open the store unless it is open. A new actor learns of it so."""
@@ -113,6 +115,7 @@ class DirectoryService:
 
     async def report(self, owner: str, ended: list[int], ends: dict[str, int], load: Load = IDLE) -> Standing:
         """See Registry."""
+        self.num_reports += 1
         self._directory.tick(now := lease.now())
         self._drop(self._directory.ended(owner, ended))
         self._directory.tell(owner, ends, load)

@@ -257,8 +257,8 @@ def _processes(app: str) -> deque[Any]:
         "resources": {HEAD_NODE_RESOURCE_NAME: 0.001},  # where Serve's controller is, and replicas seldom are
         "max_restarts": -1,
     }
-    actor = ray.remote(DirectoryProcess)
-    return deque(actor.options(name=name.format(app), **options).remote(app) for name in NAMES)
+    actor, names = ray.remote(DirectoryProcess), [name.format(app) for name in NAMES]
+    return deque(actor.options(name=name, **options).remote(app, names, NAMESPACE) for name in names)
 
 
 def _is_dead(actor: Any) -> bool:

@@ -1,5 +1,6 @@
 """The directory in its two processes; and that its bench runs and reports, never how fast anything is."""
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
@@ -63,6 +65,7 @@ async def test_the_directory_goes_on_in_its_other_process(run_app: Callable[...,
 async def test_a_directory_is_filled_and_asked_and_its_owner_killed(
     run_app: Callable[..., DeploymentHandle[Any]],
 ) -> None:
+    """And with its application it ends, until it is asked again."""
     run_app(APP, **APPLICATION)
     figures = await measure(idle=2000, moving=50, seconds=0.2)
     assert figures["failover_sessions"] == 50
@@ -70,3 +73,17 @@ async def test_a_directory_is_filled_and_asked_and_its_owner_killed(
     assert figures["failover_directory_calls"] >= 50, "each session moves by one call"
     claimed = ("directory_opens_per_s", "failover_10k_s", "failover_directory_p99_s", "failover_lookup_p99_s")
     assert all(figures[name] > 0 for name in claimed)
+    directory = RayDirectory(APP)
+    assert await directory.ask(DirectoryService.num_sessions)
+    before = await asyncio.to_thread(processes)
+    await asyncio.to_thread(serve.delete, APP)
+    _, alive = await asyncio.to_thread(psutil.wait_procs, [psutil.Process(each) for each in before], WITHIN_S)
+    assert alive == []
+    deadline = time.monotonic() + WITHIN_S
+    while True:
+        try:
+            assert await directory.ask(DirectoryService.num_sessions) == {}
+            return
+        except Unavailable:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.1)
