@@ -17,6 +17,7 @@ import torch
 from serve_app.config import AppConfig, BatchingConfig
 from serve_app.engine.batch_runner import BatchRunner, Outputs, Row, Started
 from serve_app.engine.engine import choose_device
+from serve_app.engine.runner import limit_threads
 from serve_app.errors import ConfigError, InferenceFailed, LockstepError, TimedOut, Unavailable
 from serve_app.models import registry
 from serve_app.policy.batching import pad_batch
@@ -94,7 +95,7 @@ class Batcher:
         self._max_running = config.instances * runner.depth
         self._worth_it = -(-config.max_batch_size // 4)
         self._running = 0
-        self._threads = ThreadPoolExecutor(self._max_running, "lockstep-model")
+        self._threads = ThreadPoolExecutor(self._max_running, "lockstep-model", limit_threads)
         self._turning = False  # a turn is due with this round of the event loop
         self._timer: asyncio.TimerHandle | None = None
         self._dead: LockstepError | None = None

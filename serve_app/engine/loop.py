@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from serve_app.engine.cores import pin_thread
 from serve_app.engine.engine import Engine
 from serve_app.engine.mailbox import Ticket
-from serve_app.engine.runner import inference_mode
+from serve_app.engine.runner import inference_mode, limit_threads
 from serve_app.errors import LockstepError, Unavailable
 from serve_app.frame import Answer, Frame
 from serve_app.lease import Freehold, Lease
@@ -101,6 +101,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
+            limit_threads()
             if self._cores:
                 pin_thread(self._cores)
             with inference_mode():

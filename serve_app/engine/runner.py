@@ -101,6 +101,11 @@ def inference_mode() -> AbstractContextManager[object]:
     return nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
 
 
+def limit_threads() -> None:
+    """Let operators use no more threads on this one either than is set for the process: oneDNN's go by the thread."""
+    torch.set_num_threads(torch.get_num_threads())
+
+
 def check_outputs(y: Any, specs: Mapping[str, TensorSpec], steps: tuple[int, ...]) -> list[torch.Tensor]:
     """The model's outputs in the order in which it declares them; ValueError unless they are [*steps, *shape]."""
     values = {next(iter(specs)): y} if isinstance(y, torch.Tensor) else y
