@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(270)]
 
 def test_nothing_is_lost_doubled_wrong_or_hung(repository: Path, tmp_path: Path) -> None:
     file = tmp_path / "chaos.json"
-    kinds = ("node", "directory", "ingress and replica", "stopped replica")
+    kinds = ("ingress and replica", "directory", "node", "stopped replica")
     sizes = {"seconds": 90, "sessions": 100, "speech": 20, "sockets": 20, "foreign": 10, "kinds": ",".join(kinds)}
     command = [sys.executable, "-m", "bench.chaos", *(f"--{name}={value}" for name, value in sizes.items())]
     command += ["--json", str(file)]
