@@ -530,9 +530,12 @@ class Sequence:
         self._on_change()
 
     def _break(self, session: Session) -> None:
-        """Who has asked by now is told from where to resend; those that follow start there."""
+        """Who has asked by now is told from where to resend; those that follow start there, and find all there is."""
         self._is_broken, self._resent, self.ends = True, session.acked, False
         self._ways.clear()
+        if self._sending is not None:
+            self._sending.cancel()
+            self._sending = None
         early, self._early = self._early, deque()
         for request, reply in early:
             if request.timestep is None:
@@ -593,6 +596,8 @@ class Sequence:
             raise
         except LockstepError as error:
             self.ends = self.ends and not request.end
+            if isinstance(error, StartMismatch):
+                self._resent = None  # it says so
             reply(error)
         else:
             self.ends, self._is_broken = self.ends or request.end, False

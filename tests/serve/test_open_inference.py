@@ -33,6 +33,8 @@ MODEL = {"name": "rnn", "cell": "lstm", "input": 8, "hidden": 16, "layers": 2}
 SERVICER = "serve_app.ingress.protos.oip_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"
 CLIENTS = Path(".venv-tritonclient/bin/python")
 SEQUENCES, TIMESTEPS = 100, 20
+MAX_TRIES = 100
+"""Of the requests of a sequence, that are not answered."""
 
 
 @pytest.fixture(scope="module")
@@ -217,15 +219,19 @@ def run_sequence(
 ) -> tuple[int, int]:
     """All of a sequence; how many requests were not answered, and how often it was told to resend."""
     at = lost = told = 0
+    why: list[str] = []
     while at < len(x):
+        assert len(why) < MAX_TRIES, why[-3:]
         end = min(len(x), at + 1 + (sequence + at) % 3)
         try:
             found = infer(address, sequence, x[at:end], at == 0, end == len(x))
-        except Lost:
+        except Lost as error:
             lost += 1
+            why.append(f"at {at} lost: {error}")
             time.sleep(0.2)
         except Resend as error:
             told += 1
+            why.append(f"at {at} told {error}: {error.__cause__}")
             (at,) = error.args
         else:
             np.testing.assert_allclose(found, y[at:end], rtol=1e-5, atol=1e-5)

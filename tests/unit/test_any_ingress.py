@@ -388,6 +388,19 @@ async def test_an_answer_that_is_lost_with_the_ingress_that_asked_for_it_is_had_
         assert cluster.engines["owner-0"].stats.timesteps == (3 if ends else 4)
 
 
+async def test_what_is_to_be_resent_is_kept_until_it_is() -> None:
+    async with ingresses(3) as (cluster, one, two, three):
+        await one.infer(7, [1, 2], start=True)
+        await asyncio.sleep(TOLD_S)
+        assert await two.infer(7, [3]) == [6]
+        two.kill()
+        assert (await expect(StartMismatch, three.infer(7, [4]))).details == {"expected": 2}
+        await asyncio.sleep(TOLD_S)
+        assert await one.infer(7, [3]) == [6]
+        assert await three.infer(7, [4], end=True) == [10]
+        assert cluster.engines["owner-0"].stats.timesteps == 4
+
+
 async def test_an_error_that_is_lost_is_told_again() -> None:
     async with ingresses(3) as (cluster, one, two, three):
         await one.infer(7, [1, 2], start=True)
