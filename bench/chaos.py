@@ -275,6 +275,12 @@ def main(
             click.echo(f"session {line.seed} by {line.way} has ended at timestep {line.received}: {line.error}")
     tell_hung(lines, kills)
     figures, delays = figures_of(lines, kills), delays_of(lines, kills)
+    for line in lines:
+        if line.wrong_at is not None:
+            times = " ".join(f"{at - kills[0][1]:.1f}" for at, _ in line.epochs) if kills else ""
+            click.echo(
+                f"session {line.seed} by {line.way} is wrong from timestep {line.wrong_at} on; it moved at {times}"
+            )
     for file in earlier:
         add_run(json.loads(file.read_text()), figures, delays)
     figures |= percentiles_of(delays)

@@ -94,7 +94,8 @@ class Line:
 
     has_name: the client, of a foreign one.
     epochs: when it was known to have another owner, or another way in. begins: the timesteps at which its state was
-    that of a new sequence. differs: what it was answered again was not as it was. error: what it has ended with.
+    that of a new sequence. wrong_at: a timestep whose output is not the bare module's, or was another when it came
+    before. error: what it has ended with.
     """
 
     seed: int
@@ -108,7 +109,7 @@ class Line:
     received: int = 0
     submitted: int = 0
     doubled: int = 0
-    differs: bool = False
+    wrong_at: int | None = None
     error: LockstepError | None = None
     delays: list[tuple[float, float]] = field(default_factory=list)  # when due, how late
 
@@ -126,12 +127,18 @@ class Line:
         came = y.reshape(len(y), -1)[:, :KEPT]
         if start < self.received:
             before = np.concatenate(self.outputs)[start : start + len(y)]
-            self.differs |= not np.abs(before - came[: len(before)]).max() <= TOLERANCE
+            self.check(start, came[: len(before)], before)
         self.outputs.append(came[self.received - start :])
         self.received = max(self.received, start + len(y))
         while self.due and self.due[0][0] <= self.received:
             _, due = self.due.popleft()
             self.delays.append((due, now - due))
+
+    def check(self, start: int, came: np.ndarray, expected: np.ndarray) -> None:
+        """Outputs from timestep `start` on, as they came, against those that they should be."""
+        is_off = ~(np.abs(came - expected).max(1, initial=0.0) <= TOLERANCE)
+        if is_off.any() and self.wrong_at is None:
+            self.wrong_at = start + int(is_off.argmax())
 
     def saw(self, epoch: int) -> None:
         """That is who has it now."""
@@ -319,12 +326,14 @@ class _Stream:
 
 
 def wrong(lines: Sequence[Line]) -> int:
-    """How many sessions have an output that is not the bare module's."""
+    """How many sessions have an output that is not the bare module's; their `wrong_at` says from where on."""
     models = {line.work.model: line.work for line in lines}
-    return sum(_wrong_of(work, [line for line in lines if line.work.model == model]) for model, work in models.items())
+    for model, work in models.items():
+        _compare(work, [line for line in lines if line.work.model == model])
+    return sum(line.wrong_at is not None for line in lines)
 
 
-def _wrong_of(work: Work, lines: Sequence[Line]) -> int:
+def _compare(work: Work, lines: Sequence[Line]) -> None:
     """All sequences are one batch, the shorter ones with more inputs than they were sent."""
     pieces = [
         (line, start, np.concatenate(line.outputs)[start:end])
@@ -332,15 +341,11 @@ def _wrong_of(work: Work, lines: Sequence[Line]) -> int:
         for start, end in zip(line.begins, [*line.begins[1:], line.received], strict=True)
         if end > start
     ]
-    found = {id(line) for line in lines if line.differs}
     state = None
     for at in range(0, max((len(came) for _, _, came in pieces), default=0), CHUNK):
         x = np.stack([line.inputs(start + at, start + at + CHUNK) for line, start, _ in pieces], axis=1)
         with torch.inference_mode():
             y, state = work.module(torch.from_numpy(x), state)
-        for i, (line, _, came) in enumerate(pieces):
+        for i, (line, start, came) in enumerate(pieces):
             part = came[at : at + CHUNK]
-            off = np.abs(part - y[: len(part), i, :KEPT].numpy()).max(initial=0.0)
-            if not off <= TOLERANCE:
-                found.add(id(line))
-    return len(found)
+            line.check(start + at, part, y[: len(part), i, :KEPT].numpy())
