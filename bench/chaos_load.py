@@ -95,7 +95,7 @@ class Line:
     has_name: the client, of a foreign one.
     epochs: when it was known to have another owner, or another way in. begins: the timesteps at which its state was
     that of a new sequence. wrong_at: a timestep whose output is not the bare module's, or was another when it came
-    before. error: what it has ended with.
+    before, and wrong_by how much. error: what it has ended with.
     """
 
     seed: int
@@ -110,6 +110,7 @@ class Line:
     submitted: int = 0
     doubled: int = 0
     wrong_at: int | None = None
+    wrong_by: float = 0.0
     error: LockstepError | None = None
     delays: list[tuple[float, float]] = field(default_factory=list)  # when due, how late
 
@@ -136,9 +137,10 @@ class Line:
 
     def check(self, start: int, came: np.ndarray, expected: np.ndarray) -> None:
         """Outputs from timestep `start` on, as they came, against those that they should be."""
-        is_off = ~(np.abs(came - expected).max(1, initial=0.0) <= TOLERANCE)
+        off = np.abs(came - expected).max(1, initial=0.0)
+        is_off = ~(off <= TOLERANCE)
         if is_off.any() and self.wrong_at is None:
-            self.wrong_at = start + int(is_off.argmax())
+            self.wrong_at, self.wrong_by = start + int(is_off.argmax()), float(off.max())
 
     def saw(self, epoch: int) -> None:
         """That is who has it now."""
