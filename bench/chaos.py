@@ -277,9 +277,10 @@ def main(
     figures, delays = figures_of(lines, kills), delays_of(lines, kills)
     for line in lines:
         if line.wrong_at is not None:
-            times = " ".join(f"{at - kills[0][1]:.1f}" for at, _ in line.epochs) if kills else ""
+            moves = " ".join(f"{at - line.epochs[0][0]:.1f}" for at, _ in line.epochs)
             click.echo(
-                f"session {line.seed} by {line.way} is wrong from timestep {line.wrong_at} on; it moved at {times}"
+                f"session {line.seed} by {line.way} is wrong at timestep {line.wrong_at}, by up to {line.wrong_by:.2g}; "
+                f"seconds at which it moved: {moves}"
             )
     for file in earlier:
         add_run(json.loads(file.read_text()), figures, delays)
