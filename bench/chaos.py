@@ -279,7 +279,7 @@ def main(
         if line.wrong_at is not None:
             moves = " ".join(f"{at - line.epochs[0][0]:.1f}" for at, _ in line.epochs)
             click.echo(
-                f"session {line.seed} by {line.way} is wrong at timestep {line.wrong_at}, by up to {line.wrong_by:.2g}; "
+                f"session {line.seed} by {line.way} is wrong at timestep {line.wrong_at} by {line.wrong_by:.2g}; "
                 f"seconds at which it moved: {moves}"
             )
     for file in earlier:
