@@ -77,7 +77,7 @@ class EngineLoop:
     def give_back(self, count: int) -> None:
         """See Engine.give_back, from any thread."""
         with self._arrived:
-            self._give_back = count
+            self._give_back += count
             self._arrived.notify()
 
     def fence(self) -> None:

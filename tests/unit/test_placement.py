@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve_app import directory as directory_module
 from serve_app import session as session_module
 from serve_app.directory import ARRIVE_WITHIN_S, Claim, Directory, Owner
 from serve_app.ingress.hub import Hub
@@ -207,7 +208,11 @@ async def stream(hub: Hub, seed: int, until: asyncio.Event) -> int:
 
 
 @pytest.mark.parametrize("acknowledge", [False, True], ids=["handle", "ingress"])
-async def test_a_new_owner_gets_its_share_while_all_sessions_run_and_nothing_runs_again(acknowledge: bool) -> None:
+async def test_a_new_owner_gets_its_share_while_all_sessions_run_and_nothing_runs_again(
+    acknowledge: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory_module, "SETTLED_S", 0.2)
+    monkeypatch.setattr(directory_module, "ARRIVE_WITHIN_S", 0.5)
     done = asyncio.Event()
     async with local(SumModel(), config=CONFIG, ack_on_receipt=not acknowledge) as (cluster, hub):
         reporting = asyncio.create_task(report(cluster, done))
@@ -248,6 +253,17 @@ async def test_those_at_rest_are_given_back_first_and_those_that_close_or_nobody
         assert not mailbox.leaving
         mailbox.calls = calls
         engine._sessions.close_at[rows[0]], engine._sessions.next[rows[1:5]] = -1, 0
+
+
+async def test_who_is_told_to_give_back_and_then_nothing_more_gives_back() -> None:
+    async with local(SumModel(), SumModel(), config=CONFIG) as (cluster, hub):
+        sessions = [await hub.open(f"{i}") for i in range(4)]
+        await asyncio.sleep(0.05)  # a call is waiting at each owner
+        cluster.give_back("owner-0", 2)
+        cluster.give_back("owner-0", 0)
+        async with asyncio.timeout(5):
+            while [session.owner for session in sessions].count("owner-1") < 4:
+                await asyncio.sleep(0.01)
 
 
 async def test_a_session_that_has_never_paused_for_a_checkpoint_moves_all_the_same(
