@@ -132,18 +132,6 @@ def answers_grpc(port: int) -> bool:
         return bool(ready.ready)
 
 
-@pytest.mark.parametrize("way", ["serve", "own"])
-def test_tritons_clients(application: dict[str, str], way: str, expected: Path, repository: Path) -> None:
-    addresses = {"LOCKSTEP_GRPC": application[way], "LOCKSTEP_HTTP": application["http"]}
-    command = [str(repository / CLIENTS), "-m", "pytest", "-q", "-c", "/dev/null", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, str(repository / "tests/tritonclient/check_clients.py")],
-        env={**os.environ, **addresses, "LOCKSTEP_EXPECTED": str(expected)},
-        capture_output=True, text=True, timeout=150, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 class Lost(Exception):
     """A request that was not answered: it may have run."""
 
@@ -272,3 +260,15 @@ def test_sequences_come_in_through_any_ingress_and_outlive_it(expected: Path, tm
         told = sum(told for _, told in (each.result() for each in running))
         assert 0 < told <= 3 * len(running)  # those whose ingress it was
         session.result()
+
+
+@pytest.mark.parametrize("way", ["serve", "own"])
+def test_tritons_clients(application: dict[str, str], way: str, expected: Path, repository: Path) -> None:
+    addresses = {"LOCKSTEP_GRPC": application[way], "LOCKSTEP_HTTP": application["http"]}
+    command = [str(repository / CLIENTS), "-m", "pytest", "-q", "-c", "/dev/null", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(repository / "tests/tritonclient/check_clients.py")],
+        env={**os.environ, **addresses, "LOCKSTEP_EXPECTED": str(expected)},
+        capture_output=True, text=True, timeout=150, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
