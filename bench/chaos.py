@@ -203,24 +203,32 @@ def run(
 ) -> tuple[Sequence[Line], list[tuple[str, float]]]:
     """All sessions, as they end, and kills of each kind in turn: what was killed when.
 
+    After so many seconds, and each kind at least once, nothing is killed any more, and the load ends.
+
     Nodes are started by forks of this process, which gRPC in it would not survive: the clients are in another one.
     """
     kills: list[tuple[str, float]] = []
-    until = time.monotonic() + seconds
     sockets = ",".join(f"ws://127.0.0.1:{each.http}" for each in ports)
     rpc = [f"127.0.0.1:{each.grpc}" for each in ports]
-    with ProcessPoolExecutor(1, get_context("spawn")) as processes:
-        loading = processes.submit(load_apart, cluster, lines, sockets, rpc, until)
-        killer.wait_for(len(lines))
-        for kind in itertools.cycle(kinds):
-            wait([loading], WATCHED_S)
-            deadline = min(until, time.monotonic() + WHOLE_WITHIN_S)
-            while not (killer.is_whole() or loading.done() or time.monotonic() > deadline):
-                time.sleep(0.2)
-            if loading.done() or time.monotonic() > until - WATCHED_S:
-                break
-            kills.append((kind, time.monotonic()))
-            killer.kill(kind)
+    with TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as processes:
+        over = Path(folder) / "over"
+        loading = processes.submit(load_apart, cluster, lines, sockets, rpc, over)
+        try:
+            killer.wait_for(len(lines))
+            began = time.monotonic()
+            for kind in itertools.cycle(kinds):
+                wait([loading], WATCHED_S)
+                deadline = time.monotonic() + WHOLE_WITHIN_S
+                while not (killer.is_whole() or loading.done() or time.monotonic() > deadline):
+                    time.sleep(0.2)
+                now = time.monotonic()
+                if loading.done() or (len(kills) >= len(kinds) and now > began + seconds):
+                    break
+                click.echo(f"{now - began:4.0f} s: {kind}")
+                kills.append((kind, now))
+                killer.kill(kind)
+        finally:
+            over.touch()
         return loading.result(), kills
 
 

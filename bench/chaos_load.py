@@ -158,13 +158,20 @@ class Line:
         return any(at <= then < at + within_s for then, _ in self.epochs[1:])
 
 
-def load_apart(cluster: str, lines: Sequence[Line], sockets: str, rpc: Sequence[str], until: float) -> Sequence[Line]:
-    """As `load`, in a process of its own, which is no part of the cluster at that address; the lines as they end."""
+IsOver = Callable[[], bool]
+"""Whether no more segments are due."""
+
+
+def load_apart(cluster: str, lines: Sequence[Line], sockets: str, rpc: Sequence[str], over: Path) -> Sequence[Line]:
+    """As `load` until that file is there, in a process of its own, which is no part of the cluster at that address.
+
+    Returns the lines as they have ended.
+    """
     with suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
     ray.init(address=cluster, namespace="clients", log_to_driver=False, logging_level=logging.ERROR)
     try:
-        uvloop.run(load(lines, sockets, rpc, until))
+        uvloop.run(load(lines, sockets, rpc, over.exists))
     finally:
         ray.shutdown()
     for line in lines:
@@ -172,30 +179,33 @@ def load_apart(cluster: str, lines: Sequence[Line], sockets: str, rpc: Sequence[
     return lines
 
 
-async def load(lines: Sequence[Line], sockets: str, rpc: Sequence[str], until: float) -> None:
+async def load(lines: Sequence[Line], sockets: str, rpc: Sequence[str], is_over: IsOver) -> None:
     """All sessions. sockets: addresses as `connect` takes them; rpc: host:port of gRPC."""
     async with connect("lockstep") as by_handle, connect(sockets, resume_within_s=RESUME_WITHIN_S) as by_socket:
         clients = {HANDLE: by_handle, SOCKET: by_socket}
         await asyncio.gather(
             *(
-                run_foreign(rpc, line, until) if line.way == FOREIGN else run_session(clients[line.way], line, until)
+                run_foreign(rpc, line, is_over)
+                if line.way == FOREIGN
+                else run_session(clients[line.way], line, is_over)
                 for line in lines
             )
         )
 
 
-async def _submit(line: Line, until: float, submit: Callable[[int, int], None]) -> None:
-    """Segments, when they are due."""
+async def _submit(line: Line, is_over: IsOver, submit: Callable[[int, int], None]) -> float:
+    """Segments, when they are due; when that was over."""
     due = time.monotonic() + random.Random(line.seed).random() * PERIOD_S
-    while due < until:
+    while not is_over():
         await asyncio.sleep(max(0.0, due - time.monotonic()))
         start, line.submitted = line.submitted, line.submitted + line.work.segment
         line.due.append((line.submitted, due))
         submit(start, line.submitted)
         due += PERIOD_S
+    return time.monotonic()
 
 
-async def run_session(client: Client, line: Line, until: float) -> None:
+async def run_session(client: Client, line: Line, is_over: IsOver) -> None:
     """One of our clients: send segments when they are due, take outputs as they come."""
     session = await client.open(model=line.work.model)
     reader = asyncio.create_task(read(session, line))
@@ -206,7 +216,7 @@ async def run_session(client: Client, line: Line, until: float) -> None:
         line.saw(session.epoch)
 
     try:
-        await _submit(line, until, submit)
+        await _submit(line, is_over, submit)
         await session.close()
     except LockstepError as error:
         line.error = error
@@ -228,7 +238,7 @@ class Broken(Exception):
         self.is_lost = is_lost
 
 
-async def run_foreign(addresses: Sequence[str], line: Line, until: float) -> None:
+async def run_foreign(addresses: Sequence[str], line: Line, is_over: IsOver) -> None:
     """A plain client of the Open Inference Protocol: one sequence, one stream, one segment a message.
 
     What is due while there is no stream waits for the next one, by the next address, as long as a session of ours does.
@@ -236,10 +246,12 @@ async def run_foreign(addresses: Sequence[str], line: Line, until: float) -> Non
     Of the others it ends with the stream, and a new one begins with what has had no answer.
     """
     due = asyncio.Event()
-    producing = asyncio.create_task(_submit(line, until, lambda start, end: due.set()))
+    producing = asyncio.create_task(_submit(line, is_over, lambda start, end: due.set()))
     turn = line.seed
     is_new, within_s = True, ANSWER_WITHIN_S
-    while time.monotonic() < until + RESUME_WITHIN_S and not (producing.done() and line.received == line.submitted):
+    while not producing.done() or (
+        line.received < line.submitted and time.monotonic() < producing.result() + RESUME_WITHIN_S
+    ):
         address = addresses[turn % len(addresses)]
         turn += 1
         before = line.received
@@ -268,7 +280,7 @@ class _Stream:
         self._sent = self._asked = line.received
         self._resends = 0  # so often it was told from where to: what was sent before that is not answered any more
 
-    async def run(self, due: asyncio.Event, producing: "asyncio.Task[None]", within_s: float) -> None:
+    async def run(self, due: asyncio.Event, producing: "asyncio.Task[float]", within_s: float) -> None:
         """Until all is answered, and nothing more comes. Raises Broken, also where nothing comes for so long."""
         line, sending = self._line, asyncio.create_task(self._send(due))
         try:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import click
@@ -83,42 +84,45 @@ def owners_by_node() -> Counter[str]:
     return Counter(nodes[owner] for owner, count in held.items() if count)
 
 
-async def load(lines: list[Line], until: float) -> None:
+async def load(lines: list[Line], over: Event) -> None:
     """All sessions."""
     async with connect("lockstep") as client:
-        await asyncio.gather(*(run_session(client, line, until) for line in lines))
+        await asyncio.gather(*(run_session(client, line, over.is_set) for line in lines))
 
 
-def run(lines: list[Line], replicas: int, seconds: float) -> dict[str, tuple[float, float]]:
+def run(lines: list[Line], replicas: int) -> dict[str, tuple[float, float]]:
     """All sessions; scale down and up, drain; when each began and ended."""
     windows: dict[str, tuple[float, float]] = {}
     with local_cluster(num_nodes=2, cpus=2 * replicas, head_cpus=0) as (cluster, nodes):
         scale(replicas)
-        until = time.monotonic() + seconds
+        over = Event()
         with ThreadPoolExecutor(1) as threads:
-            loading = threads.submit(asyncio.run, load(lines, until))
-            time.sleep(SETTLED_S)
-            for name, count in (("scale_down", 1), ("scale_up", replicas)):
-                began = time.monotonic()
-                scale(count)
+            loading = threads.submit(asyncio.run, load(lines, over))
+            try:
                 time.sleep(SETTLED_S)
-                windows[name] = began, time.monotonic()
-            owners = owners_by_node()
-            node = max((node.node_id for node in nodes), key=lambda node: owners[node])
-            left = owners[node]
-            began = time.monotonic()
-            drain(cluster.address, node)
-            while left and time.monotonic() < min(until, began + DRAIN_WITHIN_S):
-                time.sleep(0.5)
-                left = owners_by_node()[node]
-            emptied = time.monotonic()
-            time.sleep(SETTLED_S / 2)
-            windows["node"] = began, time.monotonic()
+                for name, count in (("scale_down", 1), ("scale_up", replicas)):
+                    began = time.monotonic()
+                    scale(count)
+                    time.sleep(SETTLED_S)
+                    windows[name] = began, time.monotonic()
+                owners = owners_by_node()
+                node = max((node.node_id for node in nodes), key=lambda node: owners[node])
+                left = owners[node]
+                began = time.monotonic()
+                drain(cluster.address, node)
+                while left and time.monotonic() < began + DRAIN_WITHIN_S:
+                    time.sleep(0.5)
+                    left = owners_by_node()[node]
+                emptied = time.monotonic()
+                time.sleep(SETTLED_S / 2)
+                windows["node"] = began, time.monotonic()
+            finally:
+                over.set()
             loading.result()
-    if left or not owners[node] or emptied > until:
+    if left or not owners[node]:
         raise RuntimeError(
             f"of {owners[node]} replicas with sessions on the node {left} were there {emptied - began:.0f} s after it "
-            "began to drain, or the load had ended: give more --seconds"
+            "began to drain"
         )
     return windows
 
@@ -151,15 +155,14 @@ def _percentiles(gaps: list[float], what: str) -> dict[str, float]:
 
 
 @click.command()
-@click.option("--seconds", default=180.0, show_default=True)
 @click.option("--sessions", default=500, show_default=True)
 @click.option("--replicas", default=4, show_default=True)
 @json_option
-def main(seconds: float, sessions: int, replicas: int, json_file: Path | None) -> None:
+def main(sessions: int, replicas: int, json_file: Path | None) -> None:
     """Scale and drain under load, and look at every output."""
     show_hardware()
     lines, replays = [Line(i, lstm()) for i in range(sessions)], Replays()
-    figures = figures_of(lines, run(lines, replicas, seconds), replays)
+    figures = figures_of(lines, run(lines, replicas), replays)
     click.echo(table(("figure", "value"), list(figures.items())))
     save(figures, json_file)
 

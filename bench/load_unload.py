@@ -132,7 +132,8 @@ async def talk(client: Client, seed: int, lines: list[Line], stopping: asyncio.E
     """Session after session of the model that stays."""
     while not stopping.is_set():
         lines.append(Line(seed, lstm()._replace(model="steady")))
-        await run_session(client, lines[-1], time.monotonic() + SESSION_S)
+        until = time.monotonic() + SESSION_S
+        await run_session(client, lines[-1], lambda until=until: time.monotonic() > until)  # type: ignore[misc]
 
 
 async def run(

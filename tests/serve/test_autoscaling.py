@@ -9,10 +9,10 @@ import pytest
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from bench.chaos_load import PERIOD_S, Line, lstm, read, wrong
+from bench.chaos_load import PERIOD_S, Line, lstm, run_session, wrong
 from bench.closed_loop import SEED
 from bench.drain import Replays
-from clients.client import Client, connect
+from clients.client import connect
 from serve_app.deployments.directory_service import DirectoryService
 from serve_app.deployments.serve_models import ServeModels
 from serve_app.deployments.transport import RayDirectory
@@ -21,17 +21,6 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(180)]
 
 APP = "scaled"
 WITHIN_S = 60.0
-
-
-async def run_until(client: Client, line: Line, end: asyncio.Event) -> None:
-    """A session that sends segments at a steady rate until then."""
-    session = await client.open()
-    reader = asyncio.create_task(read(session, line))
-    while not end.is_set():
-        line.submitted = session.submit(line.inputs(line.submitted, line.submitted + line.work.segment))
-        await asyncio.sleep(PERIOD_S)
-    await session.close()
-    await reader
 
 
 def running() -> int:
@@ -67,7 +56,9 @@ async def test_replicas_come_and_go_with_sessions_which_are_spread_over_them(
     many, few = asyncio.Event(), asyncio.Event()
     async with connect(APP) as client:
         assert await asyncio.to_thread(running) == 1
-        work = [asyncio.create_task(run_until(client, line, many if line.seed % 4 else few)) for line in lines]
+        work = [
+            asyncio.create_task(run_session(client, line, (many if line.seed % 4 else few).is_set)) for line in lines
+        ]
         await sessions_become(3, level=True)
         await asyncio.sleep(2 * PERIOD_S)
         many.set()
@@ -86,5 +77,5 @@ async def test_replicas_come_and_go_with_sessions_which_are_spread_over_them(
     assert replays.timesteps == 0, "nothing runs again"
     assert wrong(lines) == 0
     for line in lines:
-        assert (line.received, line.doubled) == (line.submitted, 0)
+        assert (line.received, line.doubled, line.error) == (line.submitted, 0, None)
         assert line.submitted > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(270)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(330)]
 
 
 def test_nothing_is_lost_doubled_wrong_or_hung(repository: Path, tmp_path: Path) -> None:
@@ -16,13 +16,12 @@ def test_nothing_is_lost_doubled_wrong_or_hung(repository: Path, tmp_path: Path)
     sizes = {"seconds": 90, "sessions": 100, "speech": 20, "sockets": 20, "foreign": 10, "kinds": ",".join(kinds)}
     command = [sys.executable, "-m", "bench.chaos", *(f"--{name}={value}" for name, value in sizes.items())]
     command += ["--json", str(file)]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     figures = json.loads(file.read_text())["figures"]
     assert {name: figures[name] for name in ("failed", "lost", "doubled", "wrong", "hung")} == {
         "failed": 0, "lost": 0, "doubled": 0, "wrong": 0, "hung": 0,
     }, done.stdout[-5000:]  # fmt: skip
-    for kind in ("node", "ingress_and_replica"):
-        assert figures[f"kills_{kind}"] >= 1 and figures[f"hit_{kind}"] >= 1
-    assert figures["kills_directory"] >= 1
+    assert all(figures[f"kills_{kind.replace(' ', '_')}"] >= 1 for kind in kinds)
+    assert all(figures[f"hit_{kind}"] >= 1 for kind in ("node", "ingress_and_replica", "stopped_replica"))
     assert figures["timesteps"] > 10_000
