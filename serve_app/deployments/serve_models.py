@@ -3,7 +3,7 @@
 import asyncio
 import contextvars
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ray
@@ -37,6 +37,11 @@ class ServeModels:
         self._deployments = deployments
         self._controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
         self._emptying: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def configured(self) -> Collection[str]:
+        """See ModelControl."""
+        return self._deployments.keys()
 
     async def unloaded(self) -> Mapping[str, bool]:
         """See ModelControl."""

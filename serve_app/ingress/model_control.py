@@ -1,11 +1,16 @@
 """Loading and unloading of the models that are configured, as the ways in see it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 
 class ModelControl(Protocol):
     """What is served of what is configured."""
+
+    @property
+    def configured(self) -> Collection[str]:
+        """The models that there are, whether they can be asked now or not."""
+        ...
 
     async def unloaded(self) -> Mapping[str, bool]:
         """The models of which no new session may start, and whether all their replicas are gone."""
@@ -23,7 +28,8 @@ class ModelControl(Protocol):
 class Marks:
     """See ModelControl: nothing new starts, and that is all. For models that live in this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, configured: Collection[str] = ()) -> None:
+        self.configured = configured
         self._unloaded: dict[str, bool] = {}
 
     async def unloaded(self) -> Mapping[str, bool]:

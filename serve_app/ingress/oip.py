@@ -292,8 +292,10 @@ class InferenceServer:
         return Call(request, call.spec, identity, call.outputs, call.batched, call.tells_final, time.monotonic_ns())
 
     async def know(self, model: str) -> None:
-        """Look the model up, if it is not known here yet. Raises Unavailable for one that is just starting."""
-        if model not in self._specs and model not in await self._models() and model in self._batched.specs():
+        """Look the model up, if it is not known here. Raises Unavailable for one that has no replica now."""
+        if model in self._specs or model in await self._models():
+            return
+        if model in self._batched.specs() or model in self._control.configured:
             raise Unavailable(f"no replica of model '{model}' is ready: try again in a moment")
 
     def answer(self, call: Call, result: Result | RowsResult | LockstepError) -> Answer | LockstepError:

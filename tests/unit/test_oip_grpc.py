@@ -17,6 +17,7 @@ import torch
 
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig
 from serve_app.ingress.batched import BatchedModels
+from serve_app.ingress.model_control import Marks
 from serve_app.ingress.oip import InferenceServer
 from serve_app.ingress.oip_grpc import MAX_OUTSTANDING, VALUES_TAG, InferenceService, Parts, split
 from serve_app.ingress.protos import oip_pb2 as pb
@@ -54,7 +55,7 @@ async def at_port(
     """The service at a port of its own; a cluster, the port, and what stops the server."""
     async with local(model or FloatSumModel(), config=config, ack_on_receipt=False) as (cluster, hub):
         service = InferenceService()
-        service.inference = InferenceServer(hub, batched)
+        service.inference = InferenceServer(hub, batched, Marks(["sum"]))
         port, stop = await START(service)
         yield cluster, port, stop
         await stop()
@@ -144,6 +145,19 @@ async def test_what_the_server_says_of_itself() -> None:
         assert (code, "version 3" in text) == ("NOT_FOUND", True)
         assert "trace_level" in (await stub.TraceSetting(pb.TraceSettingRequest())).settings
         assert (await stub.LogSettings(pb.LogSettingsRequest())).settings["log_error"].bool_param
+
+
+async def test_a_model_whose_replicas_are_gone_is_not_ready_but_known() -> None:
+    async with served() as (cluster, stub):
+        await cluster.kill("owner-0")
+        await cluster.actor.lost("owner-0")
+        assert not (await stub.ModelReady(pb.ModelReadyRequest(name="sum"))).ready
+        for call in (
+            stub.ModelMetadata(pb.ModelMetadataRequest(name="sum")),
+            stub.ModelInfer(infer(1, [1], start=True)),
+        ):
+            code, text = await refused(call)
+            assert (code, "no replica of model 'sum' is ready" in text) == ("UNAVAILABLE", True)
 
 
 async def test_a_sequence_of_unary_calls() -> None:
