@@ -1,5 +1,6 @@
 PYTHON ?= python3
-PIP_ARGS ?=
+# Of the packages' modules most are never imported; those that are, are compiled then.
+PIP_ARGS ?= --no-compile
 ARGS ?=
 
 BIN := .venv/bin
