@@ -25,8 +25,9 @@ import grpc
 import numpy as np
 
 from bench.bert import VOCABULARY, Setting
-from bench.peers.servers import Server, application, free_port, running
+from bench.peers.servers import Server, application, running
 from bench.report import save, table
+from cluster.local import free_port
 from serve_app.ingress.protos import oip_pb2 as pb
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"

@@ -19,9 +19,10 @@ import torch
 
 from bench.engine_cuda import LSTM
 from bench.peers.servers import MODEL as NAIVE_MODEL
-from bench.peers.servers import Server, application, free_port, naive
+from bench.peers.servers import Server, application, naive
 from bench.report import json_option, save, show_hardware, table
 from bench.triton import Start, analyze
+from cluster.local import free_port
 from serve_app.spec import TensorSpec
 
 TOP_K = 8

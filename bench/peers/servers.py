@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +19,7 @@ import psutil
 import yaml
 
 from bench.peers.fetch import ROOT, fetch_triton
+from cluster.local import free_port
 from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.protos import oip_pb2_grpc
 
@@ -30,13 +30,6 @@ STRATEGIES = {
     "oldest": "oldest { max_candidate_sequences: 1024 }",
     "direct": "direct { }",
 }
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True, slots=True)
