@@ -243,7 +243,8 @@ async def run_foreign(addresses: Sequence[str], line: Line, is_over: IsOver) -> 
 
     What is due while there is no stream waits for the next one, by the next address, as long as a session of ours does.
     A client that has a name numbers its timesteps: its sequence outlives the stream, and goes on where the server says.
-    Of the others it ends with the stream, and a new one begins with what has had no answer.
+    Of the others it ends with the stream, and a new one begins with what has had no answer; under an id of its own, or
+    what is still on its way of the one before would be taken for it.
     """
     due = asyncio.Event()
     producing = asyncio.create_task(_submit(line, is_over, lambda start, end: due.set()))
@@ -311,7 +312,7 @@ class _Stream:
         request = pb.ModelInferRequest(model_name=line.work.model, id=f"{self._resends} {start} {end}")
         request.inputs.add(name="x", datatype="FP32", shape=x.shape)
         request.raw_input_contents.append(np.ascontiguousarray(x, "<f4").tobytes())
-        request.parameters["sequence_id"].string_param = str(line.seed)
+        request.parameters["sequence_id"].string_param = f"{line.seed}.{line.begins[-1]}"
         request.parameters["sequence_start"].bool_param, self._is_new = self._is_new, False
         request.parameters["sequence_end"].bool_param = False
         if self._has_name:
