@@ -1,6 +1,5 @@
 PYTHON ?= python3
-# Of the packages' modules most are never imported; those that are, are compiled then.
-PIP_ARGS ?= --no-compile
+PIP_ARGS ?=
 ARGS ?=
 
 BIN := .venv/bin
