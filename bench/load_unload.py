@@ -29,7 +29,7 @@ import ray
 import torch
 from ray import serve
 
-from bench.chaos_load import Line, lstm, run_session, wrong
+from bench.chaos_load import IsOver, Line, lstm, run_session, wrong
 from bench.closed_loop import SEED
 from bench.report import json_option, save, show_hardware, table
 from clients.client import Client, connect
@@ -128,12 +128,17 @@ def per_cycle(mib: Sequence[float]) -> float:
     return median((half[j] - half[i]) / (j - i) for i in range(len(half)) for j in range(i + 1, len(half)))
 
 
+def after(seconds: float) -> IsOver:
+    """From now."""
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() >= end
+
+
 async def talk(client: Client, seed: int, lines: list[Line], stopping: asyncio.Event) -> None:
     """Session after session of the model that stays."""
     while not stopping.is_set():
         lines.append(Line(seed, lstm()._replace(model="steady")))
-        until = time.monotonic() + SESSION_S
-        await run_session(client, lines[-1], lambda until=until: time.monotonic() > until)  # type: ignore[misc]
+        await run_session(client, lines[-1], after(SESSION_S))
 
 
 async def run(

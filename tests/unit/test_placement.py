@@ -258,7 +258,8 @@ async def test_those_at_rest_are_given_back_first_and_those_that_close_or_nobody
 async def test_who_is_told_to_give_back_and_then_nothing_more_gives_back() -> None:
     async with local(SumModel(), SumModel(), config=CONFIG) as (cluster, hub):
         sessions = [await hub.open(f"{i}") for i in range(4)]
-        await asyncio.sleep(0.05)  # a call is waiting at each owner
+        while not any(mailbox.calls for mailbox in cluster.engines["owner-0"]._mail.values()):
+            await asyncio.sleep(0.01)
         cluster.give_back("owner-0", 2)
         cluster.give_back("owner-0", 0)
         async with asyncio.timeout(5):
