@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.protos import oip_pb2_grpc
 from serve_app.segment import Run, Timing
 from serve_app.session import Session
-from serve_app.spec import ModelSpec, SessionLimits, TensorSpec
+from serve_app.spec import ModelSpec, SessionLimits, TensorSpec, split_name
 
 RETRY_DELAY_S = 0.05
 
@@ -71,8 +72,10 @@ class OpenInferenceTransport:
 
     async def models(self) -> dict[str, ModelSpec]:
         """See Transport."""
-        index = await self._call("RepositoryIndex", pb.RepositoryIndexRequest(ready=True))
-        return {model.name: await self._spec(model.name) for model in index.models}
+        index = (await self._call("RepositoryIndex", pb.RepositoryIndexRequest(ready=True))).models
+        several = {name for name, versions in Counter(model.name for model in index).items() if versions > 1}
+        names = [f"{model.name}@{model.version}" if model.name in several else model.name for model in index]
+        return {name: await self._spec(name) for name in names}
 
     async def stop(self) -> None:
         """See Transport."""
@@ -81,7 +84,7 @@ class OpenInferenceTransport:
         await self._channel.close()
 
     async def _only_model(self) -> str:
-        names = list(await self.models())
+        names = sorted({split_name(name)[0] for name in await self.models()})
         if len(names) != 1:
             raise UnknownModel(f"{self._address} serves {', '.join(names) or 'nothing'}: say which model")
         return names[0]

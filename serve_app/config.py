@@ -6,7 +6,7 @@ several, each has a tree of its own: what it is given, then what is at the top, 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -19,7 +19,8 @@ from serve_app.errors import ConfigError
 class ModelConfig:
     """`name`: a model of serve_app.models.registry, or `package.module:Class` of your own. The rest are its options.
 
-    `served_as`: what clients call it, where that is not its name: the key of its section in `models`.
+    `served_as`: what clients call it, where that is not its name: the key of its section in `models`, and behind an @
+    its version, where it has several.
     """
 
     name: str = "silero_vad"
@@ -292,7 +293,8 @@ def load_models(args: Mapping[str, Any]) -> dict[str, AppConfig]:
     """The tree of each model of an application, by the name that clients call it; raises ConfigError.
 
     `models` has a section for each, by that name: `model` (by default what the section is called), `engine`, `session`
-    and so on. Without `models` there is the one that `model` says.
+    and so on. Where that has `versions`, by number, each is a model with what is in its section, over what is beside
+    `versions`: NAME@1, NAME@2. Without `models` there is the one that `model` says.
     """
     tree = _unflatten(args)
     if "models" not in tree:
@@ -305,28 +307,63 @@ def load_models(args: Mapping[str, Any]) -> dict[str, AppConfig]:
         raise ConfigError("model is given beside models: move it there, as models.NAME.model", key="model")
     if "batching" in tree:
         raise ConfigError("batching is given beside models: move it to the stateless ones, as models.NAME.batching")
-    return {str(name): _of_models(str(name), section, tree) for name, section in models.items()}
+    return {
+        config.model.served_name: config
+        for name, section in models.items()
+        for config in _of_models(str(name), section, tree)
+    }
 
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _OF_ALL = ("durability", "grpc", "ingress_replicas")
 
 
-def _of_models(name: str, section: Any, top: Mapping[str, Any]) -> AppConfig:
-    """The tree of one section of `models`."""
+def _of_models(name: str, section: Any, top: Mapping[str, Any]) -> Iterator[AppConfig]:
+    """The tree of one section of `models`, or those of its versions."""
     if not _MODEL_NAME.fullmatch(name):
         raise ConfigError(f"models has a model called {name!r}: a name is of letters, digits, - and _")
+    where = f"models.{name}"
+    common = _section(where, section)
+    if "versions" not in common:
+        yield _of_section(where, {"name": name, "served_as": name}, common, top)
+        return
+    versions = common.pop("versions")
+    where += ".versions"
+    if not isinstance(versions, Mapping) or not versions:
+        raise ConfigError(f"{where} is {versions!r}, expected a section for each: {where}.1")
+    for version, own in versions.items():
+        if not _VERSION.fullmatch(version):
+            raise ConfigError(f"{where} has {version!r}: a version is a whole number from 1 on")
+        served = {"name": name, "served_as": f"{name}@{version}"}
+        own = _section(f"{where}.{version}", own)
+        yield _of_section(f"{where}.{version}", served, own, _merged(top, common))
+
+
+def _section(where: str, section: Any) -> dict[str, Any]:
+    """Of a model, or of one of its versions."""
     section = {} if section is None else section
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{where}: it is {section!r}, expected a section: model, engine, session and so on")
+    for key in _OF_ALL:
+        if key in section:
+            raise ConfigError(f"{where}: {key} is the same for all models: move it to the top")
+    return dict(section)
+
+
+def _of_section(
+    where: str, model: Mapping[str, str], section: Mapping[str, Any], below: Mapping[str, Any]
+) -> AppConfig:
+    """The tree of a section, and of what it leaves out `below`. model: see `_tree`."""
     try:
-        if not isinstance(section, Mapping):
-            raise ConfigError(f"it is {section!r}, expected a section: model, engine, session and so on")
-        for key in _OF_ALL:
-            if key in section:
-                raise ConfigError(f"{key} is the same for all models: move it to the top")
-        both = {key: _over(top.get(key), section.get(key)) for key in {**top, **section}}
-        return _tree(both, {"name": name, "served_as": name})
+        return _tree(_merged(below, section), model)
     except ConfigError as error:
-        raise ConfigError(f"models.{name}: {error.message}", **error.details) from None
+        raise ConfigError(f"{where}: {error.message}", **error.details) from None
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above`, with what it leaves out from `below`."""
+    return {key: _over(below.get(key), above.get(key)) for key in {**below, **above}}
 
 
 def _over(below: Any, above: Any) -> Any:
@@ -367,10 +404,12 @@ def _with_names(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     found = {}
     for key, value in values.items():
         match f"{where}{key}".split("."):
-            case ["model"] | ["models", _, "model"] if value is not None and not isinstance(value, Mapping):
-                value = {"name": value}
-            case ["models"] | ["models", _] if isinstance(value, Mapping):
-                value = _with_names(value, f"{where}{key}.")
+            case ["model"] | ["models", _, "model"] | ["models", _, "versions", _, "model"]:
+                if value is not None and not isinstance(value, Mapping):
+                    value = {"name": value}
+            case ["models"] | ["models", _] | ["models", _, "versions"] | ["models", _, "versions", _]:
+                if isinstance(value, Mapping):
+                    value = _with_names(value, f"{where}{key}.")
         found[key] = value
     return found
 

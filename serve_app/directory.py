@@ -28,7 +28,7 @@ from serve_app.lease import LEASE_S, MARGIN_S
 from serve_app.policy.autoscaling import IDLE, Demand, Load, Scaling, wanted_replicas
 from serve_app.policy.placement import choose_owner, moves_of
 from serve_app.policy.session_queue import ASK_AGAIN_S, NO_QUEUE, QueueLimits, SessionQueue, retry_after_s
-from serve_app.spec import ModelSpec, SessionLimits
+from serve_app.spec import ModelSpec, SessionLimits, newest_first, split_name
 
 FREED_KEPT = 64
 SETTLED_S = 2.0
@@ -647,30 +647,42 @@ class Directory:
         """The owners that a session can be placed at."""
         if not self._owners:
             raise Unavailable("no replica is ready: try again in a moment")
-        models = sorted({name for owner in self._owners.values() for name in (owner.spec.name, *owner.models)})
-        if model is None and len(models) > 1:
-            raise InvalidInput(f"{len(models)} models are served here, say which one: {', '.join(models)}")
-        if model not in (None, *models):
-            raise UnknownModel(f"model {model!r} is not served here: {', '.join(models)}")
-        serving = {
-            name: owner
-            for name, owner in self._owners.items()
-            if model in (None, owner.spec.name) and name not in self._suspects
-        }
+        served_as = self._served_as(model)
+        model = model or served_as[0]
+        ready: dict[str, dict[str, Owner]] = {each: {} for each in served_as}
+        for name, owner in self._owners.items():
+            if owner.spec.name in ready and name not in self._suspects:
+                ready[owner.spec.name][name] = owner
+        serving = [owners for owners in ready.values() if owners]
         if not serving:
-            if model in self._unloaded:
+            if all(each in self._unloaded for each in served_as):
                 raise Unavailable(f"model {model!r} is unloaded: load it before a session starts")
             raise Unavailable(f"no replica of model {model!r} is ready: try again in a moment")
         if claim is None or not claim.fingerprint:
-            return serving
-        same = {name: owner for name, owner in serving.items() if owner.spec.fingerprint == claim.fingerprint}
-        if not same:
-            found = sorted({owner.spec.fingerprint for owner in serving.values()})
-            raise StateLost(
-                f"the checkpoint of session {session!r} is of model {model!r} with fingerprint {claim.fingerprint}, "
-                f"the one that is served has {', '.join(found)} (other weights, options or dtype): open a new session"
-            )
-        return same
+            loaded = (owners for each, owners in ready.items() if owners and each not in self._unloaded)
+            return next(loaded, serving[0])
+        for owners in serving:
+            same = {name: owner for name, owner in owners.items() if owner.spec.fingerprint == claim.fingerprint}
+            if same:
+                return same
+        found = sorted({owner.spec.fingerprint for owners in serving for owner in owners.values()})
+        raise StateLost(
+            f"the checkpoint of session {session!r} is of model {model!r} with fingerprint {claim.fingerprint}, "
+            f"the one that is served has {', '.join(found)} (other weights, options or dtype): open a new session"
+        )
+
+    def _served_as(self, model: str | None) -> list[str]:
+        """What a model is served as that is asked for: its versions, the newest first, where none is said."""
+        names = sorted({name for owner in self._owners.values() for name in (owner.spec.name, *owner.models)})
+        if model is None:
+            models = {split_name(name)[0] for name in names}
+            if len(models) > 1:
+                raise InvalidInput(f"{len(models)} models are served here, say which one: {', '.join(names)}")
+            (model,) = models
+        found = [model] if model in names else newest_first(model, names)
+        if not found:
+            raise UnknownModel(f"model {model!r} is not served here: {', '.join(names)}")
+        return found
 
     def _may_go_on(self, record: Record, epoch: int) -> bool:
         """Whether who has the session under `epoch` has the last there is: this directory may have started after it."""

@@ -1,12 +1,27 @@
 """What a model takes and gives, in plain values: the part of a model that every process may know."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from serve_app.errors import InvalidInput
+
+ONLY_VERSION = "1"
+"""What clients are told of a model that is configured without versions."""
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Model and version of what a model is served as: ("vad", "2") of "vad@2", ("vad", "1") of "vad"."""
+    model, _, version = name.partition("@")
+    return model, version or ONLY_VERSION
+
+
+def newest_first(model: str, names: Iterable[str]) -> list[str]:
+    """Those of these names that are versions of a model, which itself is none of them."""
+    found = {int(version): name for name in names for of, at, version in [name.partition("@")] if at and of == model}
+    return [found[version] for version in sorted(found, reverse=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +41,9 @@ class TensorSpec:
 class ModelSpec:
     """A served model, as its clients see it.
 
-    `sample_rate` (Hz) is set where a timestep is a run of audio samples; clients then take any number of samples
-    and cut them into timesteps themselves. `input_name` is what protocols call the input that name their tensors.
+    `name`: with its version, where it has several (see `split_name`). `sample_rate` (Hz) is set where a timestep is a
+    run of audio samples; clients then take any number of samples and cut them into timesteps themselves. `input_name`
+    is what protocols call the input that name their tensors.
     `fingerprint`: states are of this model, with these weights, and of no other.
     """
 

@@ -37,6 +37,7 @@ class Ingress(InferenceService):
         self._batched = BatchedHandles(batched)
         self._models = ServeModels(app, directory, deployments)
         self.inference = InferenceServer(self._hub, self._batched, self._models, peers)
+        self._watching = asyncio.create_task(self.inference.watch())
         self._server = self.server()
         if grpc.port:
             await self._server.start(grpc.host, grpc.port)
@@ -49,6 +50,7 @@ class Ingress(InferenceService):
 
     async def __del__(self) -> None:
         self._server.refuse()
+        self._watching.cancel()
         await self._peer_server.stop()
         await self._channels.stop()
         await self._models.stop()

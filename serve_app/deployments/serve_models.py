@@ -14,10 +14,13 @@ from ray.serve._private.exceptions import ExternalScalerDisabledError
 
 from serve_app.deployments.transport import RayDirectory
 from serve_app.errors import LockstepError, Unavailable, UnknownModel
+from serve_app.ingress.model_control import WATCH_S
 
 logger = logging.getLogger("ray.serve")
 
 LOOK_S = 0.2
+KNOWN_S = 2 * WATCH_S
+"""Until every way in knows that there is nothing to ask: at a deployment without replicas a request waits for ever."""
 FAILED = "A replica failed to start"
 """In what Serve says of a deployment."""
 
@@ -88,6 +91,7 @@ class ServeModels:
     async def _empty(self, model: str) -> None:
         """When the model's last session has ended let its replicas go."""
         deployment, going = self._deployment(model), False
+        await asyncio.sleep(KNOWN_S)
         while True:
             try:
                 if not going and not await self._directory.unload(model):

@@ -390,7 +390,7 @@ async def live(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """Whether a model can be asked."""
     inference: InferenceServer = request.app.state.inference
-    models = [model["name"] for model in await inference.index(only_ready=False)]
+    models = [*dict.fromkeys(model["name"] for model in await inference.index(only_ready=False))]
     if not models:
         raise Unavailable("no replica is ready: try again in a moment")
     return _answer(request, {"status": "ready", "models": models})

@@ -3,6 +3,9 @@
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
+WATCH_S = 1.0
+"""So often every way in looks what the others have loaded and unloaded."""
+
 
 class ModelControl(Protocol):
     """What is served of what is configured."""

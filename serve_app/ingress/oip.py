@@ -10,23 +10,25 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from uuid import uuid4
 
 import numpy as np
 
-from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownModel
+from serve_app.errors import InvalidInput, LockstepError, Unavailable
 from serve_app.ingress.batched import BatchedModels, NoModels
+from serve_app.ingress.catalog import Catalog, Spec
 from serve_app.ingress.hub import Hub
-from serve_app.ingress.model_control import Marks, ModelControl
+from serve_app.ingress.model_control import WATCH_S, Marks, ModelControl
 from serve_app.ingress.peers import Peers
 from serve_app.ingress.sequences import Forwarded, LetGo, Request, Result, SequenceId, Space
 from serve_app.ingress.shared_memory import SharedMemory
 from serve_app.rows import BatchedSpec, RowsRequest, RowsResult, check_rows
-from serve_app.spec import ModelSpec, TensorSpec
+from serve_app.spec import ModelSpec, TensorSpec, split_name
 
-NAME, SERVER_VERSION, MODEL_VERSION = "lockstep", "2", "1"
+NAME, SERVER_VERSION = "lockstep", "2"
 EXTENSIONS = (
     "binary_tensor_data",
     "logging",
@@ -69,7 +71,7 @@ class Call(NamedTuple):
     """An inference request that has been read, and what its answer needs."""
 
     request: Request | RowsRequest
-    spec: ModelSpec | BatchedSpec
+    spec: Spec
     id: str
     outputs: Sequence[str]
     #: Its input came with a leading dimension of 1.
@@ -95,9 +97,10 @@ class Form:
 
 
 class Answer(NamedTuple):
-    """What a call comes back with."""
+    """What a call comes back with, and from which version of its model."""
 
     call: Call
+    version: str
     outputs: Mapping[str, np.ndarray]
     parameters: Parameters
 
@@ -124,9 +127,8 @@ class InferenceServer:
         self._batched = batched or NoModels()
         #: Of calls that have been read, by the bytes by which it is known; forgotten when models change.
         self.forms: dict[bytes, Form] = {}
-        self._specs: dict[str, ModelSpec | BatchedSpec] = {}
         self._control = control or Marks()
-        self._unloaded: Mapping[str, bool] = {}  # as it was when somebody asked last
+        self._catalog = Catalog(hub, self._batched, self._control)
         self._shared = Space(hub, "", None, self.peers)
         self._named: dict[str, Space] = {}
         self._statistics: dict[str, Statistics] = {}
@@ -135,11 +137,14 @@ class InferenceServer:
 
     async def ready(self) -> bool:
         """Whether every model that is not unloaded can be asked."""
-        return bool(await self._models())
+        await self.look()
+        return bool(self._catalog.specs)
 
     async def model_ready(self, name: str, version: str) -> bool:
         """Whether the model can be asked."""
-        return version in ("", MODEL_VERSION) and name in await self._models() and name not in self._unloaded
+        await self.look()
+        spec = self._catalog.find(name, version)
+        return spec is not None and spec.name not in self._catalog.unloaded
 
     def server_metadata(self) -> dict[str, Any]:
         """ServerMetadataResponse."""
@@ -149,8 +154,8 @@ class InferenceServer:
         """ModelMetadataResponse. Raises UnknownModel."""
         spec = await self._spec(name, version)
         return {
-            "name": name,
-            "versions": [MODEL_VERSION],
+            "name": split_name(spec.name)[0],
+            "versions": [split_name(each)[1] for each in reversed(self._catalog.names(name))],
             "platform": _platform(spec),
             "inputs": [_describe(each, tensor) for each, tensor in _inputs(spec).items()],
             "outputs": [_describe(output, tensor) for output, tensor in spec.outputs.items()],
@@ -163,7 +168,7 @@ class InferenceServer:
         timesteps = () if isinstance(spec, BatchedSpec) else (-1,)
         rate = None if isinstance(spec, BatchedSpec) else spec.sample_rate
         return {
-            "name": name,
+            "name": split_name(spec.name)[0],
             "platform": _platform(spec),
             "backend": NAME,
             "input": [
@@ -177,40 +182,44 @@ class InferenceServer:
         }
 
     async def statistics(self, name: str, version: str) -> list[dict[str, Any]]:
-        """ModelStatistics of one model, or of all where no name is given. Raises UnknownModel."""
-        names = [name] if name else sorted(await self._models())
-        for each in names:
-            await self._spec(each, version)
+        """ModelStatistics of one model, or of all where no name is given; of all versions, or one.
+
+        Raises UnknownModel.
+        """
+        await self.look()
+        names = self._catalog.names(name, version) if name else sorted(self._catalog.specs)
         sessions = {each: found._asdict() for each, found in (await self._hub.statistics()).items()}
         return [{**self._of(each).described(each), "session_stats": sessions.get(each, {})} for each in names]
 
     async def index(self, *, only_ready: bool) -> list[dict[str, str]]:
-        """The models that are configured."""
-        found = []
-        for name in sorted({*await self._models(), *self._unloaded}):
+        """The models that are configured, each of their versions."""
+        await self.look()
+        found, unloaded = [], self._catalog.unloaded
+        for served_as in sorted({*self._catalog.specs, *unloaded}):
             state, reason = "READY", ""
-            if name in self._unloaded:
-                state, reason = ("UNAVAILABLE", "unloaded") if self._unloaded[name] else ("UNLOADING", "")
+            if served_as in unloaded:
+                state, reason = ("UNAVAILABLE", "unloaded") if unloaded[served_as] else ("UNLOADING", "")
             if state == "READY" or not only_ready:
-                found.append({"name": name, "version": MODEL_VERSION, "state": state, "reason": reason})
+                name, version = split_name(served_as)
+                found.append({"name": name, "version": version, "state": state, "reason": reason})
         return found
 
     async def load(self, name: str) -> None:
-        """Serve a configured model (again). Raises UnknownModel, Unavailable where it cannot start."""
-        await self._configured(name)
-        await self._control.load(name)
-        await self._models()
+        """Serve a configured model (again), all of its versions, or one: NAME@VERSION.
+
+        Raises UnknownModel, Unavailable where it cannot start.
+        """
+        await self.look()
+        for each in self._catalog.names(name):
+            await self._control.load(each)
+        await self.look()
 
     async def unload(self, name: str) -> None:
-        """Open no new sequences of a model; those that are open go on. Raises UnknownModel."""
-        await self._configured(name)
-        await self._control.unload(name)
-        await self._models()
-
-    async def _configured(self, name: str) -> None:
-        await self._models()
-        if name not in self._unloaded:
-            await self._spec(name, "")
+        """Open no new sequences of a model, or one version; those that are open go on. Raises UnknownModel."""
+        await self.look()
+        for each in self._catalog.names(name):
+            await self._control.unload(each)
+        await self.look()
 
     # Inference.
 
@@ -236,11 +245,9 @@ class InferenceServer:
         inputs: Sequence[Input],
         outputs: Sequence[str],
     ) -> Call:
-        """What a request asks for. Raises InvalidInput, UnknownModel (`know` the model, and read again)."""
+        """What a request asks for. Raises InvalidInput, and UnknownModel or Unavailable: `look`, and read again."""
         began_ns = time.monotonic_ns()
-        spec = self._specs.get(model)
-        if spec is None or version not in ("", MODEL_VERSION):
-            raise _unknown(model, version)
+        spec, unloaded = self._catalog.get(model, version), self._catalog.unloaded
         for name in outputs:
             if name not in spec.outputs:
                 raise InvalidInput(
@@ -248,11 +255,11 @@ class InferenceServer:
                 )
         final, wanted = _flag(parameters, "triton_enable_empty_final_response"), outputs or [*spec.outputs]
         if isinstance(spec, BatchedSpec):
-            if model in self._unloaded:
+            if spec.name in unloaded:
                 raise Unavailable(f"model '{model}' is unloaded: load it first")
             return Call(_rows(parameters, inputs, spec), spec, identity, wanted, False, final, began_ns)
         sequence, start = _sequence_id(parameters, model), _flag(parameters, "sequence_start")
-        if start and model in self._unloaded:
+        if start and spec.name in unloaded:
             raise Unavailable(f"model '{model}' is unloaded: load it before a sequence starts")
         if len(inputs) != 1:
             raise InvalidInput(f"expected 1 inputs but got {len(inputs)} inputs for model '{model}'")
@@ -265,7 +272,8 @@ class InferenceServer:
         priority, timeout_s = _priority_and_timeout(parameters)
         deadline = began_ns / 1e9 + timeout_s if timeout_s else math.inf
         notice, timestep = _flag(parameters, "sequence_notice"), _timestep(parameters)
-        request = Request(model, sequence, start, end, x, priority, deadline, notice, timestep)
+        asked = spec.name if version or "@" in model else model  # who says no version keeps that which it began with
+        request = Request(asked, sequence, start, end, x, priority, deadline, notice, timestep)
         return Call(request, spec, identity, wanted, batched, final, began_ns)
 
     def learn(self, key: bytes, call: Call, version: str, datatype: str) -> None:
@@ -291,23 +299,29 @@ class InferenceServer:
         request = Request(of.model, sequence or of.sequence, of.start, of.end, x, of.priority, notice=of.notice)
         return Call(request, call.spec, identity, call.outputs, call.batched, call.tells_final, time.monotonic_ns())
 
-    async def know(self, model: str) -> None:
-        """Look the model up, if it is not known here. Raises Unavailable for one that has no replica now."""
-        if model in self._specs or model in await self._models():
-            return
-        if model in self._batched.specs() or model in self._control.configured:
-            raise Unavailable(f"no replica of model '{model}' is ready: try again in a moment")
+    async def look(self) -> None:
+        """See which models there are now."""
+        if await self._catalog.look():
+            self.forms.clear()
+
+    async def watch(self) -> NoReturn:
+        """Look again and again, since other ways in load and unload models too."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            with suppress(Unavailable):  # the directory is starting again
+                await self.look()
 
     def answer(self, call: Call, result: Result | RowsResult | LockstepError) -> Answer | LockstepError:
         """What is to be sent; the statistics have it."""
-        statistics, took_ns = self._of(call.spec.name), time.monotonic_ns() - call.began_ns
+        took_ns = time.monotonic_ns() - call.began_ns
         if isinstance(result, LockstepError):
-            statistics.fail.add(took_ns)
+            self._of(call.spec.name).fail.add(took_ns)
             return result
+        served_as = result.model if isinstance(result, Result) else call.spec.name
         timing = result.timing
         rows = len(next(iter(result.values.values()))) if isinstance(result, RowsResult) else 1
         executions = rows / timing.batch_size if isinstance(result, RowsResult) else 1
-        statistics.add(rows, executions, took_ns, timing.queue_us * 1000, timing.compute_us * 1000)
+        self._of(served_as).add(rows, executions, took_ns, timing.queue_us * 1000, timing.compute_us * 1000)
         parameters: dict[str, Parameter] = {
             "queue_us": timing.queue_us,
             "compute_us": timing.compute_us,
@@ -319,9 +333,8 @@ class InferenceServer:
         if call.tells_final:
             parameters["triton_final_response"] = True
         values = result.values
-        return Answer(
-            call, {name: values[name][None] if call.batched else values[name] for name in call.outputs}, parameters
-        )
+        outputs = {name: values[name][None] if call.batched else values[name] for name in call.outputs}
+        return Answer(call, split_name(served_as)[1], outputs, parameters)
 
     async def infer(self, call: Call, space: Space) -> Answer:
         """Run one call. Raises what it fails with."""
@@ -359,19 +372,10 @@ class InferenceServer:
     async def _let_go(self, ask: LetGo, asker_lost: asyncio.Event) -> Any:
         return await self.space(ask.client).let_go(ask)
 
-    async def _models(self) -> dict[str, ModelSpec | BatchedSpec]:
-        batched = {name: spec for name, spec in self._batched.specs().items() if spec is not None}
-        self._unloaded = await self._control.unloaded()
-        kept = {name: spec for name, spec in self._specs.items() if name in self._unloaded}
-        self._specs = {**kept, **await self._hub.models(), **batched}
-        self.forms.clear()
-        return self._specs
-
-    async def _spec(self, name: str, version: str) -> ModelSpec | BatchedSpec:
-        await self.know(name)
-        if name not in self._specs or version not in ("", MODEL_VERSION):
-            raise _unknown(name, version)
-        return self._specs[name]
+    async def _spec(self, name: str, version: str) -> Spec:
+        if self._catalog.find(name, version) is None:
+            await self.look()
+        return self._catalog.get(name, version)
 
     def _of(self, model: str) -> "Statistics":
         found = self._statistics.get(model)
@@ -420,12 +424,13 @@ class Statistics:
         self.compute.add(compute_ns)
         self.output.add(max(0, took_ns - queue_ns - compute_ns))
 
-    def described(self, name: str) -> dict[str, Any]:
+    def described(self, served_as: str) -> dict[str, Any]:
         """ModelStatistics. What is neither queue nor step is the way there and back: compute_output."""
         none = Duration().described()
+        name, version = split_name(served_as)
         return {
             "name": name,
-            "version": MODEL_VERSION,
+            "version": version,
             "last_inference": self.last_ms,
             "inference_count": self.rows,
             "execution_count": round(self.executions),
@@ -453,11 +458,6 @@ def client_name(headers: Mapping[str, str]) -> str | None:
     return hashlib.sha256(token.encode()).hexdigest() if token else None
 
 
-def _unknown(model: str, version: str) -> UnknownModel:
-    of_version = f" version {version}" if version not in ("", MODEL_VERSION) else ""
-    return UnknownModel(f"Request for unknown model: '{model}'{of_version} is not found")
-
-
 def _describe(name: str, spec: TensorSpec) -> dict[str, Any]:
     return {"name": name, "datatype": DATATYPES[spec.dtype], "shape": [-1, *spec.shape]}
 
@@ -467,15 +467,15 @@ def _configured(name: str, spec: TensorSpec, timesteps: tuple[int, ...]) -> dict
     return {"name": name, "data_type": f"TYPE_{datatype}", "dims": [*timesteps, *spec.shape] or [1]}
 
 
-def _platform(spec: ModelSpec | BatchedSpec) -> str:
+def _platform(spec: Spec) -> str:
     return "lockstep_batched" if isinstance(spec, BatchedSpec) else "lockstep_recurrent"
 
 
-def _inputs(spec: ModelSpec | BatchedSpec) -> Mapping[str, TensorSpec]:
+def _inputs(spec: Spec) -> Mapping[str, TensorSpec]:
     return spec.inputs if isinstance(spec, BatchedSpec) else {spec.input_name: spec.input}
 
 
-def _batching(spec: ModelSpec | BatchedSpec) -> dict[str, Any]:
+def _batching(spec: Spec) -> dict[str, Any]:
     """How requests become batches, as ModelConfig has it."""
     if not isinstance(spec, BatchedSpec):
         return {"max_batch_size": 0, "sequence_batching": {"oldest": {}}}

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
-from serve_app.errors import InvalidInput, LockstepError, UnknownModel, WindowFull
+from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownModel, WindowFull
 from serve_app.ingress.grpc_server import GrpcServer, methods
 from serve_app.ingress.oip import (
     DATATYPE_OF,
@@ -29,6 +29,7 @@ from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.sequences import Request, Result
 from serve_app.ingress.shared_memory import write
 from serve_app.rows import RowsRequest, RowsResult
+from serve_app.spec import split_name
 
 M = TypeVar("M", bound=Message)
 logger = logging.getLogger(__name__)
@@ -344,7 +345,7 @@ class RequestStream:
             if key and not any(tensor.parameters for tensor in (*request.inputs, *request.outputs)):
                 self._inference.learn(key, call, request.model_version, request.inputs[0].datatype)
             return self._ask(request, call)
-        except UnknownModel:
+        except (UnknownModel, Unavailable):
             return False
         except LockstepError as error:
             self._reply_error(request, error)
@@ -412,7 +413,8 @@ class RequestStream:
     def _notice(self, call: Call, error: LockstepError) -> None:
         """The sequence that began with this call has ended by itself."""
         assert isinstance(call.request, Request)
-        response = pb.ModelInferResponse(model_name=call.spec.name, model_version="1", id=call.id)
+        name, version = split_name(call.spec.name)
+        response = pb.ModelInferResponse(model_name=name, model_version=version, id=call.id)
         sequence = call.request.sequence
         kind = "string_param" if isinstance(sequence, str) else "int64_param" if sequence < 2**63 else "uint64_param"
         setattr(response.parameters["sequence_id"], kind, sequence)
@@ -513,7 +515,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def read_request(inference: InferenceServer, request: pb.ModelInferRequest) -> Call:
-    """What a message asks for. Raises InvalidInput, UnknownModel (also for one to get to `know`) and others."""
+    """What a message asks for. Raises as InferenceServer.read does."""
     parameters = _parameters(request.parameters)
     inputs = _inputs(inference, request)
     outputs = [output.name for output in request.outputs]
@@ -521,17 +523,17 @@ def read_request(inference: InferenceServer, request: pb.ModelInferRequest) -> C
 
 
 async def know_and_read(inference: InferenceServer, request: pb.ModelInferRequest) -> Call:
-    """See `read_request`; the model is looked up if need be."""
+    """See `read_request`; models are looked at again before it is refused for one that is not there."""
     try:
         return read_request(inference, request)
-    except UnknownModel:
-        await inference.know(request.model_name)
+    except (UnknownModel, Unavailable):
+        await inference.look()
     return read_request(inference, request)
 
 
 def write_response(inference: InferenceServer, request: Asked, answer: Answer, response: pb.ModelInferResponse) -> None:
     """Fill in the answer. Outputs go where the request says: into the message, or into shared memory."""
-    response.model_name, response.model_version, response.id = request.model_name, "1", request.id
+    response.model_name, response.model_version, response.id = request.model_name, answer.version, request.id
     regions = {output.name: output.parameters for output in request.outputs if output.parameters}
     for name, value in answer.outputs.items():
         tensor = response.outputs.add(name=name, datatype=DATATYPE_OF[value.dtype], shape=value.shape)
@@ -568,7 +570,7 @@ class _Template(NamedTuple):
 
 def _rewritten(template: _Template, identity: str, answer: Answer) -> pb.ModelStreamInferResponse:
     """The answer to another request of that form; the last one is gone by that."""
-    template.infer.id = identity
+    template.infer.id, template.infer.model_version = identity, answer.version
     for name, parameter in answer.parameters.items():
         if type(parameter) is int:
             template.parameters[name].int64_param = parameter

@@ -12,11 +12,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from serve_app.errors import InvalidInput, LockstepError, UnknownModel
+from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownModel
 from serve_app.ingress.oip import DATATYPE_OF, Answer, Call, InferenceServer, Input, client_name, write_tensor
 from serve_app.ingress.presence import while_there
 from serve_app.ingress.sequences import Request as SequenceRequest
 from serve_app.ingress.shared_memory import write
+from serve_app.spec import split_name
 
 logger = logging.getLogger(__name__)
 
@@ -285,8 +286,8 @@ async def _read_request(
     arguments = model, version, identity, parameters, inputs, list(outputs)
     try:
         return inference.read(*arguments), outputs
-    except UnknownModel:
-        await inference.know(model)
+    except (UnknownModel, Unavailable):
+        await inference.look()
     return inference.read(*arguments), outputs
 
 
@@ -318,8 +319,8 @@ def _write_response(
         described.append(tensor)
     head = json.dumps(
         {
-            "model_name": answer.call.spec.name,
-            "model_version": "1",
+            "model_name": split_name(answer.call.spec.name)[0],
+            "model_version": answer.version,
             "id": answer.call.id,
             "parameters": dict(answer.parameters),
             "outputs": described,

@@ -103,10 +103,11 @@ class Left(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The outputs of a request's timesteps, each [T, *shape]."""
+    """The outputs of a request's timesteps, each [T, *shape]. model: what that is served as which has computed them."""
 
     values: dict[str, np.ndarray]
     timing: Timing
+    model: str
 
 
 Reply = Callable[[Result | LockstepError], None]
@@ -646,7 +647,7 @@ class Sequence:
                 else {name: value[start - first : end - first] for name, value in outputs.values.items()}
             )
             self._answered = max(self._answered, end)
-            reply(Result(values, timing))
+            reply(Result(values, timing, session.spec.name))
         if not self._outlives:
             session.ack(min(end, progress))
         elif self._sending is None:

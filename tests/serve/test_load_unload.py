@@ -36,11 +36,13 @@ def run(run_app: Callable[..., DeploymentHandle[Any]], file: Path) -> Callable[[
         "name": "file", "path": str(file), "state": [{"name": "h", "next": "h_next"}], "constants": {"scale": 2},
     }  # fmt: skip
     models = {
-        "vad": {"model": "silero_vad"},
+        "vad": {"model": "silero_vad", "versions": {2: None}},
         "cell": {"model": cell, "replicas": 2},
-        "masked": {"model": "tests.stateless:MaskedSum", "batching": {"max_batch_size": 4}},
-    }
-    return partial(run_app, "swap", "/swap", models=models, engine={"slots": 8})
+        "masked": {"model": "tests.stateless:MaskedSum", "versions": {
+            1: {"batching": {"max_batch_size": 4}}, 2: {"batching": {"max_batch_size": 2}}
+        }},
+    }  # fmt: skip
+    return partial(run_app, "swap", "/swap", models=models, engine={"slots": 8}, ingress_replicas=2)
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +57,24 @@ class Repository:
         self.http = http
 
     async def state(self, model: str) -> str:
+        """Of all its versions, or of one: NAME@VERSION."""
         index = (await self.http.post("/repository/index", json={})).json()
-        return str(next(entry["state"] for entry in index if entry["name"] == model))
+        found = {each["state"] for each in index if model in (each["name"], f"{each['name']}@{each['version']}")}
+        return "/".join(sorted(found))
 
     async def post(self, what: str, model: str) -> httpx.Response:
         return await self.http.post(f"/repository/models/{model}/{what}", json={})
 
-    async def rows(self) -> int:
-        """The status of a request to `masked`."""
+    async def rows(self, version: str = "") -> tuple[int, str | None]:
+        """The status of a request to `masked`, and the version that has answered."""
         tensor = {"name": "ids", "datatype": "INT64", "shape": [1, 2], "data": [3, 4]}
-        return (await self.http.post("/models/masked/infer", json={"inputs": [tensor]})).status_code
+        path = f"/models/masked{version and '/versions/'}{version}/infer"
+        response = await self.http.post(path, json={"inputs": [tensor]})
+        return response.status_code, response.json().get("model_version")
+
+    async def answers(self, expected: tuple[int, str | None]) -> bool:
+        """Whether a request gets that; for a moment a way in may not know what another one has loaded."""
+        return await self.rows() == expected
 
 
 @pytest.fixture
@@ -110,7 +120,8 @@ async def test_models_come_and_go_beside_one_that_serves(
 
         speaking = [asyncio.create_task(speak(number)) for number in range(4)]
         for cycle in range(2):
-            assert await repository.rows() == 200 and len(owners()) == 2
+            await until(partial(repository.answers, (200, "2")))
+            assert len(owners()) == 2
             async with await client.open(model="cell") as session:
                 steps = torch.randn(4, 1, 4, generator=torch.Generator().manual_seed(cycle))
                 await session.wait(session.submit(steps[:2, 0].numpy()))
@@ -119,7 +130,7 @@ async def test_models_come_and_go_beside_one_that_serves(
                 assert await repository.state("cell") == "UNLOADING"
                 with pytest.raises(Unavailable, match="model 'cell' is unloaded: load it"):
                     await client.open(model="cell")
-                assert await repository.rows() == 503
+                await until(partial(repository.answers, (503, None)))
                 await session.wait(session.submit(steps[2:, 0].numpy()))  # and its model stays as long
                 assert len(owners()) == 2
                 await session.close()
@@ -141,6 +152,37 @@ async def test_models_come_and_go_beside_one_that_serves(
             for each in found:
                 assert each.shape == (40,)
                 np.testing.assert_allclose(each, found[0], rtol=0, atol=1e-5)
+
+
+async def test_versions_come_and_go_beside_each_other(app: DeploymentHandle[Any], repository: Repository) -> None:
+    """Who names none has the newest that is loaded. No way in asks a version that is gone: that would wait for it."""
+    stopping = asyncio.Event()
+
+    async def is_gone() -> bool:
+        return await repository.state("masked@2") == "UNAVAILABLE"
+
+    async def ask() -> set[tuple[int, str | None]]:
+        found = set()
+        while not stopping.is_set():
+            async with asyncio.timeout(20):
+                found.add(await repository.rows("2"))
+            await asyncio.sleep(0.01)
+        return found
+
+    assert [await repository.rows(version) for version in ("", "1", "2")] == [(200, "2"), (200, "1"), (200, "2")]
+    asking = [asyncio.create_task(ask()) for _ in range(4)]
+    await repository.post("unload", "masked@2")
+    await until(is_gone)
+    stopping.set()
+    assert set.union(*await asyncio.gather(*asking)) == {(200, "2"), (503, None)}
+    assert [await repository.rows(version) for version in ("", "1", "2")] == [(200, "1"), (200, "1"), (503, None)]
+    assert (await repository.post("load", "masked@2")).status_code == 200
+    await until(partial(repository.answers, (200, "2")))
+    async with connect(app) as client:
+        assert {"vad@2", "cell"} == {*await client.models()}
+        for model in ("vad", "vad@2"):
+            async with await client.open(model=model) as session:
+                assert session.spec.name == "vad@2"
 
 
 async def test_a_model_that_is_deployed_anew_is_loaded(
