@@ -112,20 +112,25 @@ class Killer:
         """So many are open. Raises TimeoutError."""
         self._ask(DirectoryService.num_sessions, lambda held: sum(held.values()) >= sessions)
 
-    def is_whole(self) -> bool:
-        """Whether all replicas and ways in run, and the directory knows all owners."""
+    def missing(self) -> list[str]:
+        """What there is not, of: all replicas and ways in run, and the directory knows all owners."""
         try:
             status = serve.status()
             owners = asyncio.run(self._directory.ask(DirectoryService.num_sessions))
-        except (RayError, RayServeException, Unavailable):
-            return False
-        states = [each.replica_states for each in status.applications["lockstep"].deployments.values()]
+        except (RayError, RayServeException, Unavailable) as error:
+            return [str(error)]
+        deployments = status.applications["lockstep"].deployments
+        found = [
+            f"{name} {each.replica_states}"
+            for name, each in deployments.items()
+            if [*each.replica_states] != ["RUNNING"]
+        ]
         ways = list(status.proxies.values())
-        return (
-            all(set(each) == {"RUNNING"} for each in states)
-            and ways == ["HEALTHY"] * NODES
-            and len(owners) == self._num_owners
-        )
+        if ways != ["HEALTHY"] * NODES:
+            found.append(f"proxies {ways}")
+        if len(owners) != self._num_owners:
+            found.append(f"the directory knows {', '.join(owners)}")
+        return found
 
     def _stop(self, processes: Sequence[psutil.Process]) -> None:
         send(signal.SIGSTOP, processes)
@@ -219,12 +224,13 @@ def run(
             for kind in itertools.cycle(kinds):
                 wait([loading], WATCHED_S)
                 deadline = time.monotonic() + WHOLE_WITHIN_S
-                while not (killer.is_whole() or loading.done() or time.monotonic() > deadline):
+                while (missing := killer.missing()) and not loading.done() and time.monotonic() < deadline:
                     time.sleep(0.2)
                 now = time.monotonic()
                 if loading.done() or (len(kills) >= len(kinds) and now > began + seconds):
+                    click.echo(f"{now - began:4.0f} s: the load ends")
                     break
-                click.echo(f"{now - began:4.0f} s: {kind}")
+                click.echo(" ".join((f"{now - began:4.0f} s: {kind}", *(f"(missing: {each})" for each in missing))))
                 kills.append((kind, now))
                 killer.kill(kind)
         finally:
