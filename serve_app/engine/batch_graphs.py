@@ -100,7 +100,8 @@ class BatchGraph:
         memory: Any,
     ) -> None:
         self._stream = stream
-        self._done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # Who waits for it sleeps: a thread that looks again and again slows the event loop on the same processor core.
+        self._done: Any = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         pinned = {
             name: torch.zeros(
                 [size, *(length if n == ANY else n for n in spec.shape)],

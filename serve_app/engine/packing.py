@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from serve_app.compiled import compiled
+
 
 class Packing(NamedTuple):
     """Where the tokens of rows are among those of `bins` bins, which lie one behind the other.
@@ -25,15 +27,37 @@ def pack(lengths: Sequence[int], room: int) -> Packing:
 
     That takes at most 11/9 of the least number of bins there can be, and one (Johnson, 1973).
     """
-    free: list[int] = []
-    starts = [0] * len(lengths)
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        number = next((number for number, left in enumerate(free) if left >= lengths[row]), len(free))
-        if number == len(free):
-            free.append(room)
+    counts = np.array(lengths)
+    starts = np.empty_like(counts)
+    tokens = np.empty((3, counts.sum()), np.int64)
+    bins = _pack(counts, np.argsort(-counts, kind="stable"), room, starts, *tokens)
+    return Packing(bins, starts.tolist(), *tokens)
+
+
+@compiled
+def _pack(
+    lengths: np.ndarray,
+    order: np.ndarray,
+    room: int,
+    starts: np.ndarray,
+    places: np.ndarray,
+    row_of: np.ndarray,
+    position: np.ndarray,
+) -> int:
+    """Fill in the fields of Packing; returns how many bins there are. order: of the rows, in which they are placed."""
+    bins, free = 0, np.empty_like(lengths)
+    for row in order:
+        number = 0
+        while number < bins and free[number] < lengths[row]:
+            number += 1
+        if number == bins:
+            free[number] = room
+            bins += 1
         starts[row] = (number + 1) * room - free[number]
         free[number] -= lengths[row]
-    counts = np.array(lengths)
-    row_of = np.repeat(np.arange(len(lengths)), counts)
-    position = np.arange(len(row_of)) - (np.cumsum(counts) - counts)[row_of]
-    return Packing(len(free), starts, np.array(starts)[row_of] + position, row_of, position)
+    token = 0
+    for row in range(len(lengths)):
+        for i in range(lengths[row]):
+            places[token], row_of[token], position[token] = starts[row] + i, row, i
+            token += 1
+    return bins

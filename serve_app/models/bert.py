@@ -189,6 +189,6 @@ def _tokenizer(folder: Path) -> Any:
 
 def _check_range(name: str, values: np.ndarray, count: int) -> None:
     """Raise InvalidInput unless all, of int64, are from 0 to count - 1."""
-    if values.view(np.uint64).max(initial=0) >= count:  # less than 0 is very much then
+    if np.maximum.reduce(values.view(np.uint64), initial=0) >= count:  # less than 0 is very much then
         wrong = values[(values < 0) | (values >= count)]
         raise InvalidInput(f"{name} {wrong[0]} is out of range, expected 0 to {count - 1}")

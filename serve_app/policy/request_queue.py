@@ -108,12 +108,13 @@ class RequestQueue(Generic[T]):
         timeout_s: how long these may wait, if that is less than others of their priority (0: as long as those).
         """
         level = self._levels[priority - 1]
-        waiting = sum(len(line.in_order) for line in self._lines[2 * priority - 2 : 2 * priority])
-        if level.max_size and waiting + len(items) > level.max_size:
-            raise Overloaded(
-                f"{waiting} rows of priority {priority} wait, the limit is {level.max_size}: try again later, or "
-                "raise batching.priorities[].max_queue_size"
-            )
+        if level.max_size:
+            waiting = sum(len(line.in_order) for line in self._lines[2 * priority - 2 : 2 * priority])
+            if waiting + len(items) > level.max_size:
+                raise Overloaded(
+                    f"{waiting} rows of priority {priority} wait, the limit is {level.max_size}: try again later, or "
+                    "raise batching.priorities[].max_queue_size"
+                )
         deadline = now + min(level.timeout_s or math.inf, timeout_s or math.inf)
         for item, length in zip(items, lengths, strict=True):
             number, self._next_number = self._next_number, self._next_number + 1
