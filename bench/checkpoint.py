@@ -44,15 +44,11 @@ def main(device: str, seconds: float, json_file: Path | None) -> None:
     cost = median(1 - off / on for on, off in turns)
     rate = batch * SEGMENT / median(on for on, _ in turns) / 1e3
     replay_s = default.checkpoint_timesteps / rate / 1e3 * batch * groups
-    name = f"checkpoint_cost_{device}"
     click.echo(
         f"\nevery {default.checkpoint_timesteps} timesteps: {cost:.1%} of the rate, {rate:,.0f} timesteps/ms are left"
     )
     click.echo(f"all {batch * groups:,} sessions replay one interval in {replay_s:.2f} s")
-    save(
-        {name: cost, f"checkpoint_timesteps_per_ms_{device}": rate, f"checkpoint_replay_s_{device}": replay_s},
-        json_file,
-    )
+    save({"checkpoint_cost": cost, "checkpoint_timesteps_per_ms": rate, "checkpoint_replay_s": replay_s}, json_file)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def rendered() -> str:
     parts += [STREAMS, _source(streams), _streams_table(streams["figures"])]
     frames = _load("frames_cuda.json")
     parts += [FRAMES, _source(frames), _frames(frames["figures"]), FRAMES_REST]
-    parts += [CHECKPOINTS, *(_checkpoints(_load(f"checkpoint_{device}.json"), device) for device in ("cuda", "cpu"))]
+    parts += [CHECKPOINTS, *(_checkpoints(_load(f"checkpoint_{device}.json")) for device in ("cuda", "cpu"))]
     parts += [FUSED_RNN]
     for file in sorted(RESULTS.glob("fused_rnn_*.json")):
         layers = _load(file.name)
@@ -300,12 +300,12 @@ trained model is to be tried with its own data.
 """
 
 
-def _checkpoints(report: dict[str, Any], device: str) -> str:
+def _checkpoints(report: dict[str, Any]) -> str:
     cost, rate, replay_s = (
-        report["figures"][f"checkpoint_{name}_{device}"] for name in ("cost", "timesteps_per_ms", "replay_s")
+        report["figures"][f"checkpoint_{name}"] for name in ("cost", "timesteps_per_ms", "replay_s")
     )
     return (
-        f"{_source(report)}They cost {max(cost, 0):.1%} of the rate `[checkpoint_cost_{device}]`, {_rate(rate)} "
+        f"{_source(report)}They cost {max(cost, 0):.1%} of the rate `[checkpoint_cost]`, {_rate(rate)} "
         f"timesteps per ms are left; all sessions together replay one interval in {replay_s:.2f} s.\n"
     )
 
