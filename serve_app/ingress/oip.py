@@ -210,9 +210,11 @@ class InferenceServer:
         Raises UnknownModel, Unavailable where it cannot start.
         """
         await self.look()
-        for each in self._catalog.names(name):
-            await self._control.load(each)
+        loading = [self._control.load(each) for each in self._catalog.names(name)]
+        found = await asyncio.gather(*loading, return_exceptions=True)
         await self.look()
+        for error in filter(None, found):
+            raise error
 
     async def unload(self, name: str) -> None:
         """Open no new sequences of a model, or one version; those that are open go on. Raises UnknownModel."""
