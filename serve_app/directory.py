@@ -647,7 +647,7 @@ class Directory:
         """The owners that a session can be placed at."""
         if not self._owners:
             raise Unavailable("no replica is ready: try again in a moment")
-        served_as = self._served_as(model)
+        served_as = sorted(self._served_as(model), key=self._unloaded.__contains__)
         model = model or served_as[0]
         ready: dict[str, dict[str, Owner]] = {each: {} for each in served_as}
         for name, owner in self._owners.items():
@@ -655,12 +655,11 @@ class Directory:
                 ready[owner.spec.name][name] = owner
         serving = [owners for owners in ready.values() if owners]
         if not serving:
-            if all(each in self._unloaded for each in served_as):
+            if served_as[0] in self._unloaded:
                 raise Unavailable(f"model {model!r} is unloaded: load it before a session starts")
             raise Unavailable(f"no replica of model {model!r} is ready: try again in a moment")
         if claim is None or not claim.fingerprint:
-            loaded = (owners for each, owners in ready.items() if owners and each not in self._unloaded)
-            return next(loaded, serving[0])
+            return serving[0]
         for owners in serving:
             same = {name: owner for name, owner in owners.items() if owner.spec.fingerprint == claim.fingerprint}
             if same:

@@ -94,7 +94,10 @@ class ServeModels:
         await asyncio.sleep(KNOWN_S)
         while True:
             try:
-                if not going and not await self._directory.unload(model):
+                if model not in await self._directory.unloaded():
+                    return  # loaded again, here or by another way in
+                sessions = (await self._directory.statistics()).get(model)
+                if not going and not (sessions and sessions.open):
                     going = await self._scale(deployment, 0)
                     if not going:
                         logger.warning(

@@ -1,7 +1,6 @@
 """The models that clients can ask for, by what they call them: name and version."""
 
 from collections.abc import Collection, Mapping
-from itertools import chain
 
 from serve_app.errors import Unavailable, UnknownModel
 from serve_app.ingress.batched import BatchedModels
@@ -17,13 +16,14 @@ class Catalog:
     """As it was at the last `look`. Who asks for no version means the newest that can be asked.
 
     `specs`: by what they are served as (see spec.split_name), also of those that were unloaded since. `unloaded`: see
-    ModelControl.unloaded.
+    ModelControl.unloaded. What has gone for another reason can still be asked: its sessions wait for who comes instead.
     """
 
     def __init__(self, hub: Hub, batched: BatchedModels, control: ModelControl) -> None:
         self._hub, self._batched, self._control = hub, batched, control
         self.specs: dict[str, Spec] = {}
         self.unloaded: Mapping[str, bool] = {}
+        self._seen: dict[str, Spec] = {}
         self._known: dict[str, Spec] = {}
 
     async def look(self) -> bool:
@@ -35,8 +35,9 @@ class Catalog:
         if (specs, unloaded) == (self.specs, self.unloaded):
             return False
         self.specs, self.unloaded = specs, unloaded
-        only = {f"{name}@{ONLY_VERSION}": spec for name, spec in specs.items() if "@" not in name}
-        self._known = {**self._newest(), **only, **specs}
+        self._seen |= specs
+        only = {f"{name}@{ONLY_VERSION}": spec for name, spec in self._seen.items() if "@" not in name}
+        self._known = {**self._newest(), **only, **self._seen}
         return True
 
     def find(self, model: str, version: str) -> Spec | None:
@@ -65,16 +66,16 @@ class Catalog:
         return {*self._batched.specs(), *self._control.configured}
 
     def _names(self, model: str, version: str, names: Collection[str]) -> list[str]:
-        if model in names and version in ("", ONLY_VERSION):
+        if model in names and (not version or (version == ONLY_VERSION and "@" not in model)):
             return [model]
         found = newest_first(model, names)
         return [name for name in found if version in ("", split_name(name)[1])]
 
     def _newest(self) -> dict[str, Spec]:
-        """Of each model with versions the newest that is not unloaded, if there is one."""
-        versions = {model: newest_first(model, self.specs) for model in {split_name(name)[0] for name in self.specs}}
+        """Of each model with versions the newest; one that is unloaded, or gone, only where no other is better."""
+        versions = {model: newest_first(model, self._seen) for model in {split_name(name)[0] for name in self._seen}}
         return {
-            model: self.specs[next(chain((name for name in names if name not in self.unloaded), names))]
+            model: self._seen[min(names, key=lambda name: (name in self.unloaded, name not in self.specs))]
             for model, names in versions.items()
             if names
         }

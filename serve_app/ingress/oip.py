@@ -6,11 +6,11 @@ batched models send it, is taken as well, and given back. The inputs of a statel
 
 import asyncio
 import hashlib
+import logging
 import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 from uuid import uuid4
@@ -27,6 +27,8 @@ from serve_app.ingress.sequences import Forwarded, LetGo, Request, Result, Seque
 from serve_app.ingress.shared_memory import SharedMemory
 from serve_app.rows import BatchedSpec, RowsRequest, RowsResult, check_rows
 from serve_app.spec import ModelSpec, TensorSpec, split_name
+
+logger = logging.getLogger(__name__)
 
 NAME, SERVER_VERSION = "lockstep", "2"
 EXTENSIONS = (
@@ -51,6 +53,8 @@ DATATYPE_OF = {np.dtype(name): datatype for name, datatype in DATATYPES.items()}
 LENGTH_BYTES = 4
 """Before each element of BYTES, where they come as one after the other: its length, little-endian."""
 LITTLE_ENDIAN = sys.byteorder == "little"
+FRESH_S = 0.2
+"""What was seen of the models not longer ago is as they are."""
 MAX_DIMS = 32
 MAX_FORMS = 256
 """Requests have others where sequences start and end, and for each number of timesteps."""
@@ -85,11 +89,12 @@ class Call(NamedTuple):
 class Form:
     """What calls have in common that differ only in their ids, sequences and values.
 
-    call: one of them, without these. version: of the model, as they say it. template: what whoever writes their
-    answers wants to have at hand.
+    call: one of them, without these. model, version: as they say them. template: what whoever writes their answers
+    wants to have at hand.
     """
 
     call: Call
+    model: str
     version: str
     dtype: np.dtype
     shape: Sequence[int]
@@ -125,6 +130,7 @@ class InferenceServer:
         self.log: dict[str, bool | int | str] = {"log_info": True, "log_warning": True, "log_error": True}
         self._hub = hub
         self._batched = batched or NoModels()
+        self._looked_at, self._refreshing = -math.inf, asyncio.Lock()
         #: Of calls that have been read, by the bytes by which it is known; forgotten when models change.
         self.forms: dict[bytes, Form] = {}
         self._control = control or Marks()
@@ -143,8 +149,8 @@ class InferenceServer:
     async def model_ready(self, name: str, version: str) -> bool:
         """Whether the model can be asked."""
         await self.look()
-        spec = self._catalog.find(name, version)
-        return spec is not None and spec.name not in self._catalog.unloaded
+        spec, catalog = self._catalog.find(name, version), self._catalog
+        return spec is not None and spec.name in catalog.specs and spec.name not in catalog.unloaded
 
     def server_metadata(self) -> dict[str, Any]:
         """ServerMetadataResponse."""
@@ -247,7 +253,7 @@ class InferenceServer:
         inputs: Sequence[Input],
         outputs: Sequence[str],
     ) -> Call:
-        """What a request asks for. Raises InvalidInput, and UnknownModel or Unavailable: `look`, and read again."""
+        """What a request asks for. Raises InvalidInput, and UnknownModel or Unavailable: `refresh`, and read again."""
         began_ns = time.monotonic_ns()
         spec, unloaded = self._catalog.get(model, version), self._catalog.unloaded
         for name in outputs:
@@ -278,7 +284,7 @@ class InferenceServer:
         request = Request(asked, sequence, start, end, x, priority, deadline, notice, timestep)
         return Call(request, spec, identity, wanted, batched, final, began_ns)
 
-    def learn(self, key: bytes, call: Call, version: str, datatype: str) -> None:
+    def learn(self, key: bytes, call: Call, model: str, version: str, datatype: str) -> None:
         """Remember the form of a call, if others may have it. Its input came as bytes."""
         request = call.request
         if not isinstance(request, Request) or datatype in ("BOOL", "BYTES"):
@@ -288,7 +294,7 @@ class InferenceServer:
         if len(self.forms) == MAX_FORMS:
             self.forms.clear()
         without = call._replace(request=request._replace(x=np.empty(0)), id="")
-        self.forms[key] = Form(without, version, request.x.dtype, request.x.shape)
+        self.forms[key] = Form(without, model, version, request.x.dtype, request.x.shape)
 
     def fill(self, form: Form, identity: str, sequence: SequenceId, data: bytes) -> Call | None:
         """A call of that form; None where it is not, since there is more or less data. sequence: 0 for the form's."""
@@ -302,16 +308,27 @@ class InferenceServer:
         return Call(request, call.spec, identity, call.outputs, call.batched, call.tells_final, time.monotonic_ns())
 
     async def look(self) -> None:
-        """See which models there are now."""
+        """See which models there are now. Raises Unavailable while the directory starts."""
         if await self._catalog.look():
             self.forms.clear()
+        self._looked_at = time.monotonic()
+
+    async def refresh(self) -> None:
+        """`look`, unless somebody has just done that."""
+        async with self._refreshing:
+            if time.monotonic() > self._looked_at + FRESH_S:
+                await self.look()
 
     async def watch(self) -> NoReturn:
         """Look again and again, since other ways in load and unload models too."""
         while True:
             await asyncio.sleep(WATCH_S)
-            with suppress(Unavailable):  # the directory is starting again
-                await self.look()
+            try:
+                await self.refresh()
+            except Unavailable:
+                pass  # the directory is starting again
+            except Exception:
+                logger.exception("what others have loaded and unloaded cannot be seen, trying again")
 
     def answer(self, call: Call, result: Result | RowsResult | LockstepError) -> Answer | LockstepError:
         """What is to be sent; the statistics have it."""
@@ -334,9 +351,14 @@ class InferenceServer:
             parameters |= {"began_us": call.began_ns // 1000, "queued_us": result.queued_us}
         if call.tells_final:
             parameters["triton_final_response"] = True
-        values = result.values
-        outputs = {name: values[name][None] if call.batched else values[name] for name in call.outputs}
-        return Answer(call, split_name(served_as)[1], outputs, parameters)
+        values, version = result.values, split_name(served_as)[1]
+        try:
+            outputs = {name: values[name][None] if call.batched else values[name] for name in call.outputs}
+        except KeyError as error:
+            return InvalidInput(
+                f"version {version} has no output {error}, the newest has: ask for the version you mean"
+            )
+        return Answer(call, version, outputs, parameters)
 
     async def infer(self, call: Call, space: Space) -> Answer:
         """Run one call. Raises what it fails with."""

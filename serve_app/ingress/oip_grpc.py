@@ -304,7 +304,7 @@ class RequestStream:
             and (call := self._inference.fill(form, parts.id, parts.sequence, parts.values)) is not None
         ):
             self.outstanding += 1
-            if self._ask(Head(call.spec.name, form.version, parts.id, form), call):
+            if self._ask(Head(form.model, form.version, parts.id, form), call):
                 return
             self.outstanding -= 1
         self.take_message(pb.ModelInferRequest.FromString(data), parts.form)
@@ -343,7 +343,8 @@ class RequestStream:
         try:
             call = read_request(self._inference, request)
             if key and not any(tensor.parameters for tensor in (*request.inputs, *request.outputs)):
-                self._inference.learn(key, call, request.model_version, request.inputs[0].datatype)
+                named = request.model_name, request.model_version
+                self._inference.learn(key, call, *named, request.inputs[0].datatype)
             return self._ask(request, call)
         except (UnknownModel, Unavailable):
             return False
@@ -374,6 +375,9 @@ class RequestStream:
                     await self._space.room(call.request)
             except LockstepError as error:
                 self._reply_error(request, error)
+            except Exception:
+                logger.exception("a request to model %s failed", request.model_name)
+                self._reply_error(request, LockstepError("an unexpected error: the server's log has it"))
             self._held.popleft()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -402,12 +406,13 @@ class RequestStream:
         self._reply_error(request, answer)
 
     def _response(self, request: Asked, answer: Answer) -> pb.ModelStreamInferResponse:
-        if isinstance(request, Head) and request.form.template is not None:
-            return _rewritten(request.form.template, request.id, answer)
+        template = request.form.template if isinstance(request, Head) else None
+        if template is not None and template.version == answer.version:
+            return _rewritten(template, request.id, answer)
         response = pb.ModelStreamInferResponse()
         write_response(self._inference, request, answer, response.infer_response)
         if isinstance(request, Head) and response.ByteSize() < MAX_TEMPLATE_BYTES:
-            request.form.template = _Template.of(response)
+            request.form.template = _Template.of(response, answer.version)
         return response
 
     def _notice(self, call: Call, error: LockstepError) -> None:
@@ -527,7 +532,7 @@ async def know_and_read(inference: InferenceServer, request: pb.ModelInferReques
     try:
         return read_request(inference, request)
     except (UnknownModel, Unavailable):
-        await inference.look()
+        await inference.refresh()
     return read_request(inference, request)
 
 
@@ -557,20 +562,21 @@ class _Template(NamedTuple):
     """The answer to a request of some form, and its parts, which are quicker to change than to make."""
 
     response: pb.ModelStreamInferResponse
+    version: str
     infer: pb.ModelInferResponse
     parameters: dict[str, pb.InferParameter]
     raw: MutableSequence[bytes]
 
     @staticmethod
-    def of(response: pb.ModelStreamInferResponse) -> "_Template":
+    def of(response: pb.ModelStreamInferResponse, version: str) -> "_Template":
         infer = response.infer_response
         parameters = {name: infer.parameters[name] for name in infer.parameters}
-        return _Template(response, infer, parameters, infer.raw_output_contents)
+        return _Template(response, version, infer, parameters, infer.raw_output_contents)
 
 
 def _rewritten(template: _Template, identity: str, answer: Answer) -> pb.ModelStreamInferResponse:
     """The answer to another request of that form; the last one is gone by that."""
-    template.infer.id, template.infer.model_version = identity, answer.version
+    template.infer.id = identity
     for name, parameter in answer.parameters.items():
         if type(parameter) is int:
             template.parameters[name].int64_param = parameter

@@ -287,7 +287,7 @@ async def _read_request(
     try:
         return inference.read(*arguments), outputs
     except (UnknownModel, Unavailable):
-        await inference.look()
+        await inference.refresh()
     return inference.read(*arguments), outputs
 
 

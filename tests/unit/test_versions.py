@@ -224,8 +224,10 @@ async def served(batched: TwoVersions | None = None) -> AsyncIterator[System]:
             httpx.AsyncClient(transport=app, base_url="http://lockstep") as http,
             connect(f"grpc://127.0.0.1:{port}") as client,
         ):
-            yield System(cluster, hub, oip_pb2_grpc.GRPCInferenceServiceStub(channel), http, client)
-        server.stop()
+            try:
+                yield System(cluster, hub, oip_pb2_grpc.GRPCInferenceServiceStub(channel), http, client)
+            finally:
+                server.stop()
 
 
 async def answer(sut: System, *args: Any, asked: str = "", **changes: Any) -> tuple[str, list[float]]:
@@ -256,10 +258,14 @@ async def test_each_version_is_asked_by_its_number_and_the_newest_by_none() -> N
             "NOT_FOUND", "Request for unknown model: 'sum' version 3 is not found"
         )  # fmt: skip
         stream = sut.stub.ModelStreamInfer()
-        for asked in ("", "1", "", "2", "1"):  # a form of each
-            await stream.write(infer(f"s{asked}", [1], start=True, end=True, model_version=asked))
-            response = (await stream.read()).infer_response
-            assert (response.model_version, totals(response)) == (asked or "2", [1 if asked == "1" else 10])
+        asks = [("sum", ""), ("sum", "1"), ("sum@2", ""), ("sum", "2"), ("sum@1", "")]
+        for sequence in range(1, 4):  # from the second on in forms that are known
+            for model, asked in asks:
+                await stream.write(infer(sequence, [1], start=True, end=True, model_name=model, model_version=asked))
+                response = (await stream.read()).infer_response
+                number = asked or (model.partition("@")[2] or "2")
+                assert (response.model_name, response.model_version) == (model, number)
+                assert totals(response) == [1 if number == "1" else 10]
         stream.cancel()
 
 
@@ -306,10 +312,44 @@ async def test_a_sequence_stays_where_it_began_while_versions_come_and_go() -> N
             assert not (await sut.stub.ModelReady(pb.ModelReadyRequest(name="sum", version=asked))).ready
         await load(sut, "Load", "sum")
         assert await answer(sut, "d", [1], start=True) == ("2", [10])
+        assert await answer(sut, "b", [1]) == ("1", [4])  # in the form of others that version 2 has answered
+        code, _ = await refused(sut.stub.ModelInfer(infer("e", [1], start=True, model_name="sum@2", model_version="1")))
+        assert code == "NOT_FOUND"
         for what in ("Load", "Unload"):
             for name in ("sum@3", "su"):
                 with pytest.raises(grpc.aio.AioRpcError, match="NOT_FOUND"):
                     await load(sut, what, name)
+
+
+async def test_sequences_go_on_while_the_directory_knows_no_replica_of_theirs() -> None:
+    """As when it has just started again; others have looked which models there are meanwhile."""
+    async with served() as sut:
+        assert await answer(sut, "a", [1], start=True) == ("2", [10])
+        sut.cluster.directory.unregister("owner-1")
+        assert not (await sut.stub.ModelReady(pb.ModelReadyRequest(name="sum", version="2"))).ready
+        assert await answer(sut, "a", [1]) == ("2", [20])
+        assert await answer(sut, "b", [1], start=True) == ("1", [1])
+
+
+class Renamed(FloatSumModel):
+    """Another version's output has another name."""
+
+    outputs = {"sum": FloatSumModel.outputs["total"]}
+
+
+async def test_versions_of_unequal_outputs_harm_nobody_else() -> None:
+    """A sequence without a version goes on at the old one; what it gets of the new one's outputs is an error."""
+    async with served() as sut:
+        bystander = await sut.client.open(model="sum@1")
+        await load(sut, "Unload", "sum@2")
+        assert await answer(sut, "a", [1], start=True) == ("1", [1])
+        sut.cluster.add(Renamed(), version(3))
+        await sut.stub.RepositoryIndex(pb.RepositoryIndexRequest())
+        code, text = await refused(sut.stub.ModelInfer(infer("a", [1])))
+        assert (code, "version 1 has no output 'sum'" in text) == ("INVALID_ARGUMENT", True)
+        response = await sut.stub.ModelInfer(infer("b", [1], start=True))
+        assert (response.model_version, response.outputs[0].name) == ("3", "sum")
+        await bystander.wait(bystander.submit(np.ones((1, 1), np.float32)))
 
 
 async def test_versions_in_paths() -> None:
