@@ -68,7 +68,7 @@ async def test_replicas_come_and_go_with_sessions_which_are_spread_over_them(
         await asyncio.gather(*work)
         models = ServeModels(APP, RayDirectory(APP), {"rnn": "Recurrent"})
         await models.unload("rnn")
-        await asyncio.sleep(1)
+        await models._emptying["rnn"]  # until it has tried
         assert await asyncio.to_thread(running) == 1, "those that are scaled stay when the model is unloaded"
         await models.load("rnn")
         await models.stop()

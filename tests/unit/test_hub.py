@@ -330,6 +330,8 @@ async def test_the_way_to_an_owner_that_nobody_needs_is_given_up(monkeypatch: py
 
 
 async def test_idle_sessions_are_told() -> None:
+    async with local(SumModel(), config=CONFIG) as (_, hub):
+        await hub.open()  # loads compiled code, which may take longer than a session is to be idle here
     config = dataclasses.replace(CONFIG, session=SessionConfig(idle_timeout_s=0.1))
     model = SumModel()
     async with local(model, config=config) as (_, hub):
