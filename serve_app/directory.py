@@ -561,10 +561,9 @@ class Directory:
         """Place sessions of the model (again)."""
         self._unloaded.pop(model, None)
 
-    def unload(self, model: str, *, gone: bool = False) -> int:
-        """Place no new session of the model; `gone`: it has no owner any more. Returns how many sessions it has."""
+    def unload(self, model: str, *, gone: bool = False) -> None:
+        """Place no new session of the model; `gone`: it has no owner any more."""
         self._unloaded[model] = gone
-        return sum(len(self._held[owner.name]) for owner in self._owners.values() if owner.spec.name == model)
 
     def give_back(self, owner: str) -> int:
         """How many of its sessions the owner is to give back now, so that all of its model have as many as they can."""

@@ -164,9 +164,9 @@ class DirectoryService:
         """See Directory.load."""
         self._directory.load(model)
 
-    async def unload(self, model: str, *, gone: bool) -> int:
+    async def unload(self, model: str, *, gone: bool) -> None:
         """See Directory.unload."""
-        return self._directory.unload(model, gone=gone)
+        self._directory.unload(model, gone=gone)
 
     async def num_sessions(self) -> dict[str, int]:
         """See Directory.num_sessions."""

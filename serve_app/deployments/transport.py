@@ -126,9 +126,9 @@ class RayDirectory:
         """See Directory.load."""
         await self.ask(DirectoryService.load, model)
 
-    async def unload(self, model: str, *, gone: bool = False) -> int:
+    async def unload(self, model: str, *, gone: bool = False) -> None:
         """See Directory.unload."""
-        return await self.ask(DirectoryService.unload, model, gone=gone)
+        await self.ask(DirectoryService.unload, model, gone=gone)
 
     async def report(self, owner: str, ended: list[int], ends: dict[str, int], load: Load = IDLE) -> Standing:
         """See Registry."""

@@ -343,8 +343,8 @@ class RequestStream:
         try:
             call = read_request(self._inference, request)
             if key and not any(tensor.parameters for tensor in (*request.inputs, *request.outputs)):
-                named = request.model_name, request.model_version
-                self._inference.learn(key, call, *named, request.inputs[0].datatype)
+                datatype = request.inputs[0].datatype
+                self._inference.learn(key, call, request.model_name, request.model_version, datatype)
             return self._ask(request, call)
         except (UnknownModel, Unavailable):
             return False

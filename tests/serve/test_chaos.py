@@ -16,7 +16,7 @@ def test_nothing_is_lost_doubled_wrong_or_hung(repository: Path, tmp_path: Path)
     sizes = {"seconds": 90, "sessions": 100, "speech": 20, "sockets": 20, "foreign": 10, "kinds": ",".join(kinds)}
     command = [sys.executable, "-m", "bench.chaos", *(f"--{name}={value}" for name, value in sizes.items())]
     command += ["--json", str(file)]
-    # On a slow machine each of the kills waits for a minute until all is there again.
+    # Before each kill the bench waits up to a minute until all is there again.
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=450, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     figures = json.loads(file.read_text())["figures"]

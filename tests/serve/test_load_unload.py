@@ -149,6 +149,11 @@ async def test_models_come_and_go_beside_one_that_serves(
             assert await repository.state(model) == "READY"
         await until(partial(repository.answers, (200, "2")))
         assert len(owners()) == 2
+        async with await client.open(model="cell") as session:
+            await session.wait(session.submit(steps[:, 0].numpy()))
+            await session.close()
+            y = np.concatenate([o.values["y"] async for o in session.outputs()])
+        np.testing.assert_allclose(y, expected(steps)[:, 0], rtol=1e-5, atol=1e-5)
         stopping.set()
         for found in await asyncio.gather(*speaking):
             for each in found:

@@ -345,7 +345,8 @@ def test_an_unloaded_model_gets_no_new_sessions_and_keeps_those_it_has() -> None
     for each, model in (("x", "sum"), ("y", "other")):
         directory.register(owner(each, model=model, models=("sum", "other")))
     before = directory.open("a", "s", "sum")
-    assert directory.unload("sum") == 1 and directory.unloaded() == {"sum": False}
+    directory.unload("sum")
+    assert directory.statistics()["sum"].open == 1 and directory.unloaded() == {"sum": False}
     for _ in range(2):
         with pytest.raises(Unavailable, match="model 'sum' is unloaded: load it before a session starts"):
             directory.open("b", "s", "sum")
@@ -354,7 +355,7 @@ def test_an_unloaded_model_gets_no_new_sessions_and_keeps_those_it_has() -> None
         directory.register(owner("x", model="sum", models=("sum", "other")))  # again, as owners may
     directory.open("c", "s", "other")
     directory.ended("x", [before.epoch])
-    assert directory.unload("sum") == 0
+    assert directory.statistics()["sum"].open == 0
     directory.unregister("x")
     directory.unload("sum", gone=True)
     with pytest.raises(Unavailable, match="model 'sum' is unloaded"):

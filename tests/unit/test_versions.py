@@ -1,7 +1,7 @@
 """Versions of a model side by side: configured, placed, and known to whoever asks, in this process."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -173,6 +173,13 @@ class Control(Marks):
     def __init__(self, directory: Directory) -> None:
         super().__init__(["sum@1", "sum@2"])
         self._directory = directory
+        self.fails = False
+
+    async def unloaded(self) -> Mapping[str, bool]:
+        if self.fails:
+            self.fails = False
+            raise OSError("of no kind that anybody knows")
+        return await super().unloaded()
 
     async def load(self, model: str) -> None:
         await super().load(model)
@@ -402,6 +409,7 @@ async def test_versions_of_a_stateless_model() -> None:
 
 
 async def test_a_way_in_learns_what_another_has_unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when it could not look once."""
     monkeypatch.setattr(oip, "WATCH_S", 0.01)
     async with local(FloatSumModel(), config=version(1), ack_on_receipt=False) as (cluster, hub):
         cluster.add(Tenfold(), version(2))
@@ -412,6 +420,7 @@ async def test_a_way_in_learns_what_another_has_unloaded(monkeypatch: pytest.Mon
         await server.look()
         assert ask().spec.name == "sum@2"
         await other.unload("sum@2")
+        control.fails = True
         watching = asyncio.create_task(server.watch())
         async with asyncio.timeout(5):
             while ask().spec.name != "sum@1":
