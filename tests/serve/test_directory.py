@@ -17,6 +17,7 @@ from bench.directory import APP, APPLICATION, listening_at, measure, pid_of
 from clients.client import Client, connect
 from clients.session import Session
 from serve_app.deployments.autoscaling import NAMES
+from serve_app.deployments.directory_process import Elsewhere
 from serve_app.deployments.directory_service import DirectoryService
 from serve_app.deployments.transport import NAMESPACE, RayDirectory
 from serve_app.errors import Unavailable
@@ -35,13 +36,24 @@ async def opened(client: Client) -> Session:
             assert time.monotonic() < deadline
 
 
-def processes() -> set[int]:
-    """Both, when they are there."""
+def processes() -> dict[int, Any]:
+    """Both, when they are there: their actors."""
+    deadline = time.monotonic() + WITHIN_S
+    actors = [ray.get_actor(name.format(APP), namespace=NAMESPACE) for name in NAMES]
+    while True:
+        try:
+            return {pid_of(actor): actor for actor in actors}
+        except RayActorError:
+            assert time.monotonic() < deadline
+
+
+async def takes_over(process: Any) -> str:
+    """The directory's address there, as soon as the other process has given it up."""
     deadline = time.monotonic() + WITHIN_S
     while True:
         try:
-            return {pid_of(ray.get_actor(name.format(APP), namespace=NAMESPACE)) for name in NAMES}
-        except RayActorError:
+            return await process.ask.remote("address")
+        except Elsewhere:
             assert time.monotonic() < deadline
 
 
@@ -52,13 +64,15 @@ async def test_the_directory_goes_on_in_its_other_process(run_app: Callable[...,
     async with connect(APP) as client:
         session = await client.open()
         for _ in NAMES:  # the one dies, and the other, when the one has started again
-            waiting = processes()
-            waiting.remove(killed := listening_at(await directory.ask(DirectoryService.address)))
+            both = processes()
+            del both[killed := listening_at(await directory.ask(DirectoryService.address))]
+            [(waiting, process)] = both.items()
             psutil.Process(killed).kill()
+            assert listening_at(await takes_over(process)) == waiting  # at once: the killed one starts meanwhile
             await session.wait(session.submit(x))
             another = await opened(client)
             await another.wait(another.submit(x))
-            assert listening_at(await directory.ask(DirectoryService.address)) in waiting
+            assert listening_at(await directory.ask(DirectoryService.address)) == waiting
         assert session.progress == 10
 
 
