@@ -64,6 +64,7 @@ class Caller:
         self._directory = RayDirectory(APP)
         self._took_s: list[float] = []
         self._looking: asyncio.Task[None] | None = None
+        self._reporting: asyncio.Task[None] | None = None
 
     async def fill(self, first: int, end: int) -> int:
         """Open sessions that can be resumed, and keep a checkpoint of each; returns the bytes of these."""
@@ -91,6 +92,14 @@ class Caller:
         counts = await asyncio.gather(*map(one_after_another, range(AT_ONCE)))
         return sum(counts) / (time.monotonic() - began)
 
+    async def own(self, idle: int) -> None:
+        """Register owners of the idle sessions, and report for them from now on; nobody may send to them."""
+        for number in range(IDLE_OWNERS):
+            limits = SessionLimits(1024, 4096, refuse_nan=True)
+            owner = Owner(f"idle-{number}", "nowhere", IDLE, limits, 2 * idle + 2**20, 2**20, checkpoints=True)
+            await self._directory.register(owner, DurabilityConfig(max_bytes=MAX_BYTES))
+        self._reporting = asyncio.create_task(self._report())
+
     async def look(self, session: str) -> None:
         """Look a session up now and then, from now on."""
         await self._directory.lookup(session)
@@ -99,6 +108,12 @@ class Caller:
     async def looked(self) -> list[float]:
         """How long each time took."""
         return self._took_s
+
+    async def _report(self) -> None:
+        while True:
+            for number in range(IDLE_OWNERS):
+                await self._directory.report(f"idle-{number}", [], {})
+            await asyncio.sleep(LEASE_S / 4)
 
     async def _look(self, session: str) -> None:
         while True:
@@ -149,7 +164,6 @@ def record_of(grant: Grant) -> bytes:
 
 async def fill_and_open(directory: RayDirectory, idle: int, seconds: float) -> dict[str, float]:
     """Fill the directory, then open more."""
-    await register_idle_owners(directory, idle)
     callers = [start_caller(number) for number in range(CALLERS)]
     process = psutil.Process(listening_at(await directory.ask(DirectoryService.address)))
     before = process.memory_info().rss
@@ -167,22 +181,6 @@ async def fill_and_open(directory: RayDirectory, idle: int, seconds: float) -> d
         "directory_bytes_per_session": (grown - nbytes) / idle,
         "directory_opens_per_s": sum(rates),
     }
-
-
-async def register_idle_owners(directory: RayDirectory, idle: int) -> None:
-    """Owners of the idle sessions; nobody may send to them."""
-    for number in range(IDLE_OWNERS):
-        limits = SessionLimits(1024, 4096, refuse_nan=True)
-        owner = Owner(f"idle-{number}", "nowhere", IDLE, limits, 2 * idle + 2**20, 2**20, checkpoints=True)
-        await directory.register(owner, DurabilityConfig(max_bytes=MAX_BYTES))
-
-
-async def report_idle_owners(directory: RayDirectory) -> None:
-    """They are alive."""
-    while True:
-        await asyncio.sleep(LEASE_S / 4)
-        for number in range(IDLE_OWNERS):
-            await directory.report(f"idle-{number}", [], {})
 
 
 async def fail_over(moving: int) -> dict[str, float]:
@@ -239,11 +237,11 @@ def listening_at(address: str) -> int:
 async def measure(idle: int, moving: int, seconds: float) -> dict[str, float]:
     """All figures, of the application that runs."""
     directory = RayDirectory(APP)
-    reporting = asyncio.create_task(report_idle_owners(directory))
+    owners = start_caller(CALLERS + 1)  # a process that does nothing else, as they would lose their lease if it did
     try:
+        await owners.own.remote(idle)
         return await fill_and_open(directory, idle, seconds) | await fail_over(moving)
     finally:
-        reporting.cancel()
         await directory.close()
 
 
