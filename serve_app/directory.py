@@ -211,6 +211,7 @@ class Directory:
         self._loads: dict[str, Load] = {}  # what owners say of themselves
         self._leaving: dict[str, tuple[int, float]] = {}  # how many an owner was to give back, when it was last told
         self._suspects: set[str] = set()  # owners that somebody cannot reach, until they are heard of
+        self._retiring: set[str] = set()  # owners that are about to leave
         self._asked_at = self._awake_since = -math.inf
         self._unloaded: dict[str, bool] = {}  # models, and whether their owners are gone
         self._tallies: dict[str, _Tally] = {}  # by model
@@ -229,6 +230,7 @@ class Directory:
         self._owners[owner.name] = owner
         self._tallies.setdefault(owner.spec.name, _Tally()).joined_at = self._now
         self._held.setdefault(owner.name, {})
+        self._retiring.discard(owner.name)
         self.heard(owner.name)
 
     def knows(self, owner: str) -> bool:
@@ -251,6 +253,17 @@ class Directory:
         """Somebody cannot reach the owner: nothing is placed there until it is heard of."""
         if owner in self._owners:
             self._suspects.add(owner)
+
+    def retire(self, owner: str) -> bool:
+        """Place nothing at the owner any more, which is about to leave; whether others can take its sessions."""
+        if (one := self._owners.get(owner)) is None:
+            return False
+        self._retiring.add(owner)
+        others = (name for name, other in self._owners.items() if _alike(one, other))
+        return one.checkpoints and any(map(self._is_free, others))
+
+    def _is_free(self, owner: str) -> bool:
+        return owner not in self._suspects and owner not in self._retiring
 
     def tick(self, now: float) -> None:
         """It is as late as that: give up the owners whose leases are over.
@@ -279,6 +292,7 @@ class Directory:
         self._owners.pop(owner, None)
         self._heard.pop(owner, None)
         self._suspects.discard(owner)
+        self._retiring.discard(owner)
         self._leaving.pop(owner, None)
         self._loads.pop(owner, None)
         lost = self._held.pop(owner, {})
@@ -585,7 +599,7 @@ class Directory:
 
     def _moves(self, one: Owner, limit: int) -> Mapping[str, int]:
         """How many sessions each of the owners that are as that one is to give back; see placement."""
-        names = [name for name, other in self._owners.items() if _alike(one, other) and name not in self._suspects]
+        names = [name for name, other in self._owners.items() if _alike(one, other) and self._is_free(name)]
         return moves_of(
             {name: len(self._held[name]) for name in names},
             {name: self._owners[name].max_sessions for name in names},
@@ -650,7 +664,7 @@ class Directory:
         model = model or served_as[0]
         ready: dict[str, dict[str, Owner]] = {each: {} for each in served_as}
         for name, owner in self._owners.items():
-            if owner.spec.name in ready and name not in self._suspects:
+            if owner.spec.name in ready and self._is_free(name):
                 ready[owner.spec.name][name] = owner
         serving = [owners for owners in ready.values() if owners]
         if not serving:

@@ -60,6 +60,10 @@ class DirectoryService:
         self._directory.register(owner)
         return self._directory.incarnation
 
+    async def retire(self, owner: str) -> bool:
+        """See Directory.retire."""
+        return self._directory.retire(owner)
+
     async def unregister(self, owner: str) -> None:
         """See Directory.unregister."""
         self._directory.unregister(owner)

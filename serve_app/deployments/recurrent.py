@@ -5,7 +5,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Coroutine, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import numpy as np
@@ -77,9 +77,9 @@ class Recurrent:
         )
         self._registration = Registration(self._directory, self._owner, config.durability, lease, self._serving.fence)
         await self._registration.register()
-        self._parts.push_async_callback(self._registration.leave)
+        self._ending = asyncio.Event()
         self._reporter = asyncio.create_task(self._report())
-        self._parts.callback(self._reporter.cancel)
+        self._parts.push_async_callback(self._end_reports)
 
     async def open(self, session: str | None = None, model: str | None = None) -> str:
         """Open a session for plain handle calls, of this deployment's model unless another is named; returns its id."""
@@ -159,21 +159,34 @@ class Recurrent:
     async def _report(self) -> None:
         """Tell the directory what has ended, which renews the lease, and the dashboard how things are.
 
-        A replica that is to stop gives its sessions back at once: `__del__` comes when no handle call is left, which
-        may be never, and then Serve kills the replica without it.
+        A replica that is to stop gives its sessions back without being asked: `__del__` comes when no handle call is
+        left, which may be never, and then Serve kills the replica without it.
         """
-        while not _is_stopping():
+        while not (self._ending.is_set() or _is_stopping()):
             try:
-                stats = self._engine.stats
-                load = self._measure(stats.take_recent())
-                self._serving.give_back(await self._registration.renew(stats.take_ended(), dict(stats.ends), load))
+                self._serving.give_back(await self._renew())
             except LockstepError as error:
                 logger.warning("the directory does not answer, trying again: %s", error)
-            await asyncio.sleep(REPORT_PERIOD_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), REPORT_PERIOD_S)
+        try:
+            await self._registration.hand_over(lambda: self._engine.num_sessions, self._serving.give_back, self._renew)
+        except LockstepError as error:
+            logger.warning("the directory does not answer, all sessions go at once: %s", error)
         try:
             await self._registration.leave()
         finally:
             await self._serving.stop()
+
+    async def _end_reports(self) -> None:
+        self._ending.set()
+        await self._reporter
+
+    async def _renew(self) -> int:
+        """How many sessions are to go on elsewhere. Raises Unavailable."""
+        stats = self._engine.stats
+        load = self._measure(stats.take_recent())
+        return await self._registration.renew(stats.take_ended(), dict(stats.ends), load)
 
     def _measure(self, steps: Sequence[StepRecord]) -> Load:
         """Bring metrics up to date with the last steps; what there is to do now."""

@@ -1,6 +1,7 @@
 """An owner's standing at the directory: registered, under a lease."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple, Protocol
 
@@ -13,6 +14,8 @@ from serve_app.policy.autoscaling import IDLE, Load
 
 ANSWERED_WITHIN_S = 0.3
 """By a directory that lives, mostly."""
+HAND_OVER_EVERY_S, HAND_OVER_TURNS = 0.1, 20
+"""An owner that leaves gives its sessions back in so many parts: each waits while those of its part go on elsewhere."""
 
 
 class Standing(NamedTuple):
@@ -31,6 +34,10 @@ class Registry(Protocol):
 
     async def register(self, owner: Owner, durability: DurabilityConfig) -> int:
         """Make an owner known; which incarnation of the directory that is."""
+        ...
+
+    async def retire(self, owner: str) -> bool:
+        """The owner is to take nothing more; whether another can have what it has."""
         ...
 
     async def unregister(self, owner: str) -> None:
@@ -74,6 +81,20 @@ class Registration:
         asked_at = clock.now()
         self._incarnation = await self._directory.register(self._owner, self._durability)
         self._lease.renew(asked_at)
+
+    async def hand_over(
+        self, num_sessions: Callable[[], int], give_back: Callable[[int], None], renew: Callable[[], Awaitable[object]]
+    ) -> None:
+        """Before it leaves, give back what others can take, in HAND_OVER_TURNS parts. Raises Unavailable.
+
+        renew: called for each, as `self.renew` has to be.
+        """
+        for turns_left in range(HAND_OVER_TURNS, 0, -1):
+            if not num_sessions() or not await self._directory.retire(self._owner.name):
+                return
+            await renew()
+            give_back(math.ceil(num_sessions() / turns_left))
+            await asyncio.sleep(HAND_OVER_EVERY_S)
 
     async def leave(self) -> None:
         """Take nothing any more; what is here is given back under a last lease, unless there is none now."""

@@ -114,6 +114,10 @@ class RayDirectory:
         """See Registry. Raises ConfigError where checkpoints cannot be kept as configured."""
         return await self.ask(DirectoryService.register, owner, durability)
 
+    async def retire(self, owner: str) -> bool:
+        """See Registry."""
+        return await self.ask(DirectoryService.retire, owner)
+
     async def unregister(self, owner: str) -> None:
         """The owner takes nothing any more."""
         await self.ask(DirectoryService.unregister, owner)

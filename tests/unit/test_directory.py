@@ -376,3 +376,25 @@ def test_an_unloaded_model_that_is_deployed_anew_is_loaded(directory: Directory)
     directory.unload("sum", gone=True)
     directory.register(owner("z"))
     assert directory.unloaded() == {}
+
+
+def test_an_owner_that_retires_keeps_its_sessions_until_others_have_them_and_gets_none(directory: Directory) -> None:
+    grants = [directory.open(f"{i}", "s", resumable=True) for i in range(2)]
+    assert not directory.retire("x"), "there is no other"
+    with pytest.raises(Unavailable):
+        directory.open("new", "s")
+    directory.register(owner("other weights", fingerprint="g"))
+    assert not directory.retire("x")
+    directory.register(owner("y"))
+    assert directory.retire("x")
+    assert directory.heard("x"), "it works on"
+    for grant in grants:
+        assert directory.lookup(grant.session).owner == "x"
+        assert directory.open(grant.session, "s", resumable=True, claim=Claim(grant.epoch)).owner.name == "y"
+    directory.suspect("y")
+    assert not directory.retire("x"), "nobody can reach the other"
+    directory.heard("y")
+    assert directory.retire("y") is False, "both leave"
+    directory.register(owner("x"))
+    assert directory.open("new", "s").owner.name in ("x", "other weights"), "it has come back"
+    assert not directory.retire("unknown")
