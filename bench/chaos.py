@@ -12,7 +12,7 @@ unless its connection broke. Checkpoints are kept in a folder, since what dies m
 All nodes, and the clients, are on one machine: what starts again takes the cores of those who are measured, which have
 machines of their own in life; where it is allowed clients go first. Of each model there are replicas enough that one is
 left when a node is killed while another replica starts. A run of 15 minutes has fewer than 20 kills of each kind:
-`--earlier FILE` counts in what an earlier run has written by `--json`.
+`--earlier FILE` counts in what an earlier run has written by `--json`, which is all that is done with `--seconds 0`.
 """
 
 import asyncio
@@ -239,7 +239,7 @@ def run(
 
 
 @click.command()
-@click.option("--seconds", default=90.0, show_default=True)
+@click.option("--seconds", default=90.0, show_default=True, help="0: no run, see --earlier.")
 @click.option("--sessions", default=500, show_default=True)
 @click.option("--segment", default=5, show_default=True, help="Timesteps every half second, of the LSTM.")
 @click.option("--speech", default=100, show_default=True, help="Of the sessions, of Silero.")
@@ -273,17 +273,7 @@ def main(
     ]
     for line in lines[sockets : sockets + named]:
         line.has_name = True
-    head, *ports = (Ports(free_port(), free_port()) for _ in range(NODES))
-    cpus = replicas  # of a node; two can hold all replicas
-    rpc = {"port": head.grpc, "grpc_servicer_functions": [SERVICER]}
-    with (
-        TemporaryDirectory() as store,
-        local_cluster(0, cpus, head.http, cpus, rpc, proxies="EveryNode") as (cluster, _),
-    ):
-        nodes = {each: add_node(cluster, cpus, each) for each in ports}
-        deploy_models(replicas, store)
-        killer = Killer(cluster, nodes, cpus, 2 * replicas - 1, random.Random(seed))
-        lines, kills = run(cluster.address, killer, lines, [head, *ports], kinds.split(","), seconds)
+    lines, kills = chaos(lines, replicas, kinds.split(","), seconds, seed) if seconds else ([], [])
     for line in lines:
         if line.error is not None:
             click.echo(f"session {line.seed} by {line.way} has ended at timestep {line.received}: {line.error}")
@@ -305,6 +295,23 @@ def main(
     save(figures, json_file, gaps=gaps)
 
 
+def chaos(
+    lines: Sequence[Line], replicas: int, kinds: Sequence[str], seconds: float, seed: int
+) -> tuple[Sequence[Line], list[tuple[str, float]]]:
+    """See `run`, on a cluster that is there for it."""
+    head, *ports = (Ports(free_port(), free_port()) for _ in range(NODES))
+    cpus = replicas  # of a node; two can hold all replicas
+    rpc = {"port": head.grpc, "grpc_servicer_functions": [SERVICER]}
+    with (
+        TemporaryDirectory() as store,
+        local_cluster(0, cpus, head.http, cpus, rpc, proxies="EveryNode") as (cluster, _),
+    ):
+        nodes = {each: add_node(cluster, cpus, each) for each in ports}
+        deploy_models(replicas, store)
+        killer = Killer(cluster, nodes, cpus, 2 * replicas - 1, random.Random(seed))
+        return run(cluster.address, killer, lines, [head, *ports], kinds, seconds)
+
+
 def tell_hung(lines: Sequence[Line], kills: list[tuple[str, float]]) -> None:
     """Whose outputs were due for too long after which kill."""
     for number, (kind, at) in enumerate(kills, 1):
@@ -318,6 +325,7 @@ def tell_hung(lines: Sequence[Line], kills: list[tuple[str, float]]) -> None:
 
 def add_run(report: Mapping[str, Any], figures: dict[str, float], delays: "Delays") -> None:
     """Count an earlier run in: its figures but the sessions', which are as many each time, and its gaps."""
+    figures["sessions"] = max(figures["sessions"], report["figures"]["sessions"])
     counted = ("timesteps", "failed", "lost", "doubled", "wrong", "hung")
     for name, value in report["figures"].items():
         if name in counted or name.startswith("kills_"):
