@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from serve_app.config import GrpcConfig
+from serve_app.deployments.own_port import keep_port
 from serve_app.deployments.peer_channels import PeerChannels, peer_server
 from serve_app.deployments.serve_models import ServeModels
 from serve_app.deployments.transport import BatchedHandles, RayDirectory
@@ -26,6 +27,7 @@ class Ingress(InferenceService):
         self, owners: list[Any], batched: dict[str, Any], grpc: GrpcConfig, deployments: dict[str, str]
     ) -> None:
         """batched: handles of the stateless models, by name. deployments: of all models."""
+        keep_port()
         self._owners = owners
         app = serve.get_replica_context().app_name
         directory = RayDirectory(app)
