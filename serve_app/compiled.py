@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 def compiled(function: F) -> F:
     """Compile a function of arrays and numbers at its first call, and keep that on disk. Indices are not checked."""
-    return cast(F, numba.njit(cache=True)(function))
+    return cast(F, numba.njit(cache=True, error_model="numpy")(function))
 
 
 def _copy_bytes(_: Any, target: Any, start: Any, source: Any, begin: Any, count: Any) -> Any:
