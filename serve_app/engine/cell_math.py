@@ -92,18 +92,18 @@ def gru_bf16(of_x: np.ndarray, of_h: np.ndarray, h: np.ndarray, y: np.ndarray) -
 
 
 @compiled
-def tanh_fp32(x: np.ndarray, y: np.ndarray) -> None:
-    """tanh(x) -> y [B, hidden]"""
-    for b in range(len(x)):
-        before, after = x[b], y[b]
-        for j in range(len(before)):
-            after[j] = _tanh(before[j])
+def tanh_fp32(y: np.ndarray) -> None:
+    """tanh(y) -> y [B, hidden]"""
+    for b in range(len(y)):
+        y_b = y[b]
+        for j in range(len(y_b)):
+            y_b[j] = _tanh(y_b[j])
 
 
 @compiled
-def tanh_bf16(x: np.ndarray, y: np.ndarray) -> None:
+def tanh_bf16(y: np.ndarray) -> None:
     """The same of bf16, as uint16."""
-    for b in range(len(x)):
-        before, after = x[b], y[b]
-        for j in range(len(before)):
-            after[j] = _narrow(_tanh(_wide(before[j])))
+    for b in range(len(y)):
+        y_b = y[b]
+        for j in range(len(y_b)):
+            y_b[j] = _narrow(_tanh(_wide(y_b[j])))

@@ -6,6 +6,7 @@ are no public interface, so what comes of them is compared with the layer itself
 """
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -22,6 +23,8 @@ LSTM = 2  # what torch calls it among its modes
 REORDER = "_reorder_mkldnn_rnn_layer_weight", "_reorder_linear_weight"
 MIN_GRU = 256, 4
 """Cells and sessions below which torch's own GRU is faster in fp32, where its products are not most of the time."""
+MIN_PACKED = 512, 4
+"""Cells and sessions below which to have a weight transposed is enough in fp32, and faster, since it adds in place."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 Layer: TypeAlias = Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor]
@@ -141,37 +144,33 @@ class _Gru:
 
 class _Rnn:
     def __init__(self, w_ih: torch.Tensor, w_hh: torch.Tensor, b_ih: torch.Tensor, b_hh: torch.Tensor) -> None:
-        bias = b_ih + b_hh
-        self._of_x: Callable[[torch.Tensor], torch.Tensor]
-        self._added: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-        if w_hh.dtype == torch.float32:  # to have it transposed is enough, and adds in place
-            self._of_x = partial(linear, weight=w_ih, bias=bias)
-            self._added = partial(_add_product, transposed=w_hh.t().contiguous())
-        else:
-            self._of_x, self._added = _packed(w_ih, bias), _packed_added(w_hh)
+        self._of_x, self._of_h = _packed(w_ih, b_ih + b_hh), _packed(w_hh)
+        self._min_batch = 1
+        if w_hh.dtype == torch.float32:
+            self._of_x = partial(linear, weight=w_ih, bias=b_ih + b_hh)
+            self._transposed = w_hh.t().contiguous()
+            self._min_batch = MIN_PACKED[1] if len(w_hh) >= MIN_PACKED[0] else sys.maxsize
 
     def __call__(self, x: torch.Tensor, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> torch.Tensor:
         y, (h,) = self._of_x(x), before
+        is_packed = len(h) >= self._min_batch
         for y_t in y.unbind():
-            h = self.activate(self._added(y_t, h), out=y_t)
+            h = y_t.add_(self._of_h(h)) if is_packed else y_t.addmm_(h, self._transposed)
+            self.activate(h)
         after[0].copy_(h)
         return y
 
     @staticmethod
-    def activate(values: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-        return _tanh(values, out=out)
+    def activate(y: torch.Tensor) -> None:
+        """In place."""
+        tanh = cell_math.tanh_fp32 if y.dtype == torch.float32 else cell_math.tanh_bf16
+        tanh(_numpy(y))
 
 
 class _ReluRnn(_Rnn):
     @staticmethod
-    def activate(values: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-        return torch.clamp_min(values, 0, out=out)
-
-
-def _tanh(values: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-    tanh = cell_math.tanh_fp32 if values.dtype == torch.float32 else cell_math.tanh_bf16
-    tanh(_numpy(values), _numpy(out))
-    return out
+    def activate(y: torch.Tensor) -> None:
+        y.clamp_min_(0)
 
 
 def _numpy(values: torch.Tensor) -> np.ndarray:
@@ -179,20 +178,10 @@ def _numpy(values: torch.Tensor) -> np.ndarray:
     return (values if values.dtype == torch.float32 else values.view(torch.uint16)).numpy()
 
 
-def _add_product(y: torch.Tensor, x: torch.Tensor, transposed: torch.Tensor) -> torch.Tensor:
-    return y.addmm_(x, transposed)
-
-
-def _packed(weight: torch.Tensor, bias: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def _packed(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
     """x -> x W^T + bias."""
     packed, run = getattr(torch.ops.mkldnn, REORDER[1])(weight), torch.ops.mkldnn._linear_pointwise
     return lambda x: run(x, packed, bias, "none", [], "")
-
-
-def _packed_added(weight: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(y, x) -> y + x W^T."""
-    packed, run = getattr(torch.ops.mkldnn, REORDER[1])(weight), torch.ops.mkldnn._linear_pointwise.binary
-    return lambda y, x: run(x, y, packed, None, "add")
 
 
 LAYERS: dict[str, Callable[..., Layer]] = {"LSTM": _Lstm, "GRU": _Gru, "RNN_TANH": _Rnn, "RNN_RELU": _ReluRnn}
