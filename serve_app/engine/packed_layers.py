@@ -144,12 +144,13 @@ class _Gru:
 
 class _Rnn:
     def __init__(self, w_ih: torch.Tensor, w_hh: torch.Tensor, b_ih: torch.Tensor, b_hh: torch.Tensor) -> None:
-        self._of_x, self._of_h = _packed(w_ih, b_ih + b_hh), _packed(w_hh)
-        self._min_batch = 1
+        bias, self._of_h = b_ih + b_hh, _packed(w_hh)
         if w_hh.dtype == torch.float32:
-            self._of_x = partial(linear, weight=w_ih, bias=b_ih + b_hh)
+            self._of_x: Callable[[torch.Tensor], torch.Tensor] = partial(linear, weight=w_ih, bias=bias)
             self._transposed = w_hh.t().contiguous()
             self._min_batch = MIN_PACKED[1] if len(w_hh) >= MIN_PACKED[0] else sys.maxsize
+        else:
+            self._of_x, self._min_batch = _packed(w_ih, bias), 1
 
     def __call__(self, x: torch.Tensor, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> torch.Tensor:
         y, (h,) = self._of_x(x), before
