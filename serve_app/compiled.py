@@ -15,7 +15,10 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def compiled(function: F) -> F:
-    """Compile a function of arrays and numbers at its first call, and keep that on disk. Indices are not checked."""
+    """Compile a function of arrays and numbers at its first call, and keep that on disk.
+
+    Indices are not checked, nor are divisors.
+    """
     return cast(F, numba.njit(cache=True, error_model="numpy")(function))
 
 

@@ -6,7 +6,6 @@ are no public interface, so what comes of them is compared with the layer itself
 """
 
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -27,6 +26,8 @@ MIN_PACKED = 512, 4
 """Cells and sessions below which to have a weight transposed is enough in fp32, and faster, since it adds in place."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
+Product: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+"""x [..., features] -> [..., columns]"""
 Layer: TypeAlias = Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor]
 """x [T, B, features], the state before, where to write the state after, each [B, hidden] -> y [T, B, hidden]"""
 
@@ -144,19 +145,21 @@ class _Gru:
 
 class _Rnn:
     def __init__(self, w_ih: torch.Tensor, w_hh: torch.Tensor, b_ih: torch.Tensor, b_hh: torch.Tensor) -> None:
-        bias, self._of_h = b_ih + b_hh, _packed(w_hh)
+        bias = b_ih + b_hh
+        self._of_x: Product
+        self._of_h: Product | None
         if w_hh.dtype == torch.float32:
-            self._of_x: Callable[[torch.Tensor], torch.Tensor] = partial(linear, weight=w_ih, bias=bias)
-            self._transposed = w_hh.t().contiguous()
-            self._min_batch = MIN_PACKED[1] if len(w_hh) >= MIN_PACKED[0] else sys.maxsize
+            self._of_x, self._transposed = partial(linear, weight=w_ih, bias=bias), w_hh.t().contiguous()
+            self._of_h = _packed(w_hh) if len(w_hh) >= MIN_PACKED[0] else None
+            self._min_batch = MIN_PACKED[1]
         else:
-            self._of_x, self._min_batch = _packed(w_ih, bias), 1
+            self._of_x, self._of_h, self._min_batch = _packed(w_ih, bias), _packed(w_hh), 1
 
     def __call__(self, x: torch.Tensor, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> torch.Tensor:
         y, (h,) = self._of_x(x), before
-        is_packed = len(h) >= self._min_batch
+        of_h = self._of_h if len(h) >= self._min_batch else None
         for y_t in y.unbind():
-            h = y_t.add_(self._of_h(h)) if is_packed else y_t.addmm_(h, self._transposed)
+            h = y_t.addmm_(h, self._transposed) if of_h is None else y_t.add_(of_h(h))
             self.activate(h)
         after[0].copy_(h)
         return y
@@ -179,7 +182,7 @@ def _numpy(values: torch.Tensor) -> np.ndarray:
     return (values if values.dtype == torch.float32 else values.view(torch.uint16)).numpy()
 
 
-def _packed(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+def _packed(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:
     """x -> x W^T + bias."""
     packed, run = getattr(torch.ops.mkldnn, REORDER[1])(weight), torch.ops.mkldnn._linear_pointwise
     return lambda x: run(x, packed, bias, "none", [], "")

@@ -5,6 +5,7 @@ Behind HAProxy, behind Serve's own proxy, and past both, at the ingress's own gR
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +34,8 @@ MODEL = {"name": "rnn", "cell": "lstm", "input": 8, "hidden": 16, "layers": 2}
 SERVICER = "serve_app.ingress.protos.oip_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"
 CLIENTS = Path(".venv-tritonclient/bin/python")
 SEQUENCES, TIMESTEPS = 100, 20
+SERVES_GRPC_PORTS = range(40000, 41000)
+"""That Serve gives ingresses."""
 MAX_TRIES = 100
 """Of the requests of a sequence, that are not answered."""
 
@@ -228,6 +231,22 @@ def run_sequence(
     return lost, told
 
 
+def listening(process: psutil.Process) -> set[int]:
+    """At which ports."""
+    return {found.laddr.port for found in process.net_connections("tcp") if found.status == psutil.CONN_LISTEN}
+
+
+def can_be_shared(port: int) -> bool:
+    """Whether another process can listen at the port of one that does."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            other.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+        return True
+
+
 def test_sequences_come_in_through_any_ingress_and_outlive_it(expected: Path, tmp_path: Path, repository: Path) -> None:
     """Two ingresses, every request over a connection of its own; one ingress is killed in between."""
     file = np.load(expected)
@@ -251,6 +270,9 @@ def test_sequences_come_in_through_any_ingress_and_outlive_it(expected: Path, tm
             if process.cmdline()[:1] == ["ray::ServeReplica:lockstep:Ingress"]
         ]
         assert len(ingresses) == 2
+        ports = [port for process in ingresses for port in listening(process) if port in SERVES_GRPC_PORTS]
+        assert len(ports) == 2
+        assert not any(map(can_be_shared, ports)), "an ingress of another node or cluster would get some of its clients"
         assert {each.result() for each in sequences(12, 1)} == {(0, 0)}
 
         running = sequences(12, 101)

@@ -24,8 +24,9 @@ CANNOT = {
 
 
 @pytest.fixture(autouse=True)
-def small_grus_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_layers, "MIN_GRU", (1, 2))
+    monkeypatch.setattr(packed_layers, "MIN_PACKED", (16, 2))
 
 
 def random_state(kind: str, layers: int, batch: int, hidden: int) -> Any:

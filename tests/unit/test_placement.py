@@ -165,6 +165,19 @@ def test_none_goes_to_an_owner_of_other_weights_that_nobody_can_reach_that_is_fu
     assert directory.give_back("x") == 0
 
 
+def test_none_goes_to_an_owner_that_retires() -> None:
+    directory = Directory(2)
+    directory.register(member("x"))
+    for i in range(40):
+        directory.open(f"{i}", "s")
+    directory.register(member("y"))
+    directory.tick(1.0)
+    directory.retire("y")
+    assert directory.give_back("x") == 0
+    directory.register(member("y"))
+    assert directory.give_back("x") > 0
+
+
 def test_it_can_be_turned_off() -> None:
     for one in (member("x", 0), replace(member("x"), checkpoints=False)):
         directory = Directory(2)

@@ -87,10 +87,10 @@ async def test_those_that_stay_though_they_were_to_go_do_not_hold_it_up() -> Non
     assert sessions.given[-1] == 40, "all that are left"
 
 
-@pytest.mark.parametrize(("registry", "count"), [(Registry(others_free=False), 40), (Registry(), 0)])
-async def test_nothing_is_given_back_where_nothing_is_or_nobody_can_take_it(registry: Registry, count: int) -> None:
+@pytest.mark.parametrize(("others_free", "count"), [(False, 40), (True, 0)])
+async def test_nothing_is_given_back_where_nothing_is_or_nobody_can_take_it(others_free: bool, count: int) -> None:
     sessions = Sessions(count)
-    await hand_over(registry, sessions)
+    await hand_over(Registry(others_free), sessions)
     assert sessions.given == []
 
 
