@@ -28,7 +28,7 @@ class LocalCluster:
     """Owners `owner-0`, `owner-1`, …; `kill` makes one unreachable.
 
     `frames` has every frame sent, `requests` in which request's context, `closed` the owner of each channel closed,
-    `num_cancelled` counts the calls that were given up.
+    `num_cancelled` counts the calls that were given up, `num_overtaken` the frames that came after a later one.
     Frames take `delay_s()` to arrive, so they may overtake each other.
     """
 
@@ -39,6 +39,8 @@ class LocalCluster:
         self.requests: list[str] = []
         self.closed: list[str] = []
         self.num_cancelled = 0
+        self.num_overtaken = 0
+        self._newest = 0  # number of the newest frame that arrived
         self.stopped: set[str] = set()  # owners that neither report nor answer
         self.delay_s: Callable[[], float] = lambda: 0.0
         self._running: dict[str, AsyncEngine] = {}
@@ -152,7 +154,10 @@ class LocalCluster:
     async def call(self, owner: str, frame: Frame) -> Answer:
         self.frames.append(frame)
         self.requests.append(REQUEST.get())
+        number = len(self.frames)
         await asyncio.sleep(self.delay_s())
+        self.num_overtaken += number < self._newest
+        self._newest = max(self._newest, number)
         while owner in self.stopped:
             await asyncio.sleep(0.01)
         try:

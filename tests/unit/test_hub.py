@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import random
 from uuid import uuid4
 
@@ -412,20 +413,23 @@ async def test_stopping_waits_for_its_calls() -> None:
 
 async def test_frames_that_overtake_each_other_keep_each_session_in_order() -> None:
     async with local(SumModel(), config=CONFIG) as (cluster, hub):
-        rng = random.Random(1)
-        cluster.delay_s = lambda: rng.uniform(0, 0.004)
+        delays = itertools.cycle((0.02, 0.0))
+        cluster.delay_s = lambda: next(delays)
 
         async def one(seed: int) -> None:
             rng = random.Random(seed)
             session = await hub.open()
             for _ in range(20):
-                session.submit(ones(rng.randint(1, 6)))
+                n = session.submit(ones(rng.randint(1, 6)))
+                if seed == 0:
+                    await session.wait(n)  # so that no two of its segments travel in one frame
                 await asyncio.sleep(rng.uniform(0, 0.004))
             session.close()
             assert await collect(session) == list(range(1, session.next + 1))
 
-        await asyncio.gather(*(one(seed) for seed in range(30)))
-        assert len(cluster.frames) > 10
+        await asyncio.gather(*(one(seed) for seed in range(3 * outbox_module.MIN_SHARE)))
+        assert len(cluster.frames) >= 20
+        assert cluster.num_overtaken > 0
         assert cluster.engines["owner-0"].stats.refusals == {}
 
 
