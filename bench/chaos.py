@@ -241,7 +241,8 @@ def run(
 @click.command()
 @click.option("--seconds", default=90.0, show_default=True, help="0: no run, see --earlier.")
 @click.option("--sessions", default=500, show_default=True)
-@click.option("--segment", default=5, show_default=True, help="Timesteps every half second, of the LSTM.")
+@click.option("--period", default=PERIOD_S, show_default=True, help="Seconds from one segment to the next.")
+@click.option("--segment", default=5, show_default=True, help="Timesteps of one of the LSTM.")
 @click.option("--speech", default=100, show_default=True, help="Of the sessions, of Silero.")
 @click.option("--sockets", default=100, show_default=True, help="Of the sessions, by WebSocket.")
 @click.option("--foreign", default=25, show_default=True, help="Of the sessions, by plain gRPC.")
@@ -259,14 +260,15 @@ def run(
 )
 @json_option
 def main(
-    seconds: float, sessions: int, segment: int, speech: int, sockets: int, foreign: int, named: int, replicas: int,
-    kinds: str, seed: int, earlier: tuple[Path, ...], json_file: Path | None,
+    seconds: float, sessions: int, period: float, segment: int, speech: int, sockets: int, foreign: int, named: int,
+    replicas: int, kinds: str, seed: int, earlier: tuple[Path, ...], json_file: Path | None,
 ) -> None:  # fmt: skip
     """Kill things under load, and look at every output."""
     show_hardware()
     ways = [SOCKET] * sockets + [FOREIGN] * foreign + [HANDLE] * (sessions - sockets - foreign)
     works = [
-        silero() if i * speech // sessions < (i + 1) * speech // sessions else lstm(segment) for i in range(sessions)
+        silero(period) if i * speech // sessions < (i + 1) * speech // sessions else lstm(segment, period)
+        for i in range(sessions)
     ]
     lines: Sequence[Line] = [
         Line(1000 * seed + i, work, way) for i, (work, way) in enumerate(zip(works, ways, strict=True))
@@ -316,9 +318,7 @@ def tell_hung(lines: Sequence[Line], kills: list[tuple[str, float]]) -> None:
     """Whose outputs were due for too long after which kill."""
     for number, (kind, at) in enumerate(kills, 1):
         until = kills[number][1] if number < len(kills) else math.inf
-        hung = Counter(
-            f"{line.work.model} by {line.way}" for line in lines if line.longest(at - PERIOD_S, until) > HUNG_S
-        )
+        hung = Counter(f"{line.work.model} by {line.way}" for line in lines if line.gap(at, until) > HUNG_S)
         if hung:
             click.echo(f"hung after kill {number}, {kind}: {', '.join(f'{n} of {who}' for who, n in hung.items())}")
 
@@ -345,7 +345,7 @@ def delays_of(lines: Sequence[Line], kills: list[tuple[str, float]]) -> Delays:
         for line in lines:
             what = "gap" if line.hit(at, WATCHED_S) else "others" if line.way == HANDLE else None
             if what is not None:
-                delays[what].setdefault(kind, []).append(round(line.longest(at - PERIOD_S, at + WATCHED_S), 3))
+                delays[what].setdefault(kind, []).append(round(line.gap(at, at + WATCHED_S), 3))
     return delays
 
 

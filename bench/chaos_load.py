@@ -6,6 +6,7 @@ plain gRPC. Every output is compared with the bare module's; each timestep has t
 
 import asyncio
 import logging
+import math
 import os
 import random
 import time
@@ -50,7 +51,7 @@ HANDLE, SOCKET, FOREIGN = "handle", "socket", "foreign"
 
 
 class Work(NamedTuple):
-    """A model's sessions: the timesteps of a segment, and the output that is compared.
+    """A model's sessions: the timesteps of a segment, one of which is due every `period_s`, and the output compared.
 
     inputs: [N, *features], which all sessions take in turn, each from another one on. module: x [T, B, *features] and
     the state (None: at the start) -> y [T, B, columns] and the next.
@@ -58,24 +59,25 @@ class Work(NamedTuple):
 
     model: str
     segment: int
+    period_s: float
     output: str
     inputs: np.ndarray
     module: Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (silero, ()) if self.model == SILERO else (lstm, (self.segment,))
+        return (silero, (self.period_s,)) if self.model == SILERO else (lstm, (self.segment, self.period_s))
 
 
 @cache
-def lstm(segment: int = 5) -> Work:
+def lstm(segment: int = 5, period_s: float = PERIOD_S) -> Work:
     """The 2x256 LSTM on noise."""
     x = np.random.default_rng(SEED).standard_normal((4096, INPUT), np.float32)
-    return Work("rnn", segment, "y", x, plain_module())
+    return Work("rnn", segment, period_s, "y", x, plain_module())
 
 
 @cache
-def silero() -> Work:
-    """Silero on speech: a segment of 0.512 s every 0.5 s."""
+def silero(period_s: float = PERIOD_S) -> Work:
+    """Silero on speech, as fast as it is spoken: segments of 0.512 s where one is due every 0.5 s."""
     model = registry.load(ModelConfig("silero_vad"))
 
     def module(x: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
@@ -83,9 +85,10 @@ def silero() -> Work:
         assert isinstance(y, torch.Tensor)
         return y[..., None], state
 
-    samples, _ = read_wav(SPEECH)
+    samples, rate = read_wav(SPEECH)
     (size,) = model.input.shape
-    return Work(SILERO, 16, "probability", samples[: len(samples) // size * size].reshape(-1, size), module)
+    inputs = samples[: len(samples) // size * size].reshape(-1, size)
+    return Work(SILERO, math.ceil(period_s * rate / size), period_s, "probability", inputs, module)
 
 
 @dataclass
@@ -153,6 +156,10 @@ class Line:
         found += [time.monotonic() - due for _, due in self.due if begin <= due < end]
         return max(found, default=0.0)
 
+    def gap(self, at: float, end: float) -> float:
+        """The longest delay until `end` of what something that happened `at` then could hold up."""
+        return self.longest(at - self.work.period_s, end)
+
     def hit(self, at: float, within_s: float) -> bool:
         """Whether it has got another owner, or another way in, within that time."""
         return any(at <= then < at + within_s for then, _ in self.epochs[1:])
@@ -195,13 +202,13 @@ async def load(lines: Sequence[Line], sockets: str, rpc: Sequence[str], is_over:
 
 async def _submit(line: Line, is_over: IsOver, submit: Callable[[int, int], None]) -> float:
     """Segments, when they are due; when that was over."""
-    due = time.monotonic() + random.Random(line.seed).random() * PERIOD_S
+    due = time.monotonic() + random.Random(line.seed).random() * line.work.period_s
     while not is_over():
         await asyncio.sleep(max(0.0, due - time.monotonic()))
         start, line.submitted = line.submitted, line.submitted + line.work.segment
         line.due.append((line.submitted, due))
         submit(start, line.submitted)
-        due += PERIOD_S
+        due += line.work.period_s
     return time.monotonic()
 
 
@@ -286,7 +293,7 @@ class _Stream:
         line, sending = self._line, asyncio.create_task(self._send(due))
         try:
             while not (producing.done() and line.received == line.submitted):
-                async with asyncio.timeout(PERIOD_S + within_s):
+                async with asyncio.timeout(line.work.period_s + within_s):
                     response = await self._call.read()
                 if response is grpc.aio.EOF:
                     raise Broken(not self._has_name)
