@@ -114,8 +114,10 @@ class Recurrent:
         return {**counted, **self._engine.gauges()}
 
     def check_health(self) -> None:
-        """Raise when the engine has died: Serve then replaces this replica."""
+        """Raise when the engine has died, or what reports of it: Serve then replaces this replica."""
         self._serving.check_health()
+        if self._reporter.done():
+            self._reporter.result()
 
     async def __del__(self) -> None:
         await self._parts.aclose()

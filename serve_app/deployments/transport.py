@@ -11,7 +11,7 @@ from uuid import uuid4
 import ray
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray._private.state import actors
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.serve._private.common import RequestMetadata
 
 from serve_app.config import DurabilityConfig
@@ -84,7 +84,8 @@ class RayDirectory:
 
     async def is_down(self) -> bool:
         """See Registry: the cluster's own table says so of both processes."""
-        return all([await asyncio.to_thread(_is_dead, process) for process in self._processes])
+        processes = tuple(self._processes)  # which calls that come back meanwhile put into another order
+        return all([await asyncio.to_thread(_is_dead, process) for process in processes])
 
     async def describe(self, session: str) -> Described:
         """See DirectoryClient."""
@@ -240,14 +241,14 @@ class BatchedHandles:
 
 
 async def _result(reference: Awaitable[T]) -> T:
-    """The result of an actor call; a LockstepError comes out as itself, a dead actor as Gone."""
+    """The result of an actor call; a LockstepError comes out as itself, one of Ray (a dead actor, mostly) as Gone."""
     try:
         return await reference
     except RayTaskError as error:
         if isinstance(error.cause, LockstepError):
             raise error.cause from None
         raise
-    except RayActorError as error:
+    except RayError as error:
         raise Gone(f"a part of Lockstep is gone: {error}") from error
 
 

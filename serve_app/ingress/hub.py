@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Coroutine, Sequence
@@ -30,6 +31,8 @@ from serve_app.ingress.keeper import Keeper
 from serve_app.ingress.outbox import Channel, Outbox
 from serve_app.session import Session, State
 from serve_app.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 MAX_REMEMBERED = 4096
 STOPPED = "this sender was stopped: open the session by another"
@@ -454,16 +457,20 @@ class Hub:
         """
         while True:
             await asyncio.sleep(WATCH_S)
-            unused = [owner for owner, outbox in self._outboxes.items() if outbox.is_unused]
-            for outbox in [self._outboxes.pop(owner) for owner in unused]:  # all at once: one may be used meanwhile
-                await outbox.stop()
-            late = [owner for owner, outbox in self._outboxes.items() if outbox.is_late]
             try:
-                gone = await self._directory.gone(late) if late else []
+                await self._look_after()
             except Unavailable:
-                continue  # it starts again
-            for owner in gone:
-                self._outboxes[owner].fail(StateLost(f"owner {owner!r} has not been heard of: its lease is over"))
+                pass  # the directory starts again
+            except Exception:
+                logger.exception("the ways to owners cannot be looked after, trying again")
+
+    async def _look_after(self) -> None:
+        unused = [owner for owner, outbox in self._outboxes.items() if outbox.is_unused]
+        for outbox in [self._outboxes.pop(owner) for owner in unused]:  # all at once: one may be used meanwhile
+            await outbox.stop()
+        late = {owner: outbox for owner, outbox in self._outboxes.items() if outbox.is_late}
+        for owner in await self._directory.gone([*late]) if late else []:
+            late[owner].fail(StateLost(f"owner {owner!r} has not been heard of: its lease is over"))
 
     def _lost(self, owner: str, session: Session, error: LockstepError) -> None:
         """The owner is gone, or going: let the session go on elsewhere, or fail."""
@@ -509,6 +516,9 @@ class Hub:
             self._give_up(name, session, error)
         except LockstepError as failure:
             self._give_up(name, session, failure)
+        except Exception:
+            logger.exception("session %r cannot go on at another owner", session.name)
+            self._give_up(name, session, error)
         except asyncio.CancelledError:
             self._give_up(name, session, error)
             raise

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import random
 import time
+from collections.abc import Sequence
 from unittest.mock import Mock
 
 import numpy as np
@@ -418,6 +419,15 @@ async def test_sessions_of_an_owner_that_stands_still_go_on_when_its_lease_is_ov
         sessions = [await hub.open() for _ in range(4)]
         stopped = sessions[0].owner
         cluster.stopped.add(stopped)
+        gone, asked = cluster.gone, list[Sequence[str]]()
+
+        async def gone_later(owners: Sequence[str]) -> list[str]:
+            asked.append(owners)
+            if len(asked) == 1:
+                raise RuntimeError("who watches over owners has failed")
+            return await gone(owners)
+
+        monkeypatch.setattr(cluster, "gone", gone_later)
         began = time.monotonic()
         for session in sessions:
             session.submit(np.ones((3, 2), np.int64))
