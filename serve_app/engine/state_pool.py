@@ -44,6 +44,8 @@ class StatePool:
         kind = HostColumn if device.type == "cpu" else device_column
         self._columns = [kind(leaf, dim, num_slots + 2) for leaf, dim in zip(self._initial, self._dims, strict=True)]
         self._last_due: tuple[int, list[Any]] = 0, []  # the form of a batched state, by its batch
+        #: Of the last step in host memory: its slots, and their states, which are not there yet.
+        self._held: tuple[np.ndarray, Sequence[torch.Tensor]] | None = None
         self._chunk_pages = min(max(CHUNK_BYTES // max(1, self.state_bytes), MIN_CHUNK_PAGES), MAX_CHUNK_PAGES)
         #: Pages that are free, at its start; as long as there are pages.
         self._free = np.empty(0, np.int64)
@@ -69,17 +71,25 @@ class StatePool:
 
     def states(self) -> State:
         """The states of all slots, as one batch: what lies there, not a copy."""
+        self._write_back()
         return pytree.tree_unflatten([column.tensor for column in self._columns], self._structure)
 
     def gather(self, index: Any) -> State:
-        """The states in the slots of `index`, batched in that order: a copy."""
-        leaves = [column.select(index) for column in self._columns]
+        """The states in the slots of `index`, batched in that order: a copy, or what was just scattered there."""
+        if self._held is not None and np.array_equal(self._held[0], index):
+            leaves = self._held[1]
+        else:
+            self._write_back()
+            leaves = [column.select(index) for column in self._columns]
         if self._like is None:
             return pytree.tree_unflatten(leaves, self._structure)
         return _built(self._like, iter(leaves))
 
     def scatter(self, index: Any, state: State) -> None:
-        """Write a batched state to these slots. ValueError, with nothing written, unless it is shaped as it came."""
+        """Write a batched state to these slots. ValueError, with nothing written, unless it is shaped as it came.
+
+        In host memory it is kept as it is until others are asked for: the next step is often of the same sessions.
+        """
         leaves, structure = self._flatten(state)
         found = [(leaf.shape, leaf.dtype) for leaf in leaves]
         if len(index) != self._last_due[0]:
@@ -89,8 +99,19 @@ class StatePool:
             raise ValueError(
                 f"the model returned a state of {found} as {structure}, expected {due} as {self._structure}"
             )
+        if self._aside is None:
+            if self._held is not None and not np.array_equal(self._held[0], index):
+                self._write_back()
+            self._held = index, [leaf.contiguous() for leaf in leaves]
+            return
         for column, leaf in zip(self._columns, leaves, strict=True):
             column.put(index, leaf)
+
+    def _write_back(self) -> None:
+        if self._held is not None:
+            (index, leaves), self._held = self._held, None
+            for column, leaf in zip(self._columns, leaves, strict=True):
+                column.put(index, leaf)
 
     @contextmanager
     def moving(self, *, after_steps: bool) -> Iterator[None]:
@@ -113,6 +134,7 @@ class StatePool:
 
     def reset(self, slots: np.ndarray) -> None:
         """Put the model's initial state into `slots`."""
+        self._write_back()
         index = self.index(slots)
         for column, initial in zip(self._columns, self._initial, strict=True):
             column.put(index, initial.expand(column.form(len(slots))[0]))
@@ -122,6 +144,7 @@ class StatePool:
 
         pages: as many, -1 where nothing comes; they are free then. Returns the page of each that was evicted.
         """
+        self._write_back()
         taken, out = self._take_pages(num_evicted), np.full(len(slots), -1)
         out[len(slots) - num_evicted :] = taken
         index = self.index(np.stack([slots, out, pages]))
@@ -141,6 +164,7 @@ class StatePool:
 
     def read(self, slots: np.ndarray) -> "Reading":
         """Copies of the states in `slots` [n], which no step on its way may use; later steps may."""
+        self._write_back()
         with self.moving(after_steps=False):
             index = self.index(slots)
             leaves = [column.select(index) for column in self._columns]
