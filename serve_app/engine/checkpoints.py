@@ -33,8 +33,7 @@ class Checkpointer:
 
     def add(self, rows: np.ndarray, now: float) -> None:
         """These (distinct) are due; they may be already."""
-        rows = rows[~self._is_due[rows]]
-        if len(rows):
+        if len(rows) and len(rows := rows[~self._is_due[rows]]):
             self._is_due[rows] = True
             self._due.append(rows)
             self._num_due += len(rows)

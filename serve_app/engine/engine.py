@@ -129,7 +129,7 @@ class Engine:
         accepted = self._sessions.accept(frame, now, self._room(frame))
         rows = accepted.running
         if len(rows):
-            self._inputs.add([frame.x], rows, np.zeros_like(rows), accepted.offset, accepted.take)
+            self._inputs.add([frame.x], rows, np.zeros(len(rows), np.int64), accepted.offset, accepted.take)
             self._scheduler.add(rows, accepted.take, now)
             self.stats.segments += len(rows)
         if accepted.verdict is not None:
@@ -450,7 +450,7 @@ class Engine:
         """The next k timesteps of each of `rows`, as bytes in the order that the runner takes; they have run now."""
         runner, counts = self._runner, np.full(len(rows), k)
         across = len(rows) if runner.time_major else 1
-        plan = self._inputs.plan(rows, np.zeros_like(rows), counts, across)
+        plan = self._inputs.plan(rows, np.zeros(len(rows), np.int64), counts, across)
         if runner.takes_views and plan.at >= 0:
             x = self._inputs.view(plan, 0)
         else:
@@ -466,7 +466,7 @@ class Engine:
         done = time.monotonic()
         took_s = done - flight.began
         alone_s = done - max(flight.began, self._completed_at)
-        self._scheduler.step_times.add(k, len(rows), alone_s)
+        self._scheduler.took(k, len(rows), alone_s)
         self._completed_at = done
         self.stats.add_step(StepRecord(len(rows), k, float(waited_us[0]) / 1e6, took_s, alone_s))
         members, rows, starts, closing, sender = self._sessions.advance(

@@ -37,8 +37,7 @@ class Scheduler:
     ) -> None:
         self.max_batch_size = max_batch_size
         self.timesteps = np.array(timesteps, np.int64)
-        #: How long steps take; told by who runs them.
-        self.step_times = StepTimes(timesteps)
+        self._step_times = StepTimes(timesteps)
         self._delay_target_s = delay_target_s
         self._satisfied_at = -math.inf  # when a step last took all that a session had ready
         #: Timesteps ready, by row.
@@ -65,11 +64,16 @@ class Scheduler:
         rows, waited_us = found = np.empty((2, self.max_batch_size), np.int64)
         batch, k = _schedule(
             self._numbers, self._queue, self._queued, self.left, self._since, self.timesteps, self._window,
-            self._chosen, self.step_times.seconds, self._limit_s(now, in_flight), now, found,
+            self._chosen, self._step_times.seconds, self._limit_s(now, in_flight), now, found,
         )  # fmt: skip
         if self._delay_target_s and not self.left[rows[:batch]].all():
             self._satisfied_at = now
         return Batch(rows[:batch], k, waited_us[:batch])
+
+    def took(self, k: int, batch: int, seconds: float) -> None:
+        """A step of k timesteps of `batch` sessions has taken so long; which counts where there is a target."""
+        if self._delay_target_s:
+            self._step_times.add(k, batch, seconds)
 
     def _limit_s(self, now: float, in_flight: int) -> float:
         if now - self._satisfied_at > PATIENCE_S:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from serve_app.compiled import array, compiled
+from serve_app.compiled import array, compiled, own_array
 from serve_app.errors import (
     InvalidInput,
     LockstepError,
@@ -187,8 +187,8 @@ class SessionTable:
         """
         rows, acked, verdict, running, offset, take = found = np.empty((6, len(frame)), np.int64)
         count, usual = _accept(
-            np.require(frame.columns, np.int64, ("C", "A", "W")), self._row_near, self._table, self.status,
-            self.active_at, now, room, self.max_window, found,
+            own_array(frame.columns), self._row_near, self._table, self.status, self.active_at, now, room,
+            self.max_window, found,
         )  # fmt: skip
         return Accepted(rows, acked, running[:count], offset[:count], take[:count], None if usual else verdict)
 
@@ -324,7 +324,7 @@ def check_frame(frame: Frame, spec: TensorSpec) -> None:
     columns, x = frame.columns, frame.x
     if columns.dtype != np.int64 or columns.ndim != 2 or len(columns) != len(COLUMNS):
         raise InvalidInput(f"frame columns are {columns.dtype} {columns.shape}, expected int64 ({len(COLUMNS)}, n)")
-    total, rising = _check_columns(np.require(columns, np.int64, ("C", "A", "W")), len(x))
+    total, rising = _check_columns(own_array(columns), len(x))
     if total == NEGATIVE:
         raise InvalidInput("a frame with a negative epoch, start or length arrived")
     if total == TOO_LONG:

@@ -221,6 +221,8 @@ def _regrouped(x: torch.Tensor, steps: int, wanted: int, shape: tuple[int, ...])
     """x [T * steps, B, ...] -> [T * wanted, B, *shape], of the same values in the same order for each session."""
     if steps == wanted:
         return x
+    if x.shape[1] == 1:
+        return x.reshape(-1, 1, *shape)
     by_session = _by_session(x, steps)  # [T, B, steps, ...]
     return by_session.reshape(*by_session.shape[:2], wanted, *shape).transpose(1, 2).flatten(0, 1)
 

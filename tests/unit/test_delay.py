@@ -39,7 +39,7 @@ class Bench:
                 self.now = due
                 continue
             took_s = self.fixed_s + self.each_s * batch.k
-            self.scheduler.step_times.add(batch.k, len(batch.rows), took_s)
+            self.scheduler.took(batch.k, len(batch.rows), took_s)
             self.now += took_s
             self.steps.append(batch.k)
             if LIVE in batch.rows:
