@@ -34,7 +34,7 @@ ROWS = [
         "chaos_cpu.json",
         "lost",
         "{:.0f}",
-        "kills of ten kinds, more than twenty of each, 500 sessions, three clusters on one machine: timesteps lost",
+        "kills of ten kinds, more than twenty of each, 500 sessions on three nodes: timesteps lost",
     ),
     ("chaos_cpu.json", "doubled", "{:.0f}", "the same: timesteps doubled"),
     ("chaos_cpu.json", "wrong", "{:.0f}", "the same: sessions with an output that is not the module's"),
