@@ -48,6 +48,7 @@ class RayDirectory:
         self._app = app
         self._processes = _processes(app)
         self._straight: CallChannel[Sequence[Ask], Sequence[Grant | LockstepError]] | None = None
+        self._straightening = asyncio.Lock()
         self._opens = Together(self._open_all)
         self._losses = Together(self._lose_all)
 
@@ -173,10 +174,12 @@ class RayDirectory:
 
     async def _open_all(self, asks: Sequence[Ask]) -> Sequence[Grant | LockstepError]:
         """Straight to the directory's own port: a sequence of few timesteps costs less than a call through Ray."""
-        if self._straight is None or self._straight.is_lost:
-            self._straight = CallChannel(OPENS, await self.ask(DirectoryService.address))
+        async with self._straightening:
+            if self._straight is None or self._straight.is_lost:
+                self._straight = CallChannel(OPENS, await self.ask(DirectoryService.address))
+            straight = self._straight
         try:
-            return await self._straight.call(asks)
+            return await straight.call(asks)
         except OSError as error:
             raise Unavailable(f"the directory does not answer: {error!r}") from error
 

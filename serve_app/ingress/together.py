@@ -17,6 +17,7 @@ T = TypeVar("T")
 class Together(Generic[A, T]):
     """Calls that are made while one is on its way go together with the next: thousands, when an owner is lost.
 
+    More than MAX_TOGETHER go in several, all at once: what is done with the answers to one does not hold up the next.
     `work` takes what each was made with, and returns what each is answered with; what it raises, all of them raise.
     """
 
@@ -52,20 +53,25 @@ class Together(Generic[A, T]):
 
     async def _run(self) -> None:
         while self._waiting:
-            some, self._waiting = self._waiting[:MAX_TOGETHER], self._waiting[MAX_TOGETHER:]
+            asked, self._waiting = self._waiting, []
+            parts = [asked[at : at + MAX_TOGETHER] for at in range(0, len(asked), MAX_TOGETHER)]
             try:
-                results = await self._work([ask for ask, _ in some])
+                await asyncio.gather(*map(self._make, parts))
             except asyncio.CancelledError:
-                self._waiting[:0] = some
+                self._waiting[:0] = asked
                 raise
-            except Exception as error:
-                for _, answer in some:
-                    _fail(answer, error)
-            else:
-                for (_, answer), result in zip(some, results, strict=True):
-                    if not answer.done():
-                        answer.set_result(result)
         self._task = None
+
+    async def _make(self, some: Sequence[tuple[A, asyncio.Future[T]]]) -> None:
+        try:
+            results = await self._work([ask for ask, _ in some])
+        except Exception as error:
+            for _, answer in some:
+                _fail(answer, error)
+        else:
+            for (_, answer), result in zip(some, results, strict=True):
+                if not answer.done():
+                    answer.set_result(result)
 
 
 def _fail(answer: asyncio.Future[T], error: Exception) -> None:

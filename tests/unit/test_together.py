@@ -42,6 +42,21 @@ async def test_what_comes_while_a_call_is_on_its_way_goes_with_the_next(monkeypa
     assert await many.call(5) == 10, "and it begins again"
 
 
+async def test_more_than_go_in_one_call_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "MAX_TOGETHER", 2)
+    work = Work()
+    many = Together(work)
+    tasks = [asyncio.create_task(many.call(ask)) for ask in (1, 13, 2, 3, 4)]
+    async with asyncio.timeout(5):
+        while len(work.calls) < 3:
+            await asyncio.sleep(0)
+    assert work.calls == [[1, 13], [2, 3], [4]], "all on their way, though none was answered"
+    work.free.set()
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(each) for each in found[:2]] == [Unavailable, Unavailable]
+    assert found[2:] == [4, 6, 8]
+
+
 async def test_a_failure_is_of_those_who_were_in_that_call() -> None:
     work = Work()
     many = Together(work)
@@ -66,17 +81,19 @@ async def test_one_who_has_gone_does_not_matter_to_the_others() -> None:
     assert await stays == 4
 
 
-async def test_what_is_stopped_answers_nobody_and_calls_nothing() -> None:
+@pytest.mark.parametrize("after", [0, 1, 5])
+async def test_what_is_stopped_answers_nobody_and_calls_nothing(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "MAX_TOGETHER", 2)
     work = Work()
     many = Together(work)
     tasks = [asyncio.create_task(many.call(0))]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    tasks.append(asyncio.create_task(many.call(1)))
+    tasks += [asyncio.create_task(many.call(ask)) for ask in range(1, after + 1)]
     await asyncio.sleep(0)
     await many.stop()
     found = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [type(each) for each in found] == [Unavailable, Unavailable]
+    assert [type(each) for each in found] == [Unavailable] * (1 + after)
     with pytest.raises(Unavailable, match="was stopped"):
         await many.call(2)
     assert work.calls == [[0]]
