@@ -28,6 +28,7 @@ from serve_app.app import build
 from serve_app.checkpoint import Checkpoint, encode_checkpoint
 from serve_app.config import DurabilityConfig
 from serve_app.deployments.directory_service import DirectoryService
+from serve_app.deployments.garbage import collect_seldom
 from serve_app.deployments.transport import SERVE_NAMESPACE, RayDirectory
 from serve_app.directory import Ask, Grant, Held, Owner
 from serve_app.ingress.hub import Hub
@@ -185,6 +186,7 @@ async def fill_and_open(directory: RayDirectory, idle: int, seconds: float) -> d
 
 async def fail_over(moving: int) -> dict[str, float]:
     """Kill a replica that has `moving` sessions."""
+    collect_seldom()  # as an ingress does
     directory = TimedDirectory(APP)
     hub = Hub(directory, ack_on_receipt=True)
     looker = start_caller(CALLERS)

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from ray.exceptions import RayError
 
 from serve_app.deployments.directory_service import DirectoryService
+from serve_app.deployments.garbage import collect_seldom
 from serve_app.errors import Unavailable
 
 CONTROLLER = {"name": "SERVE_CONTROLLER_ACTOR", "namespace": "serve"}
@@ -36,6 +37,7 @@ class DirectoryProcess:
 
     def __init__(self, app: str, names: Sequence[str], namespace: str) -> None:
         """names: of both, in that namespace."""
+        collect_seldom()
         self._app, self._names, self._namespace = app, names, namespace
         self._directory: DirectoryService | None = None
         context = ray.get_runtime_context()

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from serve_app.config import GrpcConfig
+from serve_app.deployments.garbage import collect_seldom
 from serve_app.deployments.own_port import keep_port
 from serve_app.deployments.peer_channels import PeerChannels, peer_server
 from serve_app.deployments.serve_models import ServeModels
@@ -28,6 +29,7 @@ class Ingress(InferenceService):
     ) -> None:
         """batched: handles of the stateless models, by name. deployments: of all models."""
         keep_port()
+        collect_seldom()
         self._owners = owners
         app = serve.get_replica_context().app_name
         directory = RayDirectory(app)

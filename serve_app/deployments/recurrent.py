@@ -15,6 +15,7 @@ from ray._private.worker import global_worker
 
 from serve_app.config import AppConfig
 from serve_app.deployments.frame_channel import frame_server
+from serve_app.deployments.garbage import collect_seldom
 from serve_app.deployments.metrics import EngineMetrics
 from serve_app.deployments.registration import Registration
 from serve_app.deployments.transport import RayDirectory, ReplicaActor
@@ -46,6 +47,7 @@ class Recurrent:
 
     async def __init__(self, config: AppConfig, models: tuple[str, ...]) -> None:  # type: ignore[misc]  # Serve awaits it
         """models: all that the application serves to sessions."""
+        collect_seldom()
         self._parts = AsyncExitStack()  # what is to be ended with this replica, however far its start got
         context = serve.get_replica_context()
         self._actor_name = context.replica_id.to_full_id_str()
