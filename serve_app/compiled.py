@@ -38,12 +38,12 @@ def _copy_bytes(_: Any, target: Any, start: Any, source: Any, begin: Any, count:
 copy_bytes: Any = intrinsic(_copy_bytes)
 
 
-def own_array(values: np.ndarray) -> np.ndarray:
-    """The same, which may be written: a copy also where what is in a message is not."""
-    found = array(values)
-    return found if found.flags.behaved else found.copy()
-
-
 def array(values: np.ndarray) -> np.ndarray:
     """As int64 [...] in C order, as compiled functions take them; a copy only where they are not."""
     return np.ascontiguousarray(values, np.int64)
+
+
+def own_array(values: np.ndarray) -> np.ndarray:
+    """The same, aligned and not read-only, as what lies in a message may be: functions are compiled for that alone."""
+    found = array(values)
+    return found if found.flags.behaved else found.copy()

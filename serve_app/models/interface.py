@@ -47,6 +47,7 @@ class RecurrentModel(Protocol):
     def forward(self, x: torch.Tensor, state: State) -> tuple[torch.Tensor | Mapping[str, torch.Tensor], State]:
         """x [T, B, *input.shape], state of B sessions -> y [T, B, *shape] (or one for each output), state after T.
 
-        What has no recurrence (convolutions, input products) may run over all T at once. `state` is not modified.
+        What has no recurrence (convolutions, input products) may run over all T at once. `state` is not modified; what
+        is returned is the engine's, which may give it back as it is for the next step.
         """
         ...
