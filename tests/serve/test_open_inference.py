@@ -270,9 +270,11 @@ def test_sequences_come_in_through_any_ingress_and_outlive_it(expected: Path, tm
             if process.cmdline()[:1] == ["ray::ServeReplica:lockstep:Ingress"]
         ]
         assert len(ingresses) == 2
-        ports = [port for process in ingresses for port in listening(process) if port in SERVES_GRPC_PORTS]
-        assert len(ports) == 2
-        assert not any(map(can_be_shared, ports)), "an ingress of another node or cluster would get some of its clients"
+        ports = [[port for port in listening(process) if port in SERVES_GRPC_PORTS] for process in ingresses]
+        assert all(ports)  # another one, that the kernel has given, may be among these numbers too
+        assert not any(can_be_shared(port) for some in ports for port in some), (
+            "an ingress of another node or cluster would get some of its clients"
+        )
         assert {each.result() for each in sequences(12, 1)} == {(0, 0)}
 
         running = sequences(12, 101)
