@@ -21,7 +21,7 @@ from bench.report import ROOT, json_option, save, show_hardware, table, use_repl
 from serve_app.config import AppConfig, load_config
 from serve_app.engine.engine import Engine
 from serve_app.engine.runner import inference_mode
-from serve_app.frame import NO_CLOSE, Frame, Open
+from serve_app.frame import COLUMNS, NO_CLOSE, Frame, Open
 from serve_app.models import registry
 from serve_app.models.pipeline import Pipeline
 
@@ -35,7 +35,8 @@ class OneSession:
 
     def __init__(self, engine: Engine, epoch: int, x: np.ndarray) -> None:
         self.engine, self.epoch, self.x, self.start = engine, epoch, x, 0
-        self._send(Frame(engine.owner, "bench", np.zeros((6, 0), np.int64), x[:0], (Open(epoch, f"bench {epoch}"),)))
+        opens, nothing = (Open(epoch, f"bench {epoch}"),), np.zeros((len(COLUMNS), 0), np.int64)
+        self._send(Frame(engine.owner, "bench", nothing, x[:0], opens))
 
     def segment(self) -> None:
         """Send x again, run it, take the outputs."""
