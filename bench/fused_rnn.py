@@ -4,14 +4,15 @@
 
 All have the same weights and begin with states of zeros; "training" is forward and backward, with gradients of the
 input and of all weights. "Packed" is how the engine runs layers in one direction on a CPU
-(serve_app/engine/packed_layers.py), "graph" how it runs them on a GPU, as a CUDA graph. Before anything is timed, what
-they give is compared, and a difference ends the bench. They take turns, each from inputs that lie ready to results that
-are there; a rate is sequences per second, by the median time.
+(serve_app/engine/packed_layers.py), "graph" how it runs them on a GPU, as a CUDA graph, "stepwise"
+another such graph (serve_app/models/stepwise.py), of which it takes the faster. Before anything is timed, what they
+give is compared, and a difference ends the bench. They take turns, each from inputs that lie ready to results that are
+there; a rate is sequences per second, by the median time.
 
 `*_speedup` is torch's fused layers over torch's cells in the same precision. `*_product_speedup` is the fastest of
-fused, packed and graph over those cells: what the engine gives. MXNet's table is fp32 against fp32; `*_best_speedup` is
-the fastest of these in any precision that is off by no more than 1e-2 from fp32, over the cells in fp32: what a user
-gains who leaves cells in fp32 for the product.
+fused, packed, graph and stepwise over those cells: what the engine gives. MXNet's table is fp32 against fp32;
+`*_best_speedup` is the fastest of these in any precision that is off by no more than 1e-2 from fp32, over the cells in
+fp32: what a user gains who leaves cells in fp32 for the product.
 """
 
 import copy
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import click
 import torch
@@ -32,6 +33,7 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from bench.report import json_option, save, show_hardware, table, use_replica_env
 from serve_app.engine.cuda_runner import capture
 from serve_app.engine.packed_layers import pack_weights
+from serve_app.models.stepwise import StepwiseLayers
 
 Forward: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """x [T, N, I] -> y [T, N, directions * H]"""
@@ -49,7 +51,7 @@ TARGETS = {
     "cuda": ("cuda", torch.float32),
     "cuda_fp16": ("cuda", torch.float16),
 }
-PRODUCT = ("fused", "packed", "graph")
+PRODUCT = ("fused", "packed", "graph", "stepwise")
 """Ways to run layers that the product has."""
 MAX_ERROR = 1e-2  # of a precision that may be the best
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -86,6 +88,7 @@ PUBLISHED = {  # samples/s, cell by cell and fused; see docs/performance.md
     },
 }
 BEST = ["cell", "layers", "directions", "torch, fp32", "product, fp32", "product, best", "", "published"]
+MEASURED = "cells", "fused", "speedup", "packed", "cells_graph", "graph", "stepwise", "product_speedup", "error"
 PUBLISHED_ON = {"cpu": "SKX-8180", "cpu_bf16": "", "cuda": "P100", "cuda_fp16": ""}
 
 
@@ -163,6 +166,8 @@ def forwards(setting: Setting, layers: RNNBase, sizes: Sizes) -> dict[str, Forwa
     if setting.mode == "inference":
         if next(layers.parameters()).is_cuda:
             ways |= {"graph": _graph(ways["fused"], layers, sizes), "cells_graph": _graph(ways["cells"], layers, sizes)}
+            if StepwiseLayers.supports(layers):
+                ways["stepwise"] = _graph(_from_zeros(layers, StepwiseLayers(layers)), layers, sizes)
         elif packed := _packed(layers):
             ways["packed"] = packed
     return ways
@@ -192,12 +197,15 @@ def _graph(way: Forward, layers: RNNBase, sizes: Sizes) -> Forward:
 def _packed(layers: RNNBase) -> Forward | None:
     """The way that the engine takes on a CPU, if it takes these layers."""
     copied = copy.deepcopy(layers)
-    if not pack_weights(copied):
-        return None
+    return _from_zeros(copied, copied) if pack_weights(copied) else None
+
+
+def _from_zeros(layers: RNNBase, run: Callable[..., Any]) -> Forward:
+    """What `run`, which takes a state, gives for these layers from one of zeros."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         h = x.new_zeros(layers.num_layers, x.shape[1], layers.hidden_size)
-        y: torch.Tensor = copied(x, (h, h) if layers.mode == "LSTM" else h)[0]
+        y: torch.Tensor = run(x, (h, h) if layers.mode == "LSTM" else h)[0]
         return y
 
     return forward
@@ -309,15 +317,12 @@ def columns(figures: Mapping[str, float], target: str) -> tuple[list[str], list[
     """Head and rows of a target's table, with what was published; without columns that have nothing."""
     head = [
         "cell", "layers", "directions", "", "cell by cell", "fused", "speed-up", "packed", "cells, graph",
-        "fused, graph", "product's speed-up", "off by",
+        "fused, graph", "stepwise", "product's speed-up", "off by",
     ]  # fmt: skip
     head += [f"{PUBLISHED_ON[target]} {what}" for what in ("cell by cell", "fused", "speed-up")]
     rows: list[list[object]] = []
     for setting in (each for each in SETTINGS if f"{each.name}_{target}_fused" in figures):
-        measured = [
-            figures.get(f"{setting.name}_{target}_{what}", "")
-            for what in ("cells", "fused", "speedup", "packed", "cells_graph", "graph", "product_speedup", "error")
-        ]
+        measured = [figures.get(f"{setting.name}_{target}_{what}", "") for what in MEASURED]
         published = PUBLISHED.get(target, {}).get(setting.name)
         rows.append([*setting, *measured, *((*published, published[1] / published[0]) if published else ("",) * 3)])
     kept = [i for i in range(len(head)) if any(row[i] != "" for row in rows)]

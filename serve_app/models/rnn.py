@@ -1,18 +1,24 @@
 """Recurrent layers as torch has them: RNN (relu or tanh), LSTM (also with projections) and GRU."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 
 from serve_app.models.fp8 import round_to_fp8
 from serve_app.models.interface import State
 from serve_app.models.options import RnnOptions
+from serve_app.models.stepwise import StepwiseLayers
 from serve_app.models.weights import load_weights
 from serve_app.spec import TensorSpec
 
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Outputs: TypeAlias = torch.Tensor | Mapping[str, torch.Tensor]
+Layers: TypeAlias = Callable[[torch.Tensor, State], tuple[torch.Tensor, State]]
+"""x [T, B, input], state -> y [T, B, features], state after T"""
 
 FP8_TOLERANCE = 5e-2
 """Of a forward that multiplies in fp8: it rounds not only weights, but h too."""
@@ -56,25 +62,32 @@ class Rnn(torch.nn.Module):
         h = like.new_zeros(options.layers, batch, options.projection or options.hidden)
         return (h, like.new_zeros(options.layers, batch, options.hidden)) if options.cell == "lstm" else h
 
-    def forward(self, x: torch.Tensor, state: State) -> tuple[torch.Tensor | Mapping[str, torch.Tensor], State]:
+    def forward(self, x: torch.Tensor, state: State) -> tuple[Outputs, State]:
         """x [T, B, input] -> y [T, B, features], or the top_k `values` (largest first) and `indices` [T, B, k]."""
-        y, state = self.rnn(x.to(self.dtype), state)
+        return self._run(self.rnn, x, state)
+
+    def alternatives(self) -> Mapping[str, Callable[[torch.Tensor, State], tuple[Outputs, State]]]:
+        """Other ways to compute `forward` where the weights lie now, by name; some keep weights of their own."""
+        found: dict[str, Callable[[torch.Tensor, State], tuple[Outputs, State]]] = {}
+        if StepwiseLayers.supports(self.rnn):
+            found["stepwise"] = partial(self._run, StepwiseLayers(self.rnn))
+        device = next(self.parameters()).device
+        if device.type == "cuda":
+            try:
+                from serve_app.models.fused_lstm import FusedLstm
+            except ImportError:  # without Triton, or with one that is too old
+                return found
+            if FusedLstm.supports(self.options, device):
+                found["fused_lstm"] = FusedLstm(self)
+        return found
+
+    def _run(self, layers: Layers, x: torch.Tensor, state: State) -> tuple[Outputs, State]:
+        y, state = layers(x.to(self.dtype), state)
         y = self.head(y)
         if not self.options.top_k:
             return y.to(x.dtype), state
         values, indices = y.topk(self.options.top_k)
         return {"values": values.to(x.dtype), "indices": indices.to(torch.int32)}, state
-
-    def alternatives(self) -> Mapping[str, Callable[[torch.Tensor, State], tuple[Any, State]]]:
-        """Other ways to compute `forward` where the weights lie now, by name; they keep weights of their own."""
-        device = next(self.parameters()).device
-        if device.type != "cuda":
-            return {}
-        try:
-            from serve_app.models.fused_lstm import FusedLstm
-        except ImportError:  # without Triton, or with one that is too old
-            return {}
-        return {"fused_lstm": FusedLstm(self)} if FusedLstm.supports(self.options, device) else {}
 
 
 def _layers(options: RnnOptions) -> torch.nn.RNNBase:
