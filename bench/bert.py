@@ -25,6 +25,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+import uvloop
 
 from bench.batched import sentence_lengths
 from bench.report import ROOT, json_option, save, show_hardware, table, use_replica_env
@@ -133,7 +134,7 @@ def measure(
         await batcher.stop()
         return found
 
-    return asyncio.run(run())
+    return uvloop.run(run())  # the event loop that Ray gives a replica
 
 
 @torch.inference_mode()

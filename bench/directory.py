@@ -28,9 +28,9 @@ from serve_app.app import build
 from serve_app.checkpoint import Checkpoint, encode_checkpoint
 from serve_app.config import DurabilityConfig
 from serve_app.deployments.directory_service import DirectoryService
-from serve_app.deployments.garbage import collect_seldom
 from serve_app.deployments.transport import SERVE_NAMESPACE, RayDirectory
 from serve_app.directory import Ask, Grant, Held, Owner
+from serve_app.garbage import collect_seldom
 from serve_app.ingress.hub import Hub
 from serve_app.lease import LEASE_S
 from serve_app.session import Session

@@ -13,8 +13,8 @@ from filelock import FileLock, Timeout
 from ray.exceptions import RayError
 
 from serve_app.deployments.directory_service import DirectoryService
-from serve_app.deployments.garbage import collect_seldom
 from serve_app.errors import Unavailable
+from serve_app.garbage import collect_seldom
 
 CONTROLLER = {"name": "SERVE_CONTROLLER_ACTOR", "namespace": "serve"}
 """To import it from Serve would take longer than all that is needed here."""

@@ -8,11 +8,11 @@ from fastapi import FastAPI
 from ray import serve
 
 from serve_app.config import GrpcConfig
-from serve_app.deployments.garbage import collect_seldom
 from serve_app.deployments.own_port import keep_port
 from serve_app.deployments.peer_channels import PeerChannels, peer_server
 from serve_app.deployments.serve_models import ServeModels
 from serve_app.deployments.transport import BatchedHandles, RayDirectory
+from serve_app.garbage import collect_seldom
 from serve_app.ingress.http import build_http
 from serve_app.ingress.hub import Hub
 from serve_app.ingress.oip import InferenceServer

@@ -15,7 +15,6 @@ from ray._private.worker import global_worker
 
 from serve_app.config import AppConfig
 from serve_app.deployments.frame_channel import frame_server
-from serve_app.deployments.garbage import collect_seldom
 from serve_app.deployments.metrics import EngineMetrics
 from serve_app.deployments.registration import Registration
 from serve_app.deployments.transport import RayDirectory, ReplicaActor
@@ -24,6 +23,7 @@ from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.build import build_engine
 from serve_app.engine.stats import StepRecord
 from serve_app.errors import InvalidInput, LockstepError, UnknownSession
+from serve_app.garbage import collect_seldom
 from serve_app.ingress.hub import Hub
 from serve_app.lease import Lease
 from serve_app.policy.autoscaling import Load, LoadMeter, Scaling

@@ -19,6 +19,7 @@ from serve_app.engine.batch_runner import BatchRunner, Outputs, Row, Started
 from serve_app.engine.engine import choose_device
 from serve_app.engine.runner import limit_threads
 from serve_app.errors import ConfigError, InferenceFailed, LockstepError, TimedOut, Unavailable
+from serve_app.garbage import collect_seldom
 from serve_app.models import registry
 from serve_app.policy.batching import pad_batch
 from serve_app.policy.request_queue import Level, RequestQueue, Waiting
@@ -39,7 +40,6 @@ class _Request:
     left: int
     queued_s: float
     timing: Timing = field(default_factory=Timing)
-    rows: "list[_Asked]" = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
@@ -113,17 +113,17 @@ class Batcher:
         if self._dead is not None:
             raise self._dead
         rows = self._runner.rows(request.inputs, check_rows(request, self.spec))
-        asked = _Request(self._loop.create_future(), [{}] * len(rows), len(rows), time.monotonic())
-        asked.rows = [_Asked(asked, i, row) for i, row in enumerate(rows)]
+        waiting = _Request(self._loop.create_future(), [{}] * len(rows), len(rows), time.monotonic())
+        asked = [_Asked(waiting, i, row) for i, row in enumerate(rows)]
         priority = request.priority or self.spec.default_priority
         lengths = [self._runner.padded_length(row.length) for row in rows]
-        self._queue.add(asked.rows, lengths, asked.queued_s, priority, request.timeout_s)
+        self._queue.add(asked, lengths, waiting.queued_s, priority, request.timeout_s)
         self.stats.requests += 1
         self._turn_soon()
         try:
-            return await asked.future
+            return await waiting.future
         except BaseException:  # the caller has gone, or a row has failed
-            for each in asked.rows:
+            for each in asked:
                 self._queue.cancel(each)
             raise
 
@@ -239,6 +239,7 @@ def build_batcher(config: AppConfig) -> Batcher:
         raise ConfigError(f"model={config.model.name} has no section batching: a stateless model needs one")
     torch.set_num_threads(config.engine.threads)
     sys.setswitchinterval(SWITCH_S)
+    collect_seldom()
     model = registry.load_stateless(config.model)
     device = choose_device(config.engine.device, model)
     pack_rows = batching.max_batch_size if batching.pack else 0

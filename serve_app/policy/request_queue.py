@@ -9,8 +9,9 @@ import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
+from itertools import count, islice
+from operator import attrgetter
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -38,36 +39,43 @@ class Waiting(NamedTuple, Generic[T]):
     arrived: float
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Entry(Generic[T]):
+    """`number`: its place among those of its line."""
+
     item: T
     length: int
     arrived: float
     deadline: float
     level: int
+    number: int
     late: bool = False
 
 
-@dataclass(slots=True)
 class _Line(Generic[T]):
     """Entries of one priority that are alike: on time, or late. By length, in order."""
 
-    by_length: dict[int, OrderedDict[int, _Entry[T]]] = field(default_factory=dict)
-    in_order: OrderedDict[int, _Entry[T]] = field(default_factory=OrderedDict)
+    def __init__(self) -> None:
+        self.by_length: dict[int, OrderedDict[T, _Entry[T]]] = {}
 
-    def add(self, number: int, entry: _Entry[T]) -> None:
-        self.in_order[number] = entry
+    def __len__(self) -> int:
+        return sum(map(len, self.by_length.values()))
+
+    def add(self, entry: _Entry[T]) -> None:
         alike = self.by_length.get(entry.length)
         if alike is None:
             alike = self.by_length[entry.length] = OrderedDict()
-        alike[number] = entry
+        alike[entry.item] = entry
 
-    def remove(self, number: int) -> None:
-        entry = self.in_order.pop(number)
+    def remove(self, entry: _Entry[T]) -> None:
         alike = self.by_length[entry.length]
-        del alike[number]
+        del alike[entry.item]
         if not alike:
             del self.by_length[entry.length]
+
+    def first(self) -> _Entry[T]:
+        """Of all; there is one."""
+        return min((next(iter(alike.values())) for alike in self.by_length.values()), key=attrgetter("number"))
 
 
 class RequestQueue(Generic[T]):
@@ -92,10 +100,9 @@ class RequestQueue(Generic[T]):
         self._least_full = 1 - max_padding
         self._levels = levels
         self._lines = [_Line[T]() for _ in range(2 * len(levels))]  # of each level: on time, late
-        self._entries: OrderedDict[int, _Entry[T]] = OrderedDict()  # all, by number: in the order of arrival
-        self._numbers: dict[T, int] = {}
-        self._deadlines: list[tuple[float, int]] = []
-        self._next_number = 0
+        self._entries: OrderedDict[T, _Entry[T]] = OrderedDict()  # all, in the order of arrival
+        self._deadlines: list[tuple[float, int, _Entry[T]]] = []
+        self._numbers = count()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -109,7 +116,7 @@ class RequestQueue(Generic[T]):
         """
         level = self._levels[priority - 1]
         if level.max_size:
-            waiting = sum(len(line.in_order) for line in self._lines[2 * priority - 2 : 2 * priority])
+            waiting = sum(map(len, self._lines[2 * priority - 2 : 2 * priority]))
             if waiting + len(items) > level.max_size:
                 raise Overloaded(
                     f"{waiting} rows of priority {priority} wait, the limit is {level.max_size}: try again later, or "
@@ -117,34 +124,31 @@ class RequestQueue(Generic[T]):
                 )
         deadline = now + min(level.timeout_s or math.inf, timeout_s or math.inf)
         for item, length in zip(items, lengths, strict=True):
-            number, self._next_number = self._next_number, self._next_number + 1
-            entry = _Entry(item, length, now, deadline, priority - 1)
-            self._entries[number] = entry
-            self._numbers[item] = number
-            self._line_of(entry).add(number, entry)
+            entry = _Entry(item, length, now, deadline, priority - 1, next(self._numbers))
+            self._entries[item] = entry
+            self._line_of(entry).add(entry)
             if deadline < math.inf:
-                heapq.heappush(self._deadlines, (deadline, number))
+                heapq.heappush(self._deadlines, (deadline, entry.number, entry))
 
     def cancel(self, item: T) -> None:
         """Nobody wants its result any more; no error where it does not wait."""
-        number = self._numbers.get(item)
-        if number is not None:
-            self._remove(number)
+        entry = self._entries.get(item)
+        if entry is not None:
+            self._remove(entry)
 
     def expire(self, now: float) -> list[Waiting[T]]:
         """Requests that have waited too long, to be refused; those that are to be delayed are, from now on."""
         refused = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, number = heapq.heappop(self._deadlines)
-            entry = self._entries.get(number)
-            if entry is None:
+            _, _, entry = heapq.heappop(self._deadlines)
+            if self._entries.get(entry.item) is not entry:
                 continue  # it has gone
             if self._levels[entry.level].delays:
-                self._line_of(entry).remove(number)
-                entry.late = True
-                self._line_of(entry).add(number, entry)
+                self._line_of(entry).remove(entry)
+                entry.late, entry.number = True, next(self._numbers)
+                self._line_of(entry).add(entry)
             else:
-                refused.append(self._remove(number))
+                refused.append(self._remove(entry))
         return refused
 
     def take(self, now: float, least: int = 1) -> list[Waiting[T]]:
@@ -154,13 +158,13 @@ class RequestQueue(Generic[T]):
         """
         if len(self._entries) < least or not self._entries:
             return []
-        chosen: list[int] = []
+        chosen: list[_Entry[T]] = []
         for size in self._sizes:
             if len(self._entries) >= size >= least and len(chosen := self._choose(size)) == size:
-                return [self._remove(number) for number in chosen]
+                return [self._remove(entry) for entry in chosen]
         if now < self._overdue_at() or len(chosen := self._choose(self._sizes[0])) < least:
             return []
-        return [self._remove(number) for number in chosen]
+        return [self._remove(entry) for entry in chosen]
 
     def due(self) -> float:
         """When `take` or `expire` will have something, if nothing comes before."""
@@ -168,7 +172,7 @@ class RequestQueue(Generic[T]):
 
     def expires_at(self) -> float:
         """When `expire` will have something."""
-        while self._deadlines and self._deadlines[0][1] not in self._entries:
+        while self._deadlines and self._entries.get((entry := self._deadlines[0][2]).item) is not entry:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else math.inf
 
@@ -178,28 +182,27 @@ class RequestQueue(Generic[T]):
     def _line_of(self, entry: _Entry[T]) -> _Line[T]:
         return self._lines[2 * entry.level + entry.late]
 
-    def _remove(self, number: int) -> Waiting[T]:
-        entry = self._entries.pop(number)
-        self._line_of(entry).remove(number)
-        del self._numbers[entry.item]
+    def _remove(self, entry: _Entry[T]) -> Waiting[T]:
+        del self._entries[entry.item]
+        self._line_of(entry).remove(entry)
         return Waiting(entry.item, entry.arrived)
 
-    def _choose(self, size: int) -> list[int]:
-        """Numbers of the largest batch around the first in line, of `size` at most."""
-        chosen: list[int] = []
+    def _choose(self, size: int) -> list[_Entry[T]]:
+        """The largest batch around the first in line, of `size` at most."""
+        chosen: list[_Entry[T]] = []
         lengths: list[int] = []
         for line in self._lines:
-            if not line.in_order or len(chosen) == size:
+            if not line.by_length or len(chosen) == size:
                 continue
             head = None
             if not chosen:
-                head = next(iter(line.in_order))
+                head = line.first()
                 chosen.append(head)
-                lengths.append(line.in_order[head].length)
-            for length, count in self._fitting(line, lengths, size - len(chosen), has_head=head is not None):
-                others = (number for number in line.by_length[length] if number != head)
-                chosen += islice(others, count)
-                lengths += [length] * count
+                lengths.append(head.length)
+            for length, number in self._fitting(line, lengths, size - len(chosen), has_head=head is not None):
+                others = (entry for entry in line.by_length[length].values() if entry is not head)
+                chosen += islice(others, number)
+                lengths += [length] * number
         return chosen
 
     def _fitting(

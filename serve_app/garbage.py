@@ -9,5 +9,5 @@ were looked through again and again (`failover_10k_s` of bench.directory)."""
 
 
 def collect_seldom() -> None:
-    """For processes that have many sessions, and hardly any cycles of objects."""
+    """For processes that have many sessions or requests, and hardly any cycles of objects."""
     gc.set_threshold(*THRESHOLDS)
