@@ -100,6 +100,7 @@ class OverlappingRunner(EagerRunner):
     """
 
     depth = 3
+    ragged = False
 
     def __init__(self, model: RecurrentModel, pool: StatePool) -> None:
         super().__init__(model, pool)
@@ -107,7 +108,7 @@ class OverlappingRunner(EagerRunner):
         self.model, self.num_launched, self.late = model, 0, deque[LateStep]()
         pool.moving = self.moving  # type: ignore[method-assign]
 
-    def launch(self, x: np.ndarray, k: int, slots: np.ndarray) -> "LateStep":
+    def launch(self, x: np.ndarray, k: int, slots: np.ndarray, counts: np.ndarray | None = None) -> "LateStep":
         assert self.num_launched < self.depth, "more steps on their way than may be"
         spec, batch = self.model.input, len(slots)
         with torch.inference_mode():

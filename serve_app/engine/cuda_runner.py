@@ -35,7 +35,7 @@ class CudaRunner:
     """
 
     depth = 3
-    time_major = takes_views = False
+    time_major = takes_views = ragged = False
 
     def __init__(self, model: RecurrentModel, pool: StatePool, device: torch.device, calibration: Calibration) -> None:
         self._model = model
@@ -65,7 +65,7 @@ class CudaRunner:
         nbytes = batch * k * self._model.input.nbytes
         return np.empty(nbytes, np.uint8) if self._next is None else self._next.x[:nbytes]
 
-    def launch(self, x: np.ndarray, k: int, slots: np.ndarray) -> "_Launched":
+    def launch(self, x: np.ndarray, k: int, slots: np.ndarray, counts: np.ndarray | None = None) -> "_Launched":
         """See StepRunner."""
         batch = len(slots)
         with inference_mode():

@@ -62,6 +62,7 @@ class Engine:
         self._scheduler = Scheduler(
             max_batch_size, step_timesteps(config.engine, device), max_rows, config.engine.delay_target_s
         )
+        self._takes_any = not config.engine.step_timesteps  # number of timesteps in a step
         self._slots = SlotTable(config.engine.slots, max_rows)
         self._page_of = np.full(max_rows, -1, np.int64)  # of evicted states, by row
         self._pool = StatePool(model, config.engine.slots, device)
@@ -314,7 +315,8 @@ class Engine:
         self._outputs.check()
         left = self._sessions.next - self._sessions.progress
         for flight in self._flights:
-            left[flight.batch.rows[self._sessions.running(flight.batch.rows, flight.epochs)]] -= flight.batch.k
+            running = self._sessions.running(flight.batch.rows, flight.epochs)
+            left[flight.batch.rows[running]] -= flight.batch.counts[running]
         assert (left == self._scheduler.left).all(), "accepted and ready timesteps differ"
         assert self._pool.num_pages_used == (self._page_of >= 0).sum(), "a page is lost"
         assert not ((self._page_of >= 0) & (self._slots.slot_of >= 0)).any(), "a state is in two places"
@@ -426,15 +428,16 @@ class Engine:
                 self._pool.reset(placement.enter_slots[~kept])
 
     def _launch(self, now: float) -> bool:
-        batch = self._scheduler.schedule(now, len(self._flights))
+        batch = self._scheduler.schedule(now, len(self._flights), ragged=self._runner.ragged and self._takes_any)
         if batch is None:
             return False
         rows = batch.rows
         self._bring_in(rows, now)
-        x = self._take_inputs(rows, batch.k)
+        x = self._take_inputs(batch)
         began = time.monotonic()
         try:
-            step = self._runner.launch(x, batch.k, self._slots.slot_of[rows])
+            counts = None if batch.k else batch.counts
+            step = self._runner.launch(x, batch.k, self._slots.slot_of[rows], counts)
         except torch.AcceleratorError:
             raise  # the device is in an unknown state: this process can serve nobody any more
         except Exception as error:
@@ -443,44 +446,48 @@ class Engine:
             self._fail(batch, error)
         else:
             self._flights.append(_Flight(batch, self._sessions.epoch[rows], step, began, now))
-            self._in_flight += batch.k * len(rows)
+            self._in_flight += batch.timesteps
         return True
 
-    def _take_inputs(self, rows: np.ndarray, k: int) -> np.ndarray:
-        """The next k timesteps of each of `rows`, as bytes in the order that the runner takes; they have run now."""
-        runner, counts = self._runner, np.full(len(rows), k)
-        across = len(rows) if runner.time_major else 1
+    def _take_inputs(self, batch: Batch) -> np.ndarray:
+        """The timesteps of a step, as bytes in the order that the runner takes; they have run now."""
+        runner, rows, counts, k = self._runner, batch.rows, batch.counts, batch.k
+        across = len(rows) if runner.time_major and k else 1
         plan = self._inputs.plan(rows, np.zeros(len(rows), np.int64), counts, across)
-        if runner.takes_views and plan.at >= 0:
+        if (runner.takes_views or not k) and plan.at >= 0:
             x = self._inputs.view(plan, 0)
         else:
-            x = runner.buffer(k, len(rows))
+            x = runner.buffer(k, len(rows)) if k else np.empty(batch.timesteps * self.spec.input.nbytes, np.uint8)
             self._inputs.copy(plan, 0, x, across)
         self._inputs.drop_first(rows, counts)
         return x
 
     def _complete(self, flight: "_Flight", now: float) -> None:
-        (rows, k, waited_us), values = flight.batch, flight.step.outputs()
-        self._in_flight -= k * len(rows)
+        batch, values = flight.batch, flight.step.outputs()
+        rows, counts, waited_us, k = batch
+        self._in_flight -= batch.timesteps
         self.stats.graph_steps += flight.step.captured
         done = time.monotonic()
         took_s = done - flight.began
         alone_s = done - max(flight.began, self._completed_at)
-        self._scheduler.took(k, len(rows), alone_s)
+        if k:
+            self._scheduler.took(k, len(rows), alone_s)
         self._completed_at = done
-        self.stats.add_step(StepRecord(len(rows), k, float(waited_us[0]) / 1e6, took_s, alone_s))
+        timesteps = k or batch.timesteps / len(rows)
+        self.stats.add_step(StepRecord(len(rows), timesteps, float(waited_us[0]) / 1e6, took_s, alone_s))
         members, rows, starts, closing, sender = self._sessions.advance(
-            rows, flight.epochs, k, waited_us, int(took_s * 1e6), now
+            rows, flight.epochs, counts, waited_us, int(took_s * 1e6), now
         )
         if len(rows):
-            self._outputs.add(values, rows, starts, members * k, np.full(len(rows), k))
+            offsets = members * k if k else (counts.cumsum() - counts)[members]
+            self._outputs.add(values, rows, starts, offsets, counts[members])
             self._mark(rows, sender)
             for row in closing.tolist():
                 self._end(row, "closed")
 
     def _fail(self, batch: Batch, error: Exception) -> None:
         """A step raised: its sessions are where they were before it, everything accepted from there on is given up."""
-        logger.error("a step of %d sessions, %d timesteps each, failed", len(batch.rows), batch.k, exc_info=error)
+        logger.error("a step of %d sessions, %d timesteps, failed", len(batch.rows), batch.timesteps, exc_info=error)
         self.stats.failed_steps += 1
         self._scheduler.drop(batch.rows)
         self._inputs.drop(batch.rows)

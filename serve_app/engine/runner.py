@@ -1,6 +1,7 @@
 """Steps of a model: inputs in host memory and states in slots, to outputs in host memory and states in slots."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -18,7 +19,10 @@ class Step(Protocol):
     captured: bool
 
     def outputs(self) -> list[np.ndarray]:
-        """Each output as [B, k, *shape], in memory of its own, once the step has run."""
+        """Each output as [B, k, *shape], in memory of its own, once the step has run; ragged, as [sum(counts), *shape].
+
+        In either case those of a session lie together.
+        """
         ...
 
 
@@ -31,6 +35,8 @@ class StepRunner(Protocol):
     """How inputs are ordered: by timestep [k, B], else by session [B, k]."""
     takes_views: bool
     """Whether `launch` also takes inputs that lie elsewhere."""
+    ragged: bool
+    """Whether `launch` takes different numbers of timesteps."""
 
     def prepare(self, k: int, batch: int) -> None:
         """Set up what a step of that size needs at its first use."""
@@ -40,10 +46,11 @@ class StepRunner(Protocol):
         """Host memory for the inputs of the next step, as bytes [k * batch * bytes of a timestep]."""
         ...
 
-    def launch(self, x: np.ndarray, k: int, slots: np.ndarray) -> Step:
+    def launch(self, x: np.ndarray, k: int, slots: np.ndarray, counts: np.ndarray | None = None) -> Step:
         """Run k timesteps from the states in `slots` [B], and write the new states there.
 
-        x is `buffer` filled, or a view of as much that may not be written.
+        x is `buffer` filled, or a view of as much that may not be written. With `counts` [B], in place of k, these are
+        the timesteps of each, and x [sum(counts)] are those of one session after the other.
 
         Whatever is raised here has changed nothing.
         """
@@ -54,6 +61,7 @@ class EagerRunner:
     """On the CPU: a step has run when `launch` returns."""
 
     depth = 1
+    ragged = True
 
     def __init__(self, model: RecurrentModel, pool: StatePool) -> None:
         self.takes_views = getattr(model, "takes_views", False)
@@ -69,8 +77,10 @@ class EagerRunner:
         """See StepRunner."""
         return np.empty(k * batch * self._model.input.nbytes, np.uint8)
 
-    def launch(self, x: np.ndarray, k: int, slots: np.ndarray) -> Step:
+    def launch(self, x: np.ndarray, k: int, slots: np.ndarray, counts: np.ndarray | None = None) -> Step:
         """See StepRunner."""
+        if counts is not None:
+            return self._launch_ragged(x, counts, slots)
         spec, batch = self._model.input, len(slots)
         x = x.view(spec.dtype)
         if self.time_major:
@@ -84,6 +94,43 @@ class EagerRunner:
             outputs = [value.numpy().swapaxes(0, 1).copy() for value in values]
             self._pool.scatter(index, state)
         return _Finished(outputs)
+
+    def _launch_ragged(self, x: np.ndarray, counts: np.ndarray, slots: np.ndarray) -> Step:
+        """The model runs a few times, each time the same number of timesteps of some sessions."""
+        spec, first = self._model.input, counts.cumsum() - counts
+        timesteps = x.view(spec.dtype).reshape(-1, *spec.shape)
+        outputs = [np.empty((len(timesteps), *each.shape), each.dtype) for each in self._outputs.values()]
+        with inference_mode(), self._pool.as_before(self._pool.index(slots)):
+            for members, at, k in even_parts(counts):
+                index = self._pool.index(slots[members])
+                where = first[members] + at + np.arange(k)[:, None]
+                y, state = self._model.forward(torch.from_numpy(timesteps[where]), self._pool.gather(index))
+                for output, value in zip(outputs, check_outputs(y, self._outputs, where.shape), strict=True):
+                    output[where] = value.numpy()
+                self._pool.scatter(index, state)
+        return _Finished(outputs)
+
+
+def even_parts(counts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Cut counts[i] timesteps of each of B sessions, at least 1, into few parts: the same number of many sessions.
+
+    Where they are of few lengths, each part goes to the end of the next shortest. Else the first has as many as all
+    have; what is left of each is a sum of powers of two, and a part has a power of all those of which it is one.
+    Yields indices of sessions, the timestep where each begins, and how many each has in the part.
+    """
+    lengths = np.unique(counts).tolist()
+    num_bits = (lengths[-1] - lengths[0]).bit_length()
+    if len(lengths) <= 1 + num_bits:
+        for at, end in itertools.pairwise((0, *lengths)):
+            members = np.flatnonzero(counts >= end)
+            yield members, np.full(len(members), at), end - at
+        return
+    yield np.arange(len(counts)), np.zeros(len(counts), np.int64), lengths[0]
+    left = counts - lengths[0]
+    for bit in reversed(range(num_bits)):
+        members = np.flatnonzero(left >> bit & 1)
+        if len(members):
+            yield members, lengths[0] + (left[members] >> bit + 1 << bit + 1), 1 << bit
 
 
 class _Finished:

@@ -16,11 +16,20 @@ HEAD, SIZE, TOTAL = range(3)
 
 
 class Batch(NamedTuple):
-    """One step: `k` timesteps of each session in `rows` [B]. `waited_us` [B]: how long each has waited for it."""
+    """One step: so many timesteps (`counts` [B]) of each session in `rows` [B]; `waited_us` [B] for it.
+
+    `k`: the timesteps of each where all have the same number, else 0.
+    """
 
     rows: np.ndarray
-    k: int
+    counts: np.ndarray
     waited_us: np.ndarray
+    k: int
+
+    @property
+    def timesteps(self) -> int:
+        """Of all sessions together."""
+        return self.k * len(self.rows) or int(self.counts.sum())
 
 
 class Scheduler:
@@ -54,21 +63,27 @@ class Scheduler:
         """Let each of `rows` (distinct) have `counts` further timesteps ready; none where that is 0."""
         _add(self._numbers, self._queue, self._queued, self.left, self._since, array(rows), array(counts), now)
 
-    def schedule(self, now: float, in_flight: int = 0) -> Batch | None:
+    def schedule(self, now: float, in_flight: int = 0, *, ragged: bool = False) -> Batch | None:
         """Take the next step; None when nothing is ready. What it leaves of its sessions' timesteps waits again.
 
-        in_flight: steps that will run before it.
+        in_flight: steps that will run before it. ragged: its sessions may have different numbers of timesteps, so it
+        takes all that those have who have waited longest. With a delay target all have the same.
         """
         if not self.total:
             return None
-        rows, waited_us = found = np.empty((2, self.max_batch_size), np.int64)
-        batch, k = _schedule(
-            self._numbers, self._queue, self._queued, self.left, self._since, self.timesteps, self._window,
-            self._chosen, self._step_times.seconds, self._limit_s(now, in_flight), now, found,
-        )  # fmt: skip
+        rows, counts, waited_us = found = np.empty((3, self.max_batch_size), np.int64)
+        if ragged and not self._delay_target_s:
+            batch, k = _schedule_ragged(
+                self._numbers, self._queue, self._queued, self.left, self._since, self.timesteps[-1], now, found
+            )
+        else:
+            batch, k = _schedule(
+                self._numbers, self._queue, self._queued, self.left, self._since, self.timesteps, self._window,
+                self._chosen, self._step_times.seconds, self._limit_s(now, in_flight), now, found,
+            )  # fmt: skip
         if self._delay_target_s and not self.left[rows[:batch]].all():
             self._satisfied_at = now
-        return Batch(rows[:batch], k, waited_us[:batch])
+        return Batch(rows[:batch], counts[:batch], waited_us[:batch], k)
 
     def took(self, k: int, batch: int, seconds: float) -> None:
         """A step of k timesteps of `batch` sessions has taken so long; which counts where there is a target."""
@@ -148,7 +163,10 @@ def _schedule(
     now: float,
     found: np.ndarray,
 ) -> tuple[int, int]:
-    """Fill `found` with rows from the head of the queue and how long they waited; returns how many, and timesteps."""
+    """Fill `found` with rows from the head of the queue, timesteps, and how long they waited.
+
+    Returns how many these are, and the timesteps of each.
+    """
     looked_at, ready = window[0], window[1]
     count, alike = 0, True
     while numbers[SIZE] and count < len(ready) and not (alike and count == len(chosen)):
@@ -171,13 +189,57 @@ def _schedule(
             numbers[SIZE] += 1
             queue[numbers[HEAD]] = looked_at[i]
     for i in range(batch):
-        row = looked_at[chosen[i]]
-        found[0, i], found[1, i] = row, 1e6 * (now - since[row])
-        left[row] -= k
+        _take(numbers, queue, queued, left, since, looked_at[chosen[i]], k, now, found[:, i])
+    return batch, k
+
+
+@compiled
+def _schedule_ragged(
+    numbers: np.ndarray,
+    queue: np.ndarray,
+    queued: np.ndarray,
+    left: np.ndarray,
+    since: np.ndarray,
+    most: int,
+    now: float,
+    found: np.ndarray,
+) -> tuple[int, int]:
+    """The same of the first in the queue, up to `most` timesteps of each; 0 timesteps where they differ."""
+    batch, k = 0, 0
+    for _ in range(numbers[SIZE]):  # who has more left waits behind them
+        if batch == found.shape[1]:
+            break
+        row = queue[numbers[HEAD]]
+        numbers[HEAD] = (numbers[HEAD] + 1) % len(queue)
+        numbers[SIZE] -= 1
         if left[row]:
-            since[row] = now
-            _push(numbers, queue, queued, row)
+            count = min(left[row], most)
+            _take(numbers, queue, queued, left, since, row, count, now, found[:, batch])
+            k = count if batch == 0 or count == k else 0
+            batch += 1
         else:
             queued[row] = False
-    numbers[TOTAL] -= k * batch
     return batch, k
+
+
+@compiled
+def _take(
+    numbers: np.ndarray,
+    queue: np.ndarray,
+    queued: np.ndarray,
+    left: np.ndarray,
+    since: np.ndarray,
+    row: int,
+    count: int,
+    now: float,
+    found: np.ndarray,
+) -> None:
+    """A session that is not in the queue gives `count` timesteps: fill in its row, those, and how long it waited."""
+    found[0], found[1], found[2] = row, count, 1e6 * (now - since[row])
+    left[row] -= count
+    numbers[TOTAL] -= count
+    if left[row]:
+        since[row] = now
+        _push(numbers, queue, queued, row)
+    else:
+        queued[row] = False

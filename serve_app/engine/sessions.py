@@ -193,12 +193,20 @@ class SessionTable:
         return Accepted(rows, acked, running[:count], offset[:count], take[:count], None if usual else verdict)
 
     def advance(
-        self, rows: np.ndarray, epochs: np.ndarray, k: int, waited_us: np.ndarray, took_us: int, now: float
+        self, rows: np.ndarray, epochs: np.ndarray, counts: np.ndarray, waited_us: np.ndarray, took_us: int, now: float
     ) -> Advanced:
-        """Sessions [B] have run k timesteps; those that have ended since, or whose row has another, are left out."""
+        """Sessions [B] have run `counts` timesteps; who has ended since, or whose row has another, is left out."""
         members, running, starts, closing = found = np.empty((4, len(rows)), np.int64)
         count, num_closing, sender = _advance(
-            self._table, self.active_at, array(rows), array(epochs), k, array(waited_us), took_us, now, found
+            self._table,
+            self.active_at,
+            array(rows),
+            array(epochs),
+            array(counts),
+            array(waited_us),
+            took_us,
+            now,
+            found,
         )
         return Advanced(members[:count], running[:count], starts[:count], closing[:num_closing], sender)
 
@@ -479,7 +487,7 @@ def _advance(
     active_at: np.ndarray,
     rows: np.ndarray,
     epochs: np.ndarray,
-    k: int,
+    counts: np.ndarray,
     waited_us: np.ndarray,
     took_us: int,
     now: float,
@@ -495,7 +503,7 @@ def _advance(
         sender = line[SENDER] if count == 0 or sender == line[SENDER] else -1
         found[:3, count] = i, row, line[PROGRESS]
         count += 1
-        line[PROGRESS] += k
+        line[PROGRESS] += counts[i]
         line[WAITED] += waited_us[i]
         line[TOOK] += took_us
         line[TOGETHER] = len(rows)

@@ -107,6 +107,19 @@ class StatePool:
         for column, leaf in zip(self._columns, leaves, strict=True):
             column.put(index, leaf)
 
+    @contextmanager
+    def as_before(self, index: Any) -> Iterator[None]:
+        """What is raised within leaves the states in these slots as they were. Nothing else may move within."""
+        self._write_back()
+        before = [column.select(index) for column in self._columns]
+        try:
+            yield
+        except BaseException:
+            self._held = None
+            for column, leaf in zip(self._columns, before, strict=True):
+                column.put(index, leaf)
+            raise
+
     def _write_back(self) -> None:
         if self._held is not None:
             (index, leaves), self._held = self._held, None

@@ -9,13 +9,13 @@ MAX_ENDED_KEPT = 65536
 
 
 class StepRecord(NamedTuple):
-    """One step: its sessions, timesteps of each, the longest wait among them, and how long it took.
+    """One step: its sessions, timesteps of each (their mean), the longest wait among them, and how long it took.
 
     alone_s: of that, after the step before it was over.
     """
 
     batch_size: int
-    timesteps: int
+    timesteps: float
     waited_s: float
     took_s: float
     alone_s: float
@@ -46,7 +46,7 @@ class Stats:
         """Count one step that went well."""
         self.steps += 1
         self.session_steps += record.batch_size
-        self.timesteps += record.batch_size * record.timesteps
+        self.timesteps += round(record.batch_size * record.timesteps)
         self.recent.append(record)
 
     def take_recent(self) -> list[StepRecord]:

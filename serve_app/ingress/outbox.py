@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 MAX_FRAMES = 2
 MIN_SHARE = 32
 """Sessions that are not worth two frames, nor a second one while the first is on its way."""
+MIN_TIMESTEPS = 64
+"""So many are worth a second frame, of however few sessions: to run them takes longer than all that a frame costs."""
 FEW = 8
 """So few gain nothing by going together: each goes at once."""
 RETRY_DELAY_S = 0.02
@@ -221,8 +223,11 @@ class Outbox:
         num_waiting = len(self._pending) + sum(epoch not in self._pending for epoch in self._opens)
         if not num_waiting or not self._frames:
             return num_waiting > 0
-        is_worth_it = num_waiting >= MIN_SHARE or num_waiting + len(self._frame_of) <= FEW
-        return is_worth_it and len(self._frames) < MAX_FRAMES
+        if len(self._frames) >= MAX_FRAMES:
+            return False
+        if num_waiting >= MIN_SHARE or num_waiting + len(self._frame_of) <= FEW:
+            return True
+        return sum(session.next - session.handed for session in self._pending.values()) >= MIN_TIMESTEPS
 
     def _next_frame(self, sent: list[tuple[Session, int]]) -> Frame:
         """A share of what is pending, up to the frame's size; `sent` gets the sessions with inputs, and up to where."""

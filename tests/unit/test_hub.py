@@ -433,6 +433,21 @@ async def test_frames_that_overtake_each_other_keep_each_session_in_order() -> N
         assert cluster.engines["owner-0"].stats.refusals == {}
 
 
+@pytest.mark.parametrize(("timesteps", "frames"), [(1, 1), (outbox_module.MIN_TIMESTEPS // 16, 2)])
+async def test_a_second_frame_goes_at_once_if_it_has_enough_to_run(timesteps: int, frames: int) -> None:
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        sessions = [await hub.open() for _ in range(32)]
+        before = len(cluster.frames)
+        cluster.delay_s = lambda: 0.2
+        for half in (sessions[:16], sessions[16:]):
+            for session in half:
+                session.submit(ones(timesteps))
+            for _ in range(5):
+                await asyncio.sleep(0)  # turns of the event loop, far fewer than the first frame takes
+        assert sum(len(frame.x) > 0 for frame in cluster.frames[before:]) == frames
+        await asyncio.gather(*(session.wait(timesteps) for session in sessions))
+
+
 async def test_calls_do_not_belong_to_the_request_that_caused_them() -> None:
     """A Serve call dies with the request in whose context it was made, and would take others' segments along."""
     async with local(SumModel(), config=CONFIG) as (cluster, hub):
