@@ -70,7 +70,7 @@ bench: venv models
 	$(BIN)/python -m bench.bert --json bench/results/bert_cpu.json
 	$(BIN)/python -m bench.bert --study --seconds 1.5 --json bench/results/bert_study_cpu.json
 	$(BIN)/python -m bench.tune configs/lstm.yaml --delay-ms 250 --lengths 1,10,100 --minutes 1 --sweep --json bench/results/tune_lstm_cpu.json
-	$(BIN)/python -m bench.tune configs/bert.yaml --delay-ms 1000 --outstanding 32 --minutes 1.5 --seconds 0.5 --sweep --json bench/results/tune_bert_cpu.json
+	$(BIN)/python -m bench.tune configs/bert.yaml --delay-ms 1000 --outstanding 32 --minutes 4 --seconds 0.5 --sweep --json bench/results/tune_bert_cpu.json
 	$(BIN)/python -m bench.pipeline --json bench/results/pipeline_cpu.json
 	$(BIN)/python -m bench.load_unload --json bench/results/load_unload_cpu.json
 	$(BIN)/python -m bench.fused_rnn --device cpu --json bench/results/fused_rnn_cpu.json

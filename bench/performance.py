@@ -97,7 +97,7 @@ tables are in the files.
 TUNE = """## The tuner against a sweep
 
 `python -m bench.tune configs/lstm.yaml --delay-ms 250 --lengths 1,10,100 --minutes 1 --sweep` and
-`python -m bench.tune configs/bert.yaml --delay-ms 1000 --outstanding 32 --minutes 1.5 --seconds 0.5 --sweep`, with
+`python -m bench.tune configs/bert.yaml --delay-ms 1000 --outstanding 32 --minutes 4 --seconds 0.5 --sweep`, with
 `--json bench/results/tune_lstm_cpu.json` and so on: what the search found against the best of all settings.
 """
 

@@ -1,9 +1,9 @@
 """Recurrent layers on a GPU with one product for the inputs of all timesteps, then a product and a kernel for each.
 
-cuDNN's own GRU and LSTM in fp32 take longer: their products of a few rows are slow (`*_stepwise` beside `*_graph` in
-bench/results/fused_rnn_cuda.json). It pays in a CUDA graph, where a launch costs next to nothing. The kernels are those
-of torch's cells, without a public interface, so what comes of them is compared with the layers before it is used
-(serve_app/engine/calibration.py).
+cuDNN's own GRU and LSTM in fp32 take longer where products are of a few tens of rows and large weights (`*_stepwise`
+beside `*_graph` in bench/results/fused_rnn_cuda.json); with fewer rows, or small weights, they do not. It pays in a
+CUDA graph, where a launch costs next to nothing. The kernels are those of torch's cells, without a public interface, so
+what comes of them is compared with the layers before it is used (serve_app/engine/calibration.py).
 """
 
 import torch
