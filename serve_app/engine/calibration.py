@@ -25,8 +25,8 @@ TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 5e-2}
 class Calibration:
     """Chooses among the forwards of a model, for each size of a step.
 
-    Choices are remembered in `file` (none: only here), by device, versions, model and size; a file that cannot be read
-    or written is reported, and does without.
+    Choices are remembered in `file` (none: only here), by device, versions, model, its forwards and size; a file that
+    cannot be read or written is reported, and does without.
     """
 
     def __init__(self, model: RecurrentModel, device: torch.device, file: str, spare: int = 0) -> None:
@@ -39,7 +39,9 @@ class Calibration:
         self.forwards: dict[str, Forward] = {REFERENCE: model.forward, **alternatives()}
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         kind = f"{type(model).__module__}.{type(model).__qualname__}"
-        self._where = f"{name}, torch {torch.__version__}, {kind}, {getattr(model, 'options', '')}, {spare} spare"
+        among = " or ".join(self.forwards)  # one that is new may be faster than what was chosen without it
+        options = getattr(model, "options", "")
+        self._where = f"{name}, torch {torch.__version__}, {kind}, {options}, {spare} spare, {among}"
         self._chosen = self._read()
 
     def choose(self, k: int, size: int, time_s: Callable[[Forward], float]) -> Forward:

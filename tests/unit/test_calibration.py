@@ -98,6 +98,17 @@ def test_what_is_remembered_is_checked_again(tmp_path: Path) -> None:
     assert choose(Worse(), file, {"torch": 2.0}) == ("torch", ["torch"])
 
 
+def test_a_way_that_is_new_is_measured_whatever_is_remembered(tmp_path: Path) -> None:
+    class Older(Model):
+        def alternatives(self) -> Mapping[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
+            return {"wrong": self.wrong}
+
+    Older.__qualname__ = Model.__qualname__
+    file = str(tmp_path / "calibration.json")
+    assert choose(Older(), file, {"torch": 2.0})[0] == "torch"
+    assert choose(Model(), file, {"torch": 2.0, "same": 1.0})[0] == "same"
+
+
 def test_one_way_is_not_measured() -> None:
     assert choose(FloatSumModel(), "", {}) == ("torch", [])
 
