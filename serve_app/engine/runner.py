@@ -1,7 +1,6 @@
 """Steps of a model: inputs in host memory and states in slots, to outputs in host memory and states in slots."""
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ import torch
 
 from serve_app.engine.state_pool import StatePool
 from serve_app.models.interface import RecurrentModel
+from serve_app.policy.batching import even_parts
 from serve_app.spec import TensorSpec
 
 
@@ -109,28 +109,6 @@ class EagerRunner:
                     output[where] = value.numpy()
                 self._pool.scatter(index, state)
         return _Finished(outputs)
-
-
-def even_parts(counts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Cut counts[i] timesteps of each of B sessions, at least 1, into few parts: the same number of many sessions.
-
-    Where they are of few lengths, each part goes to the end of the next shortest. Else the first has as many as all
-    have; what is left of each is a sum of powers of two, and a part has a power of all those of which it is one.
-    Yields indices of sessions, the timestep where each begins, and how many each has in the part.
-    """
-    lengths = np.unique(counts).tolist()
-    num_bits = (lengths[-1] - lengths[0]).bit_length()
-    if len(lengths) <= 1 + num_bits:
-        for at, end in itertools.pairwise((0, *lengths)):
-            members = np.flatnonzero(counts >= end)
-            yield members, np.full(len(members), at), end - at
-        return
-    yield np.arange(len(counts)), np.zeros(len(counts), np.int64), lengths[0]
-    left = counts - lengths[0]
-    for bit in reversed(range(num_bits)):
-        members = np.flatnonzero(left >> bit & 1)
-        if len(members):
-            yield members, lengths[0] + (left[members] >> bit + 1 << bit + 1), 1 << bit
 
 
 class _Finished:

@@ -198,16 +198,9 @@ class SessionTable:
         """Sessions [B] have run `counts` timesteps; who has ended since, or whose row has another, is left out."""
         members, running, starts, closing = found = np.empty((4, len(rows)), np.int64)
         count, num_closing, sender = _advance(
-            self._table,
-            self.active_at,
-            array(rows),
-            array(epochs),
-            array(counts),
-            array(waited_us),
-            took_us,
-            now,
+            self._table, self.active_at, array(rows), array(epochs), array(counts), array(waited_us), took_us, now,
             found,
-        )
+        )  # fmt: skip
         return Advanced(members[:count], running[:count], starts[:count], closing[:num_closing], sender)
 
     def take_unsent(self, rows: np.ndarray, sender: int, room: int, every: int) -> Unsent:

@@ -1,4 +1,7 @@
-"""Which sessions a step takes, how many timesteps of each, and what size it is padded to."""
+"""Which sessions a step takes, how many timesteps of each, how it is cut, and what size it is padded to."""
+
+import itertools
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -42,6 +45,28 @@ def choose_batch(
             chosen[batch] = i
             batch += 1
     return batch, k
+
+
+def even_parts(counts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Cut counts[i] timesteps of each of B sessions, at least 1, into few parts: the same number of many sessions.
+
+    Where they are of few lengths, each part goes to the end of the next shortest. Else the first has as many as all
+    have; what is left of each is a sum of powers of two, and a part has a power of all those of which it is one.
+    Yields indices of sessions, the timestep where each begins, and how many each has in the part.
+    """
+    lengths = np.unique(counts).tolist()
+    num_bits = (lengths[-1] - lengths[0]).bit_length()
+    if len(lengths) <= 1 + num_bits:
+        for at, end in itertools.pairwise((0, *lengths)):
+            members = np.flatnonzero(counts >= end)
+            yield members, np.full(len(members), at), end - at
+        return
+    yield np.arange(len(counts)), np.zeros(len(counts), np.int64), lengths[0]
+    left = counts - lengths[0]
+    for bit in reversed(range(num_bits)):
+        members = np.flatnonzero(left >> bit & 1)
+        if len(members):
+            yield members, lengths[0] + (left[members] >> bit + 1 << bit + 1), 1 << bit
 
 
 def powers_of_two(limit: int) -> tuple[int, ...]:

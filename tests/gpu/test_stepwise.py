@@ -1,4 +1,4 @@
-"""Layers timestep by timestep: what the module gives, for any shape, in the engine's CUDA graphs too. Needs no Ray."""
+"""Layers timestep by timestep: what the module gives, for any shape. Needs no Ray."""
 
 from collections.abc import Sequence
 

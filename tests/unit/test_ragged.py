@@ -6,9 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.engine.runner import EagerRunner, even_parts
+from serve_app.engine.runner import EagerRunner
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.state_pool import StatePool
+from serve_app.policy.batching import even_parts
 from tests.fakes import SumModel
 
 COUNTS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
