@@ -26,6 +26,8 @@ FEW = 8
 """So few gain nothing by going together: each goes at once."""
 RETRY_DELAY_S = 0.02
 MAX_ACKS = 4096
+ACK_AFTER_S = 0.05
+"""An acknowledgement waits so long for inputs of its session: most go with those."""
 STOP_WITHIN_S = 2.0
 LATE_S = 1.2
 """A call with nothing to tell is answered before that, unless a step takes so long."""
@@ -77,7 +79,7 @@ class Outbox:
         self._opening: dict[int, asyncio.Future[Notice]] = {}
         self._opens: dict[int, Open] = {}
         self._pending: dict[int, Session] = {}  # an ordered set
-        self._acks: dict[int, Session] = {}
+        self._acks: dict[int, tuple[Session, float]] = {}  # and when one goes alone
         self._exports: set[int] = set()
         self._calls: set[asyncio.Task[None]] = set()
         self._last_frame = 0
@@ -132,7 +134,8 @@ class Outbox:
 
     def notify_ack(self, session: Session) -> None:
         """See Carrier."""
-        self._acks[session.epoch] = session
+        if session.epoch not in self._acks:
+            self._acks[session.epoch] = session, asyncio.get_running_loop().time() + ACK_AFTER_S
         if self._error is not None and session.has_all_acked:
             self._forget(session)
 
@@ -251,21 +254,26 @@ class Outbox:
                 self._frames[self._last_frame] += 1
         for epoch in first:
             del self._pending[epoch]  # no room: see `notify`
-        taken = {epoch for epoch, _ in entries}
-        for epoch in list(self._acks)[:MAX_ACKS]:
-            session = self._acks[epoch]
-            if session.in_flight and epoch not in taken:
-                continue  # with a later frame: this one could overtake
-            del self._acks[epoch]
-            if epoch not in taken and session.acked > session.acked_told and not session.sendable:
-                entries.append((epoch, session.take(0)))
-                self._settle(session)
+        self._take_acks(entries)
         columns = np.array(
             [(len(e.x), epoch, e.start, e.rewind, e.close, e.acked) for epoch, e in entries], np.int64
         ).reshape(-1, len(COLUMNS)).T  # fmt: skip
         empty = np.empty((0, *self._spec.input.shape), self._spec.input.dtype)
         x = np.concatenate([empty, *(entry.x for _, entry in entries)])
         return Frame(self._owner, self._sender, np.ascontiguousarray(columns), x, tuple(opens.values()), tuple(exports))
+
+    def _take_acks(self, entries: list[tuple[int, Entry]]) -> None:
+        """Add what is to be acknowledged without inputs, of sessions that have no entry yet."""
+        taken, now = {epoch for epoch, _ in entries}, asyncio.get_running_loop().time()
+        for epoch, (session, due) in list(self._acks.items())[:MAX_ACKS]:
+            if epoch in taken:
+                del self._acks[epoch]
+            elif not session.in_flight and (due <= now or session.end_reason is not None):
+                # One that is in flight could be overtaken.
+                del self._acks[epoch]
+                if session.acked > session.acked_told and not session.sendable:
+                    entries.append((epoch, session.take(0)))
+                    self._settle(session)
 
     async def _run(self, frame: Frame, sent: list[tuple[Session, int]]) -> None:
         try:
