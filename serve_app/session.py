@@ -274,6 +274,19 @@ class Session:
         timing, self.timing = self.timing, Timing()
         return Outputs(runs[0].start, values, timing)
 
+    def between(self, start: int, end: int) -> dict[str, np.ndarray]:
+        """The outputs of timesteps `start` … `end`, all of which are here: for use at once, as in `Run`."""
+        parts = [run for run in self._outputs if run.end > start and run.start < end]
+        if len(parts) == 1:
+            (run,) = parts
+            first, last = run.at + start - run.start, run.at + end - run.start
+            return {name: values[first:last] for name, values in run.values.items()}
+        empty = {name: np.empty((0, *spec.shape), spec.dtype) for name, spec in self.spec.outputs.items()}
+        return {
+            name: np.concatenate([none, *(run.cut(start).rows(name) for run in parts)])[: end - start]
+            for name, none in empty.items()
+        }
+
     def ack(self, timestep: int) -> None:
         """The client behind this side holds the outputs below the timestep. Lower than before is no error.
 

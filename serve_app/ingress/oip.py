@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 from uuid import uuid4
 
@@ -299,8 +299,10 @@ class InferenceServer:
     def fill(self, form: Form, identity: str, sequence: SequenceId, data: bytes) -> Call | None:
         """A call of that form; None where it is not, since there is more or less data. sequence: 0 for the form's."""
         try:
-            x = np.frombuffer(data, form.dtype).reshape(form.shape)
-        except ValueError:
+            x: np.ndarray = np.ndarray(form.shape, form.dtype, data)
+        except TypeError:  # less
+            return None
+        if x.nbytes != len(data):
             return None
         call, of = form.call, form.call.request
         assert isinstance(of, Request)
@@ -334,7 +336,7 @@ class InferenceServer:
         """What is to be sent; the statistics have it."""
         took_ns = time.monotonic_ns() - call.began_ns
         if isinstance(result, LockstepError):
-            self._of(call.spec.name).fail.add(took_ns)
+            self._of(call.spec.name).add_failed(took_ns)
             return result
         served_as = result.model if isinstance(result, Result) else call.spec.name
         timing = result.timing
@@ -409,64 +411,54 @@ class InferenceServer:
 
 
 @dataclass(slots=True)
-class Duration:
-    """How many, and how long all of them took."""
-
-    count: int = 0
-    ns: int = 0
-
-    def add(self, ns: int) -> None:
-        """One more."""
-        self.count += 1
-        self.ns += ns
-
-    def described(self) -> dict[str, int]:
-        """StatisticDuration."""
-        return {"count": self.count, "ns": self.ns}
-
-
-@dataclass(slots=True)
 class Statistics:
     """Of one model, since this process has started."""
 
     rows: int = 0
     executions: float = 0.0
-    last_ms: int = 0
-    success: Duration = field(default_factory=Duration)
-    fail: Duration = field(default_factory=Duration)
-    queue: Duration = field(default_factory=Duration)
-    compute: Duration = field(default_factory=Duration)
-    output: Duration = field(default_factory=Duration)
+    last_ns: int = 0
+    answered: int = 0
+    answered_ns: int = 0
+    queue_ns: int = 0
+    compute_ns: int = 0
+    output_ns: int = 0
+    failed: int = 0
+    failed_ns: int = 0
 
     def add(self, rows: int, executions: float, took_ns: int, queue_ns: int, compute_ns: int) -> None:
         """A request has been answered. executions: its share of the batches that it was in."""
         self.rows += rows
         self.executions += executions
-        self.last_ms = time.time_ns() // 10**6
-        self.success.add(took_ns)
-        self.queue.add(queue_ns)
-        self.compute.add(compute_ns)
-        self.output.add(max(0, took_ns - queue_ns - compute_ns))
+        self.last_ns = time.time_ns()
+        self.answered += 1
+        self.answered_ns += took_ns
+        self.queue_ns += queue_ns
+        self.compute_ns += compute_ns
+        self.output_ns += max(0, took_ns - queue_ns - compute_ns)
+
+    def add_failed(self, took_ns: int) -> None:
+        """A request has failed."""
+        self.failed += 1
+        self.failed_ns += took_ns
 
     def described(self, served_as: str) -> dict[str, Any]:
         """ModelStatistics. What is neither queue nor step is the way there and back: compute_output."""
-        none = Duration().described()
         name, version = split_name(served_as)
         return {
             "name": name,
             "version": version,
-            "last_inference": self.last_ms,
+            "last_inference": self.last_ns // 10**6,
             "inference_count": self.rows,
             "execution_count": round(self.executions),
             "inference_stats": {
-                "success": self.success.described(),
-                "fail": self.fail.described(),
-                "queue": self.queue.described(),
-                "compute_input": {"count": self.success.count, "ns": 0},
-                "compute_infer": self.compute.described(),
-                "compute_output": self.output.described(),
-                "cache_hit": none,
-                "cache_miss": none,
+                "success": {"count": self.answered, "ns": self.answered_ns},
+                "fail": {"count": self.failed, "ns": self.failed_ns},
+                "queue": {"count": self.answered, "ns": self.queue_ns},
+                "compute_input": {"count": self.answered, "ns": 0},
+                "compute_infer": {"count": self.answered, "ns": self.compute_ns},
+                "compute_output": {"count": self.answered, "ns": self.output_ns},
+                "cache_hit": {"count": 0, "ns": 0},
+                "cache_miss": {"count": 0, "ns": 0},
             },
             "batch_stats": [],
             "memory_usage": [],

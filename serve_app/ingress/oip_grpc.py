@@ -289,6 +289,7 @@ class RequestStream:
         self._client = client
         self._send = send
         self._space = inference.own_space() if client is None else inference.space(client)
+        self._split = Splitter()
         #: Requests that were taken, and whose replies are not out.
         self.outstanding = 0
         self._held: deque[pb.ModelInferRequest] = deque()  # until the first of them can go on
@@ -297,7 +298,7 @@ class RequestStream:
 
     def take(self, data: bytes) -> None:
         """The next request, as bytes. Raises DecodeError."""
-        parts = split(data)
+        parts = self._split(data)
         form = None if self._held else self._inference.forms.get(parts.form)
         if (
             form is not None
@@ -467,13 +468,39 @@ class told:  # as a context manager reads
 class Parts(NamedTuple):
     """Of the bytes of a request: all that its form is known by, and what others of that form have of their own.
 
-    sequence: 0 where it is no positive number, and so one of the form's. values: of the one input.
+    sequence: 0 where it is no positive number, and so one of the form's. values: of the one input. id_at: where the id
+    begins and ends.
     """
 
     form: bytes = b""
     id: str = ""
     sequence: int = 0
     values: bytes = b""
+    id_at: tuple[int, int] = (0, 0)
+
+
+class Splitter:
+    """Of the requests of one stream: most differ from the last one in id and values only, and are not read anew."""
+
+    def __init__(self) -> None:
+        self._last = Parts()
+        self._size = -1
+        self._before = self._between = b""  # up to the id, and from there to the values
+
+    def __call__(self, data: bytes) -> Parts:
+        """See `split`."""
+        form, _, sequence, _, (begin, end) = last = self._last
+        if len(data) == self._size and data.startswith(self._before) and data.startswith(self._between, end):
+            try:
+                return Parts(form, data[begin:end].decode(), sequence, data[end + len(self._between) :], last.id_at)
+            except UnicodeDecodeError:
+                pass
+        parts = self._last = split(data)
+        begin, end = parts.id_at
+        values_at = len(data) - len(parts.values)
+        self._size = len(data) if parts.form else -1
+        self._before, self._between = data[:begin], data[end:values_at]
+        return parts
 
 
 def split(data: bytes) -> Parts:
@@ -481,7 +508,7 @@ def split(data: bytes) -> Parts:
 
     gRPC's clients write its fields in the order of their numbers, so that the values are the last.
     """
-    at, size, identity, sequence, kept, form = 0, len(data), b"", 0, 0, b""
+    at, size, sequence, kept, form, id_at = 0, len(data), 0, 0, b"", (0, 0)
     limit = min(size, MAX_FORM_BYTES)
     try:
         while at < limit:
@@ -493,10 +520,10 @@ def split(data: bytes) -> Parts:
             end = begin + length
             if tag == VALUES_TAG:
                 if end == size:  # there are no others
-                    return Parts(form + data[kept:at], identity.decode(), sequence, data[begin:])
+                    return Parts(form + data[kept:at], data[slice(*id_at)].decode(), sequence, data[begin:], id_at)
                 break
             if tag == ID_TAG:
-                form, identity, kept = form + data[kept:at], data[begin:end], end
+                form, id_at, kept = form + data[kept:at], (begin, end), end
             elif tag == PARAMETER_TAG and data.startswith(SEQUENCE_ID, begin):
                 if sequence:  # said twice, the last one counts
                     break

@@ -290,8 +290,9 @@ class Outbox:
             self._heard_at = asyncio.get_running_loop().time()
             self._take_answer(answer)
             for session, handed in sent:
-                session.arrived(handed)
-                self._settle(session)
+                if session.in_flight:  # most are not: their outputs have come
+                    session.arrived(handed)
+                    self._settle(session)
         finally:
             task = asyncio.current_task()
             assert task is not None

@@ -636,18 +636,11 @@ class Sequence:
         asked, progress = self._asked, session.progress
         if not asked or asked[0].end > progress:
             return
-        first = min(each.start for each in asked) if self._outlives else asked[0].start
-        outputs = session.peek(first)
-        timing = Timing() if outputs is None else outputs.timing
+        timing, session.timing = session.timing, Timing()
         while asked and asked[0].end <= progress:
             _, reply, start, end = asked.popleft()
-            values = (
-                {name: np.empty((0, *spec.shape), spec.dtype) for name, spec in session.spec.outputs.items()}
-                if outputs is None
-                else {name: value[start - first : end - first] for name, value in outputs.values.items()}
-            )
             self._answered = max(self._answered, end)
-            reply(Result(values, timing, session.spec.name))
+            reply(Result(session.between(start, end), timing, session.spec.name))
         if not self._outlives:
             session.ack(min(end, progress))
         elif self._sending is None:
