@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import math
+import pickle
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from functools import lru_cache
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -21,13 +23,50 @@ from serve_app.directory import Ask, Described, Directory, Grant, Owner, Record,
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.policy.autoscaling import IDLE, Load
 from serve_app.spec import ModelSpec
+from serve_app.wire import Parts
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
 PUBLISH_EVERY_S = 1.0
+MAX_OWNERS = 1024
 
 
-OPENS: Codec[Sequence[Ask], Sequence[Grant | LockstepError]] = PICKLED
+def _encode_opened(reply: Sequence[Grant | LockstepError] | LockstepError) -> Parts:
+    """Owners as they were pickled once: there are few, and that takes longer than all else."""
+    if isinstance(reply, LockstepError):
+        return PICKLED.encode_reply(reply)
+    short = [(each.session, each.epoch, _pickled(each.owner)) if isinstance(each, Grant) else each for each in reply]
+    return PICKLED.encode_reply(short)
+
+
+def _decode_opened(data: memoryview) -> Sequence[Grant | LockstepError] | LockstepError:
+    reply = PICKLED.decode_reply(data)
+    if isinstance(reply, LockstepError):
+        return reply
+    return [Grant(each[0], each[1], _unpickled(each[2])) if isinstance(each, tuple) else each for each in reply]
+
+
+_owners: dict[int, tuple[Owner, bytes]] = {}
+
+
+def _pickled(owner: Owner) -> bytes:
+    known = _owners.get(id(owner))
+    if known is None:
+        if len(_owners) == MAX_OWNERS:
+            _owners.clear()
+        known = _owners[id(owner)] = owner, pickle.dumps(owner)
+    return known[1]
+
+
+@lru_cache(MAX_OWNERS)
+def _unpickled(data: bytes) -> Owner:
+    owner: Owner = pickle.loads(data)
+    return owner
+
+
+OPENS: Codec[Sequence[Ask], Sequence[Grant | LockstepError]] = Codec(
+    PICKLED.encode, PICKLED.decode, _encode_opened, _decode_opened
+)
 
 
 class DirectoryService:

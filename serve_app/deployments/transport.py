@@ -52,12 +52,9 @@ class RayDirectory:
         self._opens = Together(self._open_all)
         self._losses = Together(self._lose_all)
 
-    async def open(self, ask: Ask) -> Grant:
+    def open(self, ask: Ask) -> Awaitable[Grant]:
         """See DirectoryClient."""
-        opened = await self._opens.call(ask)
-        if isinstance(opened, LockstepError):
-            raise opened
-        return opened
+        return self._opens.call(ask)
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
         """See DirectoryClient."""
@@ -174,12 +171,12 @@ class RayDirectory:
 
     async def _open_all(self, asks: Sequence[Ask]) -> Sequence[Grant | LockstepError]:
         """Straight to the directory's own port: a sequence of few timesteps costs less than a call through Ray."""
-        async with self._straightening:
-            if self._straight is None or self._straight.is_lost:
-                self._straight = CallChannel(OPENS, await self.ask(DirectoryService.address))
-            straight = self._straight
+        if self._straight is None or self._straight.is_lost:
+            async with self._straightening:
+                if self._straight is None or self._straight.is_lost:
+                    self._straight = CallChannel(OPENS, await self.ask(DirectoryService.address))
         try:
-            return await straight.call(asks)
+            return await self._straight.call(asks)
         except OSError as error:
             raise Unavailable(f"the directory does not answer: {error!r}") from error
 

@@ -58,7 +58,7 @@ NOWHERE = Nowhere()
 class DirectoryClient(Protocol):
     """The directory, as seen from here."""
 
-    async def open(self, ask: Ask) -> Grant:
+    def open(self, ask: Ask) -> Awaitable[Grant]:
         """A grant for a session."""
         ...
 

@@ -31,10 +31,10 @@ async def test_what_comes_while_a_call_is_on_its_way_goes_with_the_next(monkeypa
     monkeypatch.setattr(together, "MAX_TOGETHER", 3)
     work = Work()
     many = Together(work)
-    tasks = [asyncio.create_task(many.call(0))]
+    tasks = [asyncio.ensure_future(many.call(0))]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    tasks += [asyncio.create_task(many.call(ask)) for ask in range(1, 5)]
+    tasks += [asyncio.ensure_future(many.call(ask)) for ask in range(1, 5)]
     await asyncio.sleep(0)
     work.free.set()
     assert await asyncio.gather(*tasks) == [0, 2, 4, 6, 8]
@@ -46,7 +46,7 @@ async def test_more_than_go_in_one_call_do_not_wait_for_each_other(monkeypatch: 
     monkeypatch.setattr(together, "MAX_TOGETHER", 2)
     work = Work()
     many = Together(work)
-    tasks = [asyncio.create_task(many.call(ask)) for ask in (1, 13, 2, 3, 4)]
+    tasks = [asyncio.ensure_future(many.call(ask)) for ask in (1, 13, 2, 3, 4)]
     async with asyncio.timeout(5):
         while len(work.calls) < 3:
             await asyncio.sleep(0)
@@ -60,9 +60,9 @@ async def test_more_than_go_in_one_call_do_not_wait_for_each_other(monkeypatch: 
 async def test_a_failure_is_of_those_who_were_in_that_call() -> None:
     work = Work()
     many = Together(work)
-    tasks = [asyncio.create_task(many.call(ask)) for ask in (13, 1)]
+    tasks = [asyncio.ensure_future(many.call(ask)) for ask in (13, 1)]
     await asyncio.sleep(0)
-    late = asyncio.create_task(many.call(2))
+    late = asyncio.ensure_future(many.call(2))
     await asyncio.sleep(0)
     work.free.set()
     found = await asyncio.gather(*tasks, return_exceptions=True)
@@ -73,7 +73,7 @@ async def test_a_failure_is_of_those_who_were_in_that_call() -> None:
 async def test_one_who_has_gone_does_not_matter_to_the_others() -> None:
     work = Work()
     many = Together(work)
-    gone, stays = (asyncio.create_task(many.call(ask)) for ask in (1, 2))
+    gone, stays = (asyncio.ensure_future(many.call(ask)) for ask in (1, 2))
     await asyncio.sleep(0)
     gone.cancel()
     await asyncio.sleep(0)
@@ -86,10 +86,10 @@ async def test_what_is_stopped_answers_nobody_and_calls_nothing(after: int, monk
     monkeypatch.setattr(together, "MAX_TOGETHER", 2)
     work = Work()
     many = Together(work)
-    tasks = [asyncio.create_task(many.call(0))]
+    tasks = [asyncio.ensure_future(many.call(0))]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    tasks += [asyncio.create_task(many.call(ask)) for ask in range(1, after + 1)]
+    tasks += [asyncio.ensure_future(many.call(ask)) for ask in range(1, after + 1)]
     await asyncio.sleep(0)
     await many.stop()
     found = await asyncio.gather(*tasks, return_exceptions=True)
