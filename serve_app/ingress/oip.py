@@ -338,10 +338,12 @@ class InferenceServer:
         if isinstance(result, LockstepError):
             self._of(call.spec.name).add_failed(took_ns)
             return result
-        served_as = result.model if isinstance(result, Result) else call.spec.name
-        timing = result.timing
-        rows = len(next(iter(result.values.values()))) if isinstance(result, RowsResult) else 1
-        executions = rows / timing.batch_size if isinstance(result, RowsResult) else 1
+        timing, values = result.timing, result.values
+        if isinstance(result, Result):
+            served_as, rows, executions = result.model, 1, 1.0
+        else:
+            served_as, rows = call.spec.name, len(next(iter(values.values())))
+            executions = rows / timing.batch_size
         self._of(served_as).add(rows, executions, took_ns, timing.queue_us * 1000, timing.compute_us * 1000)
         parameters: dict[str, Parameter] = {
             "queue_us": timing.queue_us,
@@ -349,11 +351,11 @@ class InferenceServer:
             "batch_size": timing.batch_size,
             "total_us": took_ns // 1000,
         }
-        if isinstance(result, RowsResult):
+        if not isinstance(result, Result):
             parameters |= {"began_us": call.began_ns // 1000, "queued_us": result.queued_us}
         if call.tells_final:
             parameters["triton_final_response"] = True
-        values, version = result.values, split_name(served_as)[1]
+        version = split_name(served_as)[1]
         try:
             outputs = {name: values[name][None] if call.batched else values[name] for name in call.outputs}
         except KeyError as error:

@@ -19,7 +19,10 @@ logger = logging.getLogger(__name__)
 
 MAX_FRAMES = 2
 MIN_SHARE = 32
-"""Sessions that are not worth two frames, nor a second one while the first is on its way."""
+"""Sessions that are not worth two frames."""
+MIN_SECOND = 24
+"""Sessions that are worth a second frame while the first is on its way: less than half of 2 * MIN_SHARE, since halves are
+not equal for long where sessions begin and end, and what waits for the other half then goes with it ever after."""
 MIN_TIMESTEPS = 64
 """So many are worth a second frame, of however few sessions: to run them takes longer than all that a frame costs."""
 FEW = 8
@@ -228,7 +231,7 @@ class Outbox:
             return num_waiting > 0
         if len(self._frames) >= MAX_FRAMES:
             return False
-        if num_waiting >= MIN_SHARE or num_waiting + len(self._frame_of) <= FEW:
+        if num_waiting >= MIN_SECOND or num_waiting + len(self._frame_of) <= FEW:
             return True
         return sum(session.next - session.handed for session in self._pending.values()) >= MIN_TIMESTEPS
 
