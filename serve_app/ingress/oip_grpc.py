@@ -38,8 +38,10 @@ MAX_OUTSTANDING = 1024
 """Requests of a stream that are not answered yet; no more are read meanwhile."""
 ID_TAG, PARAMETER_TAG, VALUES_TAG = (number << 3 | 2 for number in (3, 4, 7))
 """Of the fields `id`, `parameters` and `raw_input_contents` of a ModelInferRequest."""
-SEQUENCE_ID, INT64_TAG = b"\x0a\x0bsequence_id\x12", 2 << 3
-"""How that parameter begins, up to its length; and an integer's tag, which follows."""
+NAME_TAG, CONTENT_TAG = (number << 3 | 2 for number in (1, 2))
+"""Of a parameter."""
+SEQUENCE_ID, INT64_TAG = b"\x0a\x0bsequence_id", 2 << 3
+"""The name of that parameter, as it is written; and the tag of its content, where that is an integer."""
 MAX_FORM_BYTES = 1024
 MAX_TEMPLATE_BYTES = 65536
 CONTENTS = {
@@ -506,9 +508,11 @@ class Splitter:
 def split(data: bytes) -> Parts:
     """The parts of a request that is still to be read; none where it is of a kind that is to be read anyway.
 
-    gRPC's clients write its fields in the order of their numbers, so that the values are the last.
+    gRPC's clients write its fields in the order of their numbers, so that the values are the last; and parameters in
+    any order, which may be another each time.
     """
     at, size, sequence, kept, form, id_at = 0, len(data), 0, 0, b"", (0, 0)
+    parameters: dict[bytes, bytes] = {}
     limit = min(size, MAX_FORM_BYTES)
     try:
         while at < limit:
@@ -520,20 +524,31 @@ def split(data: bytes) -> Parts:
             end = begin + length
             if tag == VALUES_TAG:
                 if end == size:  # there are no others
-                    return Parts(form + data[kept:at], data[slice(*id_at)].decode(), sequence, data[begin:], id_at)
+                    said = [_PARAMETER + name + content for name, content in sorted(parameters.items())]
+                    form = b"".join((form, data[kept:at], *said))
+                    return Parts(form, data[slice(*id_at)].decode(), sequence, data[begin:], id_at)
                 break
             if tag == ID_TAG:
                 form, id_at, kept = form + data[kept:at], (begin, end), end
-            elif tag == PARAMETER_TAG and data.startswith(SEQUENCE_ID, begin):
-                if sequence:  # said twice, the last one counts
+            elif tag == PARAMETER_TAG:
+                content = begin + 2 + data[begin + 1]
+                name = data[begin:content]
+                is_plain = (data[begin], data[content], content + 2 + data[content + 1]) == (NAME_TAG, CONTENT_TAG, end)
+                if name in parameters or not is_plain:  # said twice, the last one counts
                     break
-                number, number_end = _varint(data, begin + len(SEQUENCE_ID) + 2)
-                if 0 < number < 2**63 and number_end == end and data[begin + len(SEQUENCE_ID) + 1] == INT64_TAG:
-                    form, sequence, kept = form + data[kept:at] + SEQUENCE_ID, number, end
+                parameters[name] = data[content:end]
+                if name == SEQUENCE_ID and data[content + 2] == INT64_TAG:
+                    number, number_end = _varint(data, content + 3)
+                    if 0 < number < 2**63 and number_end == end:
+                        sequence, parameters[name] = number, b""
+                form, kept = form + data[kept:at], end
             at = end
     except (IndexError, UnicodeDecodeError):
         pass  # who reads the message says what is wrong with it
     return Parts()
+
+
+_PARAMETER = bytes([PARAMETER_TAG])
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

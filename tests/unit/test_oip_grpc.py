@@ -685,6 +685,10 @@ async def test_what_a_request_is_split_into() -> None:
     message = infer(7, [1, 2], start=True, identity="x").SerializeToString()
     assert split(message).form == split(infer(2**40, [3, 4], start=True, identity="yz").SerializeToString()).form != b""
     assert split(message)[1:4] == ("x", 7, np.array([1, 2], np.float32).tobytes())
+    told = pb.ModelInferRequest(parameters={"note": pb.InferParameter(string_param="a")}).SerializeToString()
+    input_at = message.index(b"*")
+    first, last = told + message, message[:input_at] + told + message[input_at:]
+    assert split(first).form == split(last).form not in (b"", split(message).form), "parameters come in any order"
     for other in (
         infer(7, [1, 2]),
         infer(7, [1], start=True),
