@@ -18,6 +18,7 @@ from serve_app import errors
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.directory import Claim
 from serve_app.errors import LockstepError, SessionEnded
+from serve_app.ingress import outbox
 from serve_app.ingress.codec import MSGPACK, read_array
 from serve_app.ingress.http import build_http
 from serve_app.ingress.hub import Hub
@@ -361,7 +362,8 @@ async def test_asking_from_a_timestep_acknowledges_what_lies_below() -> None:
         assert (await sut.post("a", ones(1), acked=0))["acked"] == 4  # lower is no error
 
 
-async def test_an_acknowledgement_outlives_a_frame_that_cannot_take_it() -> None:
+async def test_an_acknowledgement_outlives_a_frame_that_cannot_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "ACK_AFTER_S", 0.0)
     async with system() as sut:
         await sut.open(session="a")
         session = sut.hub.get("a")
@@ -372,6 +374,21 @@ async def test_an_acknowledgement_outlives_a_frame_that_cannot_take_it() -> None
         assert session.acked_told == 0
         session.arrived(session.handed)
         await sut.open()
+        assert session.acked_told == 4
+
+
+async def test_an_acknowledgement_waits_for_inputs_of_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "ACK_AFTER_S", 3600.0)
+    async with system() as sut:
+        await sut.open(session="a")
+        session = sut.hub.get("a")
+        session.submit(np.ones((4, 2), np.int64))
+        await session.wait()
+        session.ack(4)
+        await sut.open()  # sends a frame
+        assert session.acked_told == 0
+        session.submit(np.ones((1, 2), np.int64))
+        await session.wait()
         assert session.acked_told == 4
 
 
