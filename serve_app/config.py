@@ -74,7 +74,8 @@ class SessionConfig:
 
     `max_window_timesteps`: timesteps accepted and not yet acknowledged. `nan`: what becomes of a segment with NaN or
     infinity in it. `checkpoint_timesteps`: after so many timesteps a session's state goes to where it comes from, with
-    the outputs, so that it can go on elsewhere if its replica dies (0: never).
+    the outputs, so that it can go on elsewhere if its replica dies (0: never); not sooner than `checkpoint_apart_s`
+    after the last, or the states of sessions that run fast would be more than all their inputs and outputs.
     `moves_per_s`: where a replica has a tenth more sessions, or less, than the model's have on the average, so many of
     them go on elsewhere per second, live (0: none do).
     `max_wait_s`: a new session for which all replicas of the model are full waits so long (0: it is refused at once),
@@ -91,10 +92,11 @@ class SessionConfig:
     idle_timeout_s: float = 300.0
     nan: Literal["refuse", "pass"] = "refuse"
     checkpoint_timesteps: int = 100
+    checkpoint_apart_s: float = 1.0
     moves_per_s: int = 200
 
     def __post_init__(self) -> None:
-        _at_least("session", self, 0, "checkpoint_timesteps", "max_wait_s", "moves_per_s")
+        _at_least("session", self, 0, "checkpoint_timesteps", "checkpoint_apart_s", "max_wait_s", "moves_per_s")
         _at_least("session", self, 1, "max_sessions", "max_segment_timesteps", "max_window_timesteps")
         _at_least("session", self, 1, "max_waiting", "default_priority")
         if self.idle_timeout_s <= 0:

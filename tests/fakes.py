@@ -62,7 +62,7 @@ class FloatSumModel:
 
 def check_checkpoints(device: str, *, overlap: bool = False, together: int = 4) -> None:
     """Sessions that send in pieces, more of them than slots: each checkpoint has the sum of all below its timestep."""
-    session = SessionConfig(max_sessions=60, checkpoint_timesteps=5)
+    session = SessionConfig(max_sessions=60, checkpoint_timesteps=5, checkpoint_apart_s=0)
     engine = EngineConfig(device=device, calibration_file="", slots=40, max_batch_size=16, max_step_timesteps=4)
     sender, rng = Sender(FloatSumModel(), AppConfig(engine=engine, session=session), overlap=overlap), random.Random(0)
     sender.engine._checkpoints._together = together

@@ -39,7 +39,9 @@ from tests.fakes import SumModel
 
 CONFIG = AppConfig(
     engine=EngineConfig(device="cpu", slots=2, max_batch_size=2, max_step_timesteps=2),
-    session=SessionConfig(max_sessions=8, max_segment_timesteps=4, max_window_timesteps=4, checkpoint_timesteps=2),
+    session=SessionConfig(
+        max_sessions=8, max_segment_timesteps=4, max_window_timesteps=4, checkpoint_timesteps=2, checkpoint_apart_s=0
+    ),
     frame=FrameConfig(answer_within_s=10.0),
 )
 SEGMENT = 2

@@ -12,21 +12,28 @@ from serve_app.frame import Checkpoints
 
 WITHIN_S = 0.05
 """One that is due waits so long for others."""
+FAR = 4096
+"""Timesteps since the last, after which the next is due however short a time that was: senders retain all of them."""
 
 
 class Checkpointer:
     """Reads the states of sessions that are due, known by their rows: `together` of them at once, or after WITHIN_S.
 
+    Those of a session at least `apart_s` one after the other, unless it has run FAR meanwhile.
     Whose step is on its way, or who has outputs that were not sent, is not read: it is due again with its next outputs.
     """
 
-    def __init__(self, pool: StatePool, sessions: SessionTable, max_rows: int, together: int) -> None:
+    def __init__(
+        self, pool: StatePool, sessions: SessionTable, max_rows: int, together: int, apart_s: float = 0.0
+    ) -> None:
         self._pool = pool
         self._sessions = sessions
         self._together = together
         self._due: list[np.ndarray] = []
         self._is_due, self._busy = np.zeros((2, max_rows), np.bool_)
-        self._num_due = 0
+        self._num_ready = 0  # of those, by now
+        self._apart_s = apart_s
+        self._read_at, self._due_at = np.full((2, max_rows), -math.inf)
         self._slabs: list[_Slab] = []
         #: When those that are due are to be read.
         self.read_at = math.inf
@@ -36,28 +43,43 @@ class Checkpointer:
         if len(rows) and len(rows := rows[~self._is_due[rows]]):
             self._is_due[rows] = True
             self._due.append(rows)
-            self._num_due += len(rows)
-            self.read_at = -math.inf if self._num_due >= self._together else min(self.read_at, now + WITHIN_S)
+            is_far = self._sessions.progress[rows] - self._sessions.checkpointed[rows] >= FAR
+            due_at = self._due_at[rows] = np.maximum(now, np.where(is_far, now, self._read_at[rows] + self._apart_s))
+            self._num_ready += int((due_at <= now).sum())
+            self._look_at(due_at)
 
-    def read(self, slot_of: np.ndarray, on_their_way: Iterable[np.ndarray]) -> int:
-        """Start reading all that are due and have a slot; returns how many.
+    def _look_at(self, due_at: np.ndarray) -> None:
+        """`read` is to be called for those."""
+        soon = float(due_at.min(initial=math.inf)) + WITHIN_S
+        self.read_at = -math.inf if self._num_ready >= self._together else min(self.read_at, soon)
+
+    def read(self, slot_of: np.ndarray, on_their_way: Iterable[np.ndarray], now: float) -> int:
+        """Start reading all that are due by now and have a slot; returns how many.
 
         slot_of [max_rows]; on_their_way: the rows of each step that is.
         """
         rows = np.concatenate(self._due)
-        self._due.clear()
+        is_ready = self._due_at[rows] <= now
+        later, rows = rows[~is_ready], rows[is_ready]
+        self._due = [later]
         self._is_due[rows] = False
-        self._num_due, self.read_at = 0, math.inf
+        self._num_ready, self.read_at = 0, math.inf
+        self._look_at(self._due_at[later])
         rows = rows[slot_of[rows] >= 0]
-        return len(self._read(rows, slot_of[rows], on_their_way))
+        return len(self._read(rows, slot_of[rows], on_their_way, now))
 
-    def read_leaving(self, rows: np.ndarray, slots: np.ndarray, on_their_way: Iterable[np.ndarray]) -> int:
+    def read_leaving(self, rows: np.ndarray, slots: np.ndarray, on_their_way: Iterable[np.ndarray], now: float) -> int:
         """Start reading those of `rows` that are due, in whose `slots` others come next; returns how many."""
         due = self._is_due[rows]
-        return len(self._read(rows[due], slots[due], on_their_way)) if due.any() else 0
+        return len(self._read(rows[due], slots[due], on_their_way, now)) if due.any() else 0
 
     def read_wanted(
-        self, rows: np.ndarray, slot_of: np.ndarray, page_of: np.ndarray, on_their_way: Iterable[np.ndarray]
+        self,
+        rows: np.ndarray,
+        slot_of: np.ndarray,
+        page_of: np.ndarray,
+        on_their_way: Iterable[np.ndarray],
+        now: float,
     ) -> np.ndarray:
         """Start reading those of `rows` that can be; returns which.
 
@@ -67,8 +89,8 @@ class Checkpointer:
         in_slots, in_pages = rows[slot_of[rows] >= 0], rows[page_of[rows] >= 0]
         return np.concatenate(
             [
-                self._read(in_slots, slot_of[in_slots], busy, is_wanted=True),
-                self._read(in_pages, page_of[in_pages], busy, is_wanted=True, in_pages=True),
+                self._read(in_slots, slot_of[in_slots], busy, now, is_wanted=True),
+                self._read(in_pages, page_of[in_pages], busy, now, is_wanted=True, in_pages=True),
             ]
         )
 
@@ -101,6 +123,7 @@ class Checkpointer:
         rows: np.ndarray,
         slots: np.ndarray,
         on_their_way: Iterable[np.ndarray],
+        now: float,
         *,
         is_wanted: bool = False,
         in_pages: bool = False,
@@ -119,7 +142,7 @@ class Checkpointer:
         rows, slots = rows[here], slots[here]
         if not len(rows):
             return rows
-        sessions.checkpointed[rows] = sessions.progress[rows]
+        sessions.checkpointed[rows], self._read_at[rows] = sessions.progress[rows], now
         states = self._pool.read_pages(slots) if in_pages else self._pool.read(slots)
         senders = sessions.sender[rows]
         for sender in np.unique(senders).tolist():

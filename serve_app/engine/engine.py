@@ -67,7 +67,8 @@ class Engine:
         self._page_of = np.full(max_rows, -1, np.int64)  # of evicted states, by row
         self._pool = StatePool(model, config.engine.slots, device)
         together = 1 if device.type == "cpu" else max(1, max_batch_size // 4)
-        self._checkpoints = Checkpointer(self._pool, self._sessions, max_rows, together)
+        apart_s = config.session.checkpoint_apart_s
+        self._checkpoints = Checkpointer(self._pool, self._sessions, max_rows, together, apart_s)
         self._runner = make_runner(model, self._pool, config, device)
         self._flights: deque[_Flight] = deque()  # steps on their way
         self._in_flight = 0  # timesteps
@@ -164,7 +165,7 @@ class Engine:
                 del self._mailboxes[name], self._mail[sender]
                 self._checkpoints.forget(sender)
         self._read_checkpoints(now)
-        if self._exports and self._export():
+        if self._exports and self._export(now):
             answers += self.answers(now)
         return answers
 
@@ -365,14 +366,15 @@ class Engine:
 
     def _read_checkpoints(self, now: float) -> None:
         if self._checkpoints.read_at <= now:
-            self.stats.checkpoints += self._checkpoints.read(self._slots.slot_of, self._rows_on_their_way())
+            self.stats.checkpoints += self._checkpoints.read(self._slots.slot_of, self._rows_on_their_way(), now)
 
-    def _export(self) -> bool:
+    def _export(self, now: float) -> bool:
         """Read the states that are wanted, of sessions that are at rest; whether there were any."""
         rows = np.array([self._sessions.row_of(epoch) for epoch in self._exports])
         rows = rows[rows >= 0]
         rows = rows[self._sessions.status[rows] == Status.OPEN]
-        read = self._checkpoints.read_wanted(rows, self._slots.slot_of, self._page_of, self._rows_on_their_way())
+        busy = self._rows_on_their_way()
+        read = self._checkpoints.read_wanted(rows, self._slots.slot_of, self._page_of, busy, now)
         self.stats.checkpoints += len(read)
         fresh = rows[(self._slots.slot_of[rows] < 0) & (self._page_of[rows] < 0)]
         for row in fresh.tolist():
@@ -412,7 +414,7 @@ class Engine:
         if num_evicted := len(placement.evict_rows):
             slots = placement.enter_slots[-num_evicted:]
             self.stats.checkpoints += self._checkpoints.read_leaving(
-                placement.evict_rows, slots, self._rows_on_their_way()
+                placement.evict_rows, slots, self._rows_on_their_way(), now
             )
         in_flight = bool(self._flights) and placement.used_at >= self._flights[0].launched_at
         with self._pool.moving(after_steps=in_flight):

@@ -180,9 +180,10 @@ class StatePool:
         self._write_back()
         with self.moving(after_steps=False):
             index = self.index(slots)
-            leaves = [column.select(index) for column in self._columns]
-        if self._aside is None:
-            return Reading(leaves, self._dims)
+            leaves = self._batch_first([column.select(index) for column in self._columns])
+            if self._aside is None:
+                return Reading(leaves, self._dims)
+            leaves = [leaf.contiguous() for leaf in leaves]  # here, where that takes no time
         self._out.wait_stream(self._aside)
         steps = torch.cuda.current_stream()
         torch.cuda.set_stream(self._out)
@@ -201,7 +202,10 @@ class StatePool:
         """The same of the states in `pages` [n]."""
         if self._aside is not None:
             self._aside.synchronize()  # which writes there
-        return Reading([column.read(pages) for column in self._columns], self._dims)
+        return Reading(self._batch_first([column.read(pages) for column in self._columns]), self._dims)
+
+    def _batch_first(self, leaves: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return [leaf.movedim(dim, 0) for leaf, dim in zip(leaves, self._dims, strict=True)]
 
     def free_pages(self, pages: np.ndarray) -> None:
         """The states in `pages` are not needed any more."""
@@ -257,7 +261,10 @@ class Reading:
     """States on their way to host memory, beside the steps."""
 
     def __init__(self, leaves: Sequence[torch.Tensor], dims: Sequence[int], landed: Any = None) -> None:
-        """leaves: the states, batched over `dims`. landed: an event on the device; None: they are there."""
+        """leaves: the states, the batch first, which the model has at `dims`.
+
+        landed: an event on the device; None: they are there.
+        """
         self._leaves, self._dims, self._landed = leaves, dims, landed
 
     @property
@@ -270,8 +277,7 @@ class Reading:
         if self._landed is not None:
             self._landed.synchronize()
         arrays = [(leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy() for leaf in self._leaves]
-        moved = (np.moveaxis(array, dim, 0) for array, dim in zip(arrays, self._dims, strict=True))
-        return tuple(np.expand_dims(array, dim + 1) for array, dim in zip(moved, self._dims, strict=True))
+        return tuple(np.expand_dims(array, dim + 1) for array, dim in zip(arrays, self._dims, strict=True))
 
 
 def _is_plain(like: State) -> bool:

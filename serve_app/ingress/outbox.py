@@ -21,8 +21,8 @@ MAX_FRAMES = 2
 MIN_SHARE = 32
 """Sessions that are not worth two frames."""
 MIN_SECOND = 24
-"""Sessions that are worth a second frame while the first is on its way: less than half of 2 * MIN_SHARE, since halves are
-not equal for long where sessions begin and end, and what waits for the other half then goes with it ever after."""
+"""Sessions that are worth a second frame while the first is on its way: fewer than MIN_SHARE, since halves are not
+equal for long where sessions begin and end, and what waits for the other half then goes with it ever after."""
 MIN_TIMESTEPS = 64
 """So many are worth a second frame, of however few sessions: to run them takes longer than all that a frame costs."""
 FEW = 8

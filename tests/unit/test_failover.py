@@ -29,7 +29,11 @@ pytestmark = pytest.mark.asyncio
 CONFIG = AppConfig(
     engine=EngineConfig(device="cpu", slots=16, max_batch_size=8, max_step_timesteps=4),
     session=SessionConfig(
-        max_sessions=512, max_segment_timesteps=64, max_window_timesteps=256, checkpoint_timesteps=10
+        max_sessions=512,
+        max_segment_timesteps=64,
+        max_window_timesteps=256,
+        checkpoint_timesteps=10,
+        checkpoint_apart_s=0,
     ),
     frame=FrameConfig(answer_within_s=0.2),
 )
