@@ -89,7 +89,7 @@ bench-gpu: venv
 	$(BIN)/python -m bench.saturation --json bench/results/saturation_cuda.json
 	$(BIN)/python -m bench.evict --json bench/results/evict_cuda.json
 	$(BIN)/python -m bench.s9422 --json bench/results/s9422_cuda.json
-	$(BIN)/python -m bench.frames --device cuda --batch 1024 --groups 3 --json bench/results/frames_cuda.json
+	$(BIN)/python -m bench.frames --device cuda --json bench/results/frames_cuda.json
 	$(BIN)/python -m bench.streams --no-beside --json bench/results/streams_cuda.json
 	$(BIN)/python -m bench.checkpoint --device cuda --json bench/results/checkpoint_cuda.json
 	$(BIN)/python -m bench.bert --device cuda --json bench/results/bert_cuda.json

@@ -153,15 +153,13 @@ unmodified perf_analyzers into four ingress replicas, for the 7x1024 LSTM and fo
 FRAMES = """\
 ## Frames through a handle
 
-Segments of 10 timesteps of 1,024 sessions in each frame, three such groups, from one process to a replica over the
-channel of handles, and to an engine with the same settings in the process itself (`python -m bench.frames --device
-cuda`).
+Segments of 10 timesteps of 256 sessions in each frame, four such groups, from one process to a replica over the channel
+of handles, and to an engine with the same settings in the process itself (`python -m bench.frames --device cuda`).
 """
 FRAMES_REST = """\
 The goal is 0.9. The engine's thread waits for frames now and then: the channel is TCP on the loopback, which copies
-each frame and answer in the kernel on either side, a checkpoint of 28 KB for every 100 timesteps of 256 bytes is more
-than the inputs, and the one sending process has no time left. To try: shared memory where both are on one machine;
-states gathered on the device in the order in which they are sent.
+each frame and answer in the kernel on either side, and the one sending process is as busy as the owner. What is left of
+the cost of checkpoints, and what to try: [operations.md](operations.md).
 """
 
 

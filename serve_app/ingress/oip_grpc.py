@@ -524,7 +524,7 @@ def split(data: bytes) -> Parts:
             end = begin + length
             if tag == VALUES_TAG:
                 if end == size:  # there are no others
-                    said = [_PARAMETER + name + content for name, content in sorted(parameters.items())]
+                    said = [bytes([PARAMETER_TAG]) + name + content for name, content in sorted(parameters.items())]
                     form = b"".join((form, data[kept:at], *said))
                     return Parts(form, data[slice(*id_at)].decode(), sequence, data[begin:], id_at)
                 break
@@ -546,9 +546,6 @@ def split(data: bytes) -> Parts:
     except (IndexError, UnicodeDecodeError):
         pass  # who reads the message says what is wrong with it
     return Parts()
-
-
-_PARAMETER = bytes([PARAMETER_TAG])
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, 
 from serve_app.ingress.batched import BatchedModels
 from serve_app.ingress.model_control import Marks
 from serve_app.ingress.oip import InferenceServer
-from serve_app.ingress.oip_grpc import MAX_OUTSTANDING, VALUES_TAG, InferenceService, Parts, split
+from serve_app.ingress.oip_grpc import MAX_OUTSTANDING, VALUES_TAG, InferenceService, Parts, Splitter, split
 from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.protos import oip_pb2_grpc
 from tests.fakes import FloatSumModel
@@ -679,6 +679,16 @@ async def test_what_is_refused_says_the_version_that_was_asked_for() -> None:
             responses = await stream(stub, requests)
             (error,) = [each for each in responses if each.error_message]
             assert (error.infer_response.id, error.infer_response.model_version) == ("2", version)
+
+
+async def test_what_is_like_the_request_before_is_split_the_same() -> None:
+    splitter, message = Splitter(), infer(7, [1, 2], identity="one").SerializeToString()
+    others = [infer(7, [3, 4], identity="two"), infer(8, [3, 4], identity="two"), infer(7, [1], identity="four"),
+              infer(7, [5, 6], start=True, identity="six"), infer("7", [5, 6], identity="six")]  # fmt: skip
+    for other in (message, *(each.SerializeToString() for each in others), message.replace(b"one", b"\xff\xfe\xfd")):
+        assert splitter(message) == split(message)
+        assert splitter(other) == split(other)
+        assert splitter(message[:-1]) == Parts()
 
 
 async def test_what_a_request_is_split_into() -> None:
