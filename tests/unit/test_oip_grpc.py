@@ -57,8 +57,10 @@ async def at_port(
         service = InferenceService()
         service.inference = InferenceServer(hub, batched, Marks(["sum"]))
         port, stop = await START(service)
-        yield cluster, port, stop
-        await stop()
+        try:
+            yield cluster, port, stop
+        finally:
+            await stop()
 
 
 Started = tuple[int, Callable[[], Awaitable[None]]]
