@@ -62,7 +62,7 @@ class Method(NamedTuple):
 
     request: type[Message]
     call: Callable[[Any, "Context"], Coroutine[Any, Any, Message]] | None
-    open: Callable[[Mapping[str, str], Callable[[Message], None]], Requests] | None
+    open: Callable[[Mapping[str, str], Callable[[bytes], None]], Requests] | None
 
 
 def methods(
@@ -315,8 +315,8 @@ class _Call:
         else:
             self._connection.held.add(self)
 
-    def send(self, message: Message) -> None:
-        """The next reply of a stream."""
+    def send(self, message: bytes) -> None:
+        """The next reply of a stream, as it is on the wire."""
         if self._is_over:
             return
         assert self._requests is not None
@@ -436,15 +436,14 @@ class _Call:
         if self._is_over:
             return
         if context.code is grpc.StatusCode.OK:
-            self._write(reply)
+            self._write(reply.SerializeToString())
         self.finish(context.code, context.details, context.trailing)
 
-    def _write(self, message: Message) -> None:
-        data = message.SerializeToString()
+    def _write(self, message: bytes) -> None:
         if not self._has_begun:
             self._has_begun = True
             self._http.send_response(self._stream, _HEADERS)
-        self._http.send_data(self._stream, b"\0" + len(data).to_bytes(4) + data)
+        self._http.send_data(self._stream, b"".join((b"\0", len(message).to_bytes(4), message)))
         self._connection.flush_soon()
 
 

@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, MutableSequence, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -40,10 +40,11 @@ ID_TAG, PARAMETER_TAG, VALUES_TAG = (number << 3 | 2 for number in (3, 4, 7))
 """Of the fields `id`, `parameters` and `raw_input_contents` of a ModelInferRequest."""
 NAME_TAG, CONTENT_TAG = (number << 3 | 2 for number in (1, 2))
 """Of a parameter."""
+OUTPUT_TAG, ANSWER_TAG = (number << 3 | 2 for number in (6, 2))
+"""Of `raw_output_contents` of a ModelInferResponse, and of that in a ModelStreamInferResponse."""
 SEQUENCE_ID, INT64_TAG = b"\x0a\x0bsequence_id", 2 << 3
 """The name of that parameter, as it is written; and the tag of its content, where that is an integer."""
 MAX_FORM_BYTES = 1024
-MAX_TEMPLATE_BYTES = 65536
 CONTENTS = {
     "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
     "INT64": "int64_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
@@ -235,14 +236,14 @@ class InferenceService:
         self, stream: AsyncIterator[pb.ModelInferRequest], grpc_context: Context
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         """Run requests as they come; see RequestStream."""
-        replies: asyncio.Queue[pb.ModelStreamInferResponse | None] = asyncio.Queue()
+        replies: asyncio.Queue[bytes | None] = asyncio.Queue()
         requests = self.open_stream(dict(grpc_context.invocation_metadata()), replies.put_nowait)
         # In a context of its own: it opens sessions, which must not hang on this call.
         reader = asyncio.create_task(_read(stream, requests, replies), context=contextvars.Context())
         try:
             while (reply := await replies.get()) is not None:
                 requests.replied()
-                yield reply
+                yield pb.ModelStreamInferResponse.FromString(reply)
             await reader
         finally:
             reader.cancel()
@@ -253,20 +254,13 @@ class InferenceService:
         service = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
         return GrpcServer(methods(service, self, {"ModelStreamInfer": self.open_stream}), MAX_OUTSTANDING)
 
-    def open_stream(
-        self, metadata: Mapping[str, str], send: Callable[[pb.ModelStreamInferResponse], None]
-    ) -> "RequestStream":
-        """A stream that begins, of a client with that metadata; `send` gets what is to be answered.
-
-        Of requests that came by `take` an answer may change after that.
-        """
+    def open_stream(self, metadata: Mapping[str, str], send: Callable[[bytes], None]) -> "RequestStream":
+        """A stream that begins, of a client with that metadata; `send` gets each ModelStreamInferResponse as bytes."""
         return RequestStream(self.inference, client_name(metadata), send)
 
 
 async def _read(
-    stream: AsyncIterator[pb.ModelInferRequest],
-    requests: "RequestStream",
-    replies: asyncio.Queue[pb.ModelStreamInferResponse | None],
+    stream: AsyncIterator[pb.ModelInferRequest], requests: "RequestStream", replies: asyncio.Queue[bytes | None]
 ) -> None:
     """Take requests until the client sends no more, then wait for their replies."""
     try:
@@ -284,9 +278,7 @@ class RequestStream:
     The sequences of a stream are its own, and end with it, unless its client has a name.
     """
 
-    def __init__(
-        self, inference: InferenceServer, client: str | None, send: Callable[[pb.ModelStreamInferResponse], None]
-    ) -> None:
+    def __init__(self, inference: InferenceServer, client: str | None, send: Callable[[bytes], None]) -> None:
         self._inference = inference
         self._client = client
         self._send = send
@@ -408,15 +400,16 @@ class RequestStream:
             answer = error
         self._reply_error(request, answer)
 
-    def _response(self, request: Asked, answer: Answer) -> pb.ModelStreamInferResponse:
-        template = request.form.template if isinstance(request, Head) else None
+    def _response(self, request: Asked, answer: Answer) -> bytes:
+        template: Template | None = request.form.template if isinstance(request, Head) else None
         if template is not None and template.version == answer.version:
-            return _rewritten(template, request.id, answer)
-        response = pb.ModelStreamInferResponse()
-        write_response(self._inference, request, answer, response.infer_response)
-        if isinstance(request, Head) and response.ByteSize() < MAX_TEMPLATE_BYTES:
-            request.form.template = _Template.of(response, answer.version)
-        return response
+            return template.write(request.id, answer)
+        response = pb.ModelInferResponse()
+        write_response(self._inference, request, answer, response)
+        if isinstance(request, Head):
+            request.form.template = Template(response)
+        message: bytes = pb.ModelStreamInferResponse(infer_response=response).SerializeToString()
+        return message
 
     def _notice(self, call: Call, error: LockstepError) -> None:
         """The sequence that began with this call has ended by itself."""
@@ -428,7 +421,7 @@ class RequestStream:
         setattr(response.parameters["sequence_id"], kind, sequence)
         response.parameters["sequence_ended"].string_param = error.details.get("reason", error.code)
         self.outstanding += 1  # until it is out, as others
-        self._send(pb.ModelStreamInferResponse(error_message=error.message, infer_response=response))
+        self._send_error(error, response)
 
     def _reply_error(self, request: Asked, error: LockstepError) -> None:
         response = pb.ModelInferResponse(
@@ -439,7 +432,11 @@ class RequestStream:
             response.parameters["retry_after_s"].int64_param = error.retry_after_s
         if "expected" in error.details:
             response.parameters["expected"].int64_param = error.details["expected"]
-        self._send(pb.ModelStreamInferResponse(error_message=error.message, infer_response=response))
+        self._send_error(error, response)
+
+    def _send_error(self, error: LockstepError, response: pb.ModelInferResponse) -> None:
+        message = pb.ModelStreamInferResponse(error_message=error.message, infer_response=response)
+        self._send(message.SerializeToString())
 
 
 class told:  # as a context manager reads
@@ -597,31 +594,44 @@ def write_response(inference: InferenceServer, request: Asked, answer: Answer, r
             _set_parameter(response.parameters[name], parameter)
 
 
-class _Template(NamedTuple):
-    """The answer to a request of some form, and its parts, which are quicker to change than to make."""
+class Template:
+    """Answers to requests of one form, which differ in id, times and values: all else is written once.
 
-    response: pb.ModelStreamInferResponse
-    version: str
-    infer: pb.ModelInferResponse
-    parameters: dict[str, pb.InferParameter]
-    raw: MutableSequence[bytes]
+    A message that is changed again and again would keep all that it has ever held.
+    """
 
-    @staticmethod
-    def of(response: pb.ModelStreamInferResponse, version: str) -> "_Template":
-        infer = response.infer_response
-        parameters = {name: infer.parameters[name] for name in infer.parameters}
-        return _Template(response, version, infer, parameters, infer.raw_output_contents)
+    def __init__(self, response: pb.ModelInferResponse) -> None:
+        """response: one of these answers."""
+        self.version = response.model_version
+        self._times = pb.ModelInferResponse(parameters=response.parameters)
+        self._parameters = {name: self._times.parameters[name] for name in response.parameters}
+        others = pb.ModelInferResponse()
+        others.CopyFrom(response)
+        for field in ("id", "parameters", "raw_output_contents"):
+            others.ClearField(field)
+        self._others = others.SerializeToString()
+
+    def write(self, identity: str, answer: Answer) -> bytes:
+        """The ModelStreamInferResponse."""
+        for name, parameter in answer.parameters.items():
+            if type(parameter) is int:
+                self._parameters[name].int64_param = parameter
+        name_bytes = identity.encode()
+        parts = [self._others, self._times.SerializeToString(), _head(ID_TAG, len(name_bytes)), name_bytes]
+        for value in answer.outputs.values():
+            data = write_tensor(value)
+            parts += _head(OUTPUT_TAG, len(data)), data
+        return b"".join((_head(ANSWER_TAG, sum(map(len, parts))), *parts))
 
 
-def _rewritten(template: _Template, identity: str, answer: Answer) -> pb.ModelStreamInferResponse:
-    """The answer to another request of that form; the last one is gone by that."""
-    template.infer.id = identity
-    for name, parameter in answer.parameters.items():
-        if type(parameter) is int:
-            template.parameters[name].int64_param = parameter
-    for i, value in enumerate(answer.outputs.values()):
-        template.raw[i] = write_tensor(value)
-    return template.response
+def _head(tag: int, size: int) -> bytes:
+    """What protobuf writes before a field of so many bytes."""
+    head = [tag]
+    while size > 127:
+        head.append(size & 127 | 128)
+        size >>= 7
+    head.append(size)
+    return bytes(head)
 
 
 def _inputs(inference: InferenceServer, request: pb.ModelInferRequest) -> list[Input]:

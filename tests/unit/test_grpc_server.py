@@ -51,13 +51,13 @@ class Echo:
             raise
         return pb.ModelInferResponse(id=request.id)
 
-    def open(self, metadata: Mapping[str, str], send: Callable[[Message], None]) -> "EchoStream":
+    def open(self, metadata: Mapping[str, str], send: Callable[[bytes], None]) -> "EchoStream":
         self.streams.append(EchoStream(self, send))
         return self.streams[-1]
 
 
 class EchoStream:
-    def __init__(self, echo: Echo, send: Callable[[Message], None]) -> None:
+    def __init__(self, echo: Echo, send: Callable[[bytes], None]) -> None:
         self.outstanding = 0
         self.taken: list[str] = []
         self.has_left = False
@@ -73,7 +73,7 @@ class EchoStream:
             self.answer(message.id)
 
     def answer(self, identity: str) -> None:
-        self._send(pb.ModelStreamInferResponse(error_message=identity))
+        self._send(pb.ModelStreamInferResponse(error_message=identity).SerializeToString())
 
     def replied(self) -> None:
         self.outstanding -= 1

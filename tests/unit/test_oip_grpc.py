@@ -12,14 +12,15 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig
 from serve_app.ingress.batched import BatchedModels
 from serve_app.ingress.model_control import Marks
-from serve_app.ingress.oip import InferenceServer
-from serve_app.ingress.oip_grpc import MAX_OUTSTANDING, VALUES_TAG, InferenceService, Parts, Splitter, split
+from serve_app.ingress.oip import Answer, InferenceServer
+from serve_app.ingress.oip_grpc import MAX_OUTSTANDING, VALUES_TAG, InferenceService, Parts, Splitter, Template, split
 from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.protos import oip_pb2_grpc
 from tests.fakes import FloatSumModel
@@ -669,6 +670,32 @@ async def test_requests_of_one_form_keep_what_is_their_own() -> None:
             lengths = [1 + i, 2 + i, 2 + i, 3 + i]
             expected = np.cumsum([value for length in lengths for value in range(length)]).tolist()
             assert found[f"3 {i}" * 20] == expected[-lengths[-1] :]
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 2**14, 2**18])
+async def test_answers_of_one_form_are_what_protobuf_writes(size: int) -> None:
+    def response(identity: str, y: np.ndarray, queue_us: int) -> pb.ModelInferResponse:
+        output = {"name": "y", "datatype": "FP32", "shape": [size]}
+        parameters = {"queue_us": pb.InferParameter(int64_param=queue_us), "last": pb.InferParameter(bool_param=True)}
+        fields = {"outputs": [output], "parameters": parameters, "raw_output_contents": [y.tobytes()]}
+        return pb.ModelInferResponse(model_name="m", model_version="2", id=identity, **fields)
+
+    template = Template(response("the first", np.zeros(size, np.float32), 1))
+    for identity in ("", "7", "ü" * 200):
+        y, queue_us = np.random.default_rng(0).random(size, np.float32), 2**40
+        answer = Answer(None, "2", {"y": y}, {"queue_us": queue_us, "last": True})  # type: ignore[arg-type]
+        found = pb.ModelStreamInferResponse.FromString(template.write(identity, answer))
+        assert found == pb.ModelStreamInferResponse(infer_response=response(identity, y, queue_us))
+
+
+async def test_answers_of_one_form_are_not_kept() -> None:
+    y = np.zeros((8, 1024), np.float32)
+    output = {"name": "y", "datatype": "FP32", "shape": y.shape}
+    template = Template(pb.ModelInferResponse(outputs=[output], raw_output_contents=[y.tobytes()]))
+    before = psutil.Process().memory_info().rss
+    for i in range(5000):
+        template.write(str(i), Answer(None, "", {"y": y}, {}))  # type: ignore[arg-type]
+    assert psutil.Process().memory_info().rss - before < 1000 * y.nbytes
 
 
 async def test_what_is_refused_says_the_version_that_was_asked_for() -> None:
