@@ -8,8 +8,8 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -44,13 +44,17 @@ class Server:
 
     def cpu_s(self) -> float:
         """Seconds of CPU that its processes have used."""
+        return self._sum(lambda process: sum(process.cpu_times()[:2]))
+
+    def memory_mib(self) -> float:
+        """Memory of its processes that they share with no other."""
+        return self._sum(lambda process: process.memory_full_info().uss / 2**20)
+
+    def _sum(self, of: Callable[[psutil.Process], float]) -> float:
         total = 0.0
         for process in [self.process, *self.process.children(recursive=True), *self.others]:
-            try:
-                times = process.cpu_times()
-            except psutil.NoSuchProcess:
-                continue
-            total += times.user + times.system
+            with suppress(psutil.NoSuchProcess):
+                total += of(process)
         return total
 
     def counts(self) -> tuple[int, int]:

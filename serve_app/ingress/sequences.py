@@ -392,6 +392,10 @@ class _Timed:
             )
 
 
+def _nothing() -> None:
+    pass
+
+
 class _Asked(NamedTuple):
     request: Request
     reply: Reply
@@ -410,7 +414,7 @@ class Sequence:
         self.ends = False
         #: What it began with; None where it began elsewhere.
         self.priority: int | None = None
-        self.over: Callable[[], None] = lambda: None
+        self.over: Callable[[], None] = _nothing
         self._hub = hub
         self._name = name
         self._outlives = outlives
@@ -498,7 +502,6 @@ class Sequence:
             self._refuse(NotOwner(f"{self._name} goes on by another way in, and this request may have run: try again"))
         elif not self.is_broken and not self._counts and self._resent is None:
             session.ack(session.next)
-        session.changed = None
         self._finish()
         return self.left(session.acked)
 
@@ -709,5 +712,8 @@ class Sequence:
         if self._sending is not None:
             self._sending.cancel()
         self._is_over.set_result(None)
+        if self._session is not None:
+            self._session.changed = None
         self.over()
+        self.over = _nothing  # it has this one, so that both would be kept until there is a look for garbage
         self._make_room()

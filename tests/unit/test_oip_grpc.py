@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import gc
 import random
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from serve_app.ingress.oip import Answer, InferenceServer
 from serve_app.ingress.oip_grpc import MAX_OUTSTANDING, VALUES_TAG, InferenceService, Parts, Splitter, Template, split
 from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.protos import oip_pb2_grpc
+from serve_app.ingress.sequences import Sequence
 from tests.fakes import FloatSumModel
 from tests.local import LocalCluster, local
 from tests.stateless import LocalModels
@@ -696,6 +698,17 @@ async def test_answers_of_one_form_are_not_kept() -> None:
     for i in range(5000):
         template.write(str(i), Answer(None, "", {"y": y}, {}))  # type: ignore[arg-type]
     assert psutil.Process().memory_info().rss - before < 1000 * y.nbytes
+
+
+async def test_sequences_that_have_ended_leave_no_garbage() -> None:
+    """What they hold, a state or a frame's outputs, is free at once."""
+    async with served() as (_, stub):
+        gc.disable()
+        try:
+            await stream(stub, [infer(i, [1, 2], start=at == 0, end=at == 2) for i in range(1, 9) for at in range(3)])
+            await until(lambda: not any(type(each) is Sequence for each in gc.get_objects()))
+        finally:
+            gc.enable()
 
 
 async def test_what_is_refused_says_the_version_that_was_asked_for() -> None:
