@@ -5,6 +5,7 @@ is a Carrier's business. Everything here runs on one event loop.
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +28,8 @@ from serve_app.errors import (
 from serve_app.frame import ABORT, NO_CLOSE
 from serve_app.segment import Outputs, Run, Timing
 from serve_app.spec import ModelSpec, SessionLimits, check_segment
+
+logger = logging.getLogger(__name__)
 
 State = tuple[np.ndarray, ...] | None
 MAX_RETAINED = 16384
@@ -720,7 +723,12 @@ class Session:
 
     def _wake(self) -> None:
         if self.changed is not None:
-            self.changed()
+            try:
+                self.changed()
+            except Exception:  # costs this session only, not the others whose outputs came with these
+                logger.exception("whoever uses session %r cannot go on, it is aborted", self.name)
+                self.changed = None
+                self.abort()
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []

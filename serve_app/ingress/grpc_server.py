@@ -164,13 +164,18 @@ class _Connection(asyncio.Protocol):
             self._flush()
             self.close()
             return
-        for event in self.http.events():
+        events = list(self.http.events())
+        gone = {event.stream_id for event in events if isinstance(event, ngh2.StreamReset)}
+        for stream in gone & self.calls.keys():
+            self.calls[stream].leave()  # what came before that cannot be answered any more
+        for event in events:
             if isinstance(event, ngh2.DataReceived):
                 self._data(event.stream_id, event.data)
                 if event.end_stream and (call := self.calls.get(event.stream_id)):
                     call.end()
             elif isinstance(event, ngh2.RequestReceived):
-                self._request(event)
+                if event.stream_id not in gone:
+                    self._request(event)
             elif isinstance(event, ngh2.TrailersReceived):
                 if call := self.calls.get(event.stream_id):
                     call.end()

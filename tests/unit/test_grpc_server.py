@@ -293,3 +293,24 @@ async def test_calls_that_run_go_on_when_no_more_are_taken() -> None:
             await asyncio.open_connection(*client.writer.get_extra_info("peername"))
         echo.streams[0].answer("a")
         assert await client.status(stream) == ("OK", "")
+
+
+@pytest.mark.parametrize("begins", ["with it", "before"])
+@pytest.mark.parametrize("what", [message("a"), b"\0\0\0\0\1\xff"], ids=["a message", "no message"])
+async def test_who_gives_up_at_once_costs_no_other_call(what: bytes, begins: str) -> None:
+    """All in one read: its messages could be answered to nobody."""
+    async with served() as (_, client, _):
+        other = client.call(STREAM, message("before"), end=False)
+        given_up = client.http.send_request([(b":path", STREAM), *HEADERS])
+        if begins == "before":
+            client.flush()
+            await client.until(lambda: b"before" in client.data.get(other, b""))
+        client.http.send_data(given_up, what)
+        part = client.http.data_to_send()
+        client.http.reset_stream(given_up)
+        client.writer.write(part + client.http.data_to_send())
+        client.http.send_data(other, message("after"))
+        client.http.end_stream(other)
+        client.flush()
+        assert await client.status(other) == ("OK", "")
+        assert b"after" in client.data[other]

@@ -129,6 +129,25 @@ async def test_what_is_not_worth_a_second_frame_waits_for_the_first() -> None:
         assert sum(sent) == 60
 
 
+async def test_a_fault_of_who_uses_a_session_costs_no_other() -> None:
+    def fault() -> None:
+        raise RuntimeError("a fault")
+
+    async with local(SumModel(), config=CONFIG) as (_, hub):
+        faulty, *others = [await hub.open() for _ in range(4)]
+        faulty.changed = fault
+        for _ in range(3):
+            for session in (faulty, *others):
+                if session.end_reason is None:
+                    session.submit(ones(2))
+            for session in others:
+                await session.wait()
+        for session in others:
+            session.close()
+            assert await collect(session) == [1, 2, 3, 4, 5, 6]
+        assert await faulty.closed() == "aborted"
+
+
 async def test_closed_sessions_with_outputs_to_fetch_hold_up_nobody() -> None:
     """Their frames have landed, though the calls that brought them may wait for long."""
     config = dataclasses.replace(
