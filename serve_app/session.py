@@ -727,7 +727,6 @@ class Session:
                 self.changed()
             except Exception:  # costs this session only, not the others whose outputs came with these
                 logger.exception("whoever uses session %r cannot go on, it is aborted", self.name)
-                self.changed = None
                 self.abort()
         if not self._waiting:
             return

@@ -130,7 +130,10 @@ async def test_what_is_not_worth_a_second_frame_waits_for_the_first() -> None:
 
 
 async def test_a_fault_of_who_uses_a_session_costs_no_other() -> None:
+    told: list[str | None] = []
+
     def fault() -> None:
+        told.append(faulty.end_reason)
         raise RuntimeError("a fault")
 
     async with local(SumModel(), config=CONFIG) as (_, hub):
@@ -146,6 +149,7 @@ async def test_a_fault_of_who_uses_a_session_costs_no_other() -> None:
             session.close()
             assert await collect(session) == [1, 2, 3, 4, 5, 6]
         assert await faulty.closed() == "aborted"
+        assert told[-1] == "aborted", "it is told of the end all the same"
 
 
 async def test_closed_sessions_with_outputs_to_fetch_hold_up_nobody() -> None:
