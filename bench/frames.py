@@ -5,7 +5,7 @@
 The model is that of bench.engine_cuda, a 7x1024 LSTM in fp16 with the 8 largest outputs, on a CPU a 2x256 LSTM. Groups
 of sessions each send their next segments, in one frame, when they have the outputs of the last; to the engine itself,
 and over the channel of handles to a replica that has the same settings, from this one process. Both take turns.
-`frames_vs_engine`: timesteps a second there, to those of the engine.
+`frames_vs_engine`: the most timesteps a second there, to the most of the engine, of all sizes of a group.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import click
 import numpy as np
@@ -37,6 +38,14 @@ MODEL = {
     "cpu": {"cell": "lstm", "dtype": "fp32", "input": 128, "hidden": 256, "layers": 2, "output": 256},
 }
 NAME = "lockstep"
+BATCHES = (256, 512, 1024)
+
+
+class Rates(NamedTuple):
+    """Timesteps a second of the engine itself, and over frames."""
+
+    own: float
+    frames: float
 
 
 class Group:
@@ -118,16 +127,39 @@ async def rate(groups: Sequence[Group], seconds: float) -> float:
     return sum(counts) / (time.perf_counter() - began)
 
 
+async def measure(app: str, loop: ClosedLoop, size: tuple[int, int, int], seconds: float, turns: int) -> list[Rates]:
+    """Of an application and an engine that serve groups of that size: sessions, timesteps of a segment, groups."""
+    directory = RayDirectory(app)
+    grant = await directory.open(Ask("bench", "bench.frames", None, {}))
+    found = []
+    async with groups_of(grant.owner, *size) as groups:
+        await rate(groups, seconds)
+        for _ in range(turns):
+            own = size[0] * size[1] / loop.run(seconds).step_s
+            found.append(Rates(own, await rate(groups, seconds)))
+    await directory.close()
+    return found
+
+
 @click.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--batch", default=256, show_default=True, help="Sessions of a group, and of a step.")
+@click.option(
+    "--batch", "batches", multiple=True, default=BATCHES, show_default=True, help="Sessions of a group, and of a step."
+)
 @click.option("--timesteps", default=10, show_default=True, help="Of a segment.")
 @click.option("--groups", default=4, show_default=True)
 @click.option("--seconds", default=3.0, show_default=True, help="Of each turn.")
 @click.option("--turns", default=5, show_default=True)
 @json_option
 def main(
-    *, device: str, batch: int, timesteps: int, groups: int, seconds: float, turns: int, json_file: Path | None
+    *,
+    device: str,
+    batches: Sequence[int],
+    timesteps: int,
+    groups: int,
+    seconds: float,
+    turns: int,
+    json_file: Path | None,
 ) -> None:
     """Measure frames to a replica against its engine."""
     use_replica_env()
@@ -135,38 +167,33 @@ def main(
     torch.set_num_threads(threads := THREADS if device == "cuda" else 1)
     model = {"seed": 0, **MODEL[device]}
     loaded = registry.load(ModelConfig("rnn", model))
-    loop = ClosedLoop(make_engine(loaded, batch, timesteps, groups, device=device), batch, timesteps, groups)
-    config = config_for(batch, timesteps, groups + 1, None, device)
-    args = {
-        "model": {"name": "rnn", **model},
-        "num_gpus": int(device == "cuda"),
-        **{section: asdict(getattr(config, section)) for section in ("session", "frame")},
-        "engine": {**asdict(config.engine), "threads": threads},
-    }
-    results: list[tuple[float, float]] = []
-
-    async def measure() -> None:
-        directory = RayDirectory(NAME)
-        grant = await directory.open(Ask("bench", "bench.frames", None, {}))
-        async with groups_of(grant.owner, batch, timesteps, groups) as senders:
-            await rate(senders, seconds)
-            for _ in range(turns):
-                own = batch * timesteps / loop.run(seconds).step_s
-                results.append((own, await rate(senders, seconds)))
-        await directory.close()
-
+    rates: dict[int, Rates] = {}
     with local_serve():
-        serve.run(app.build(args), name=NAME, route_prefix=None)
-        asyncio.run(measure())
-    click.echo(table(["engine, timesteps/s", "frames, timesteps/s"], results))
-    figures = {
-        "frames_vs_engine": median(there / own for own, there in results),
-        "engine_timesteps_per_s": median(own for own, _ in results),
-        "frames_timesteps_per_s": median(there for _, there in results),
-        "batch": batch,
-        "timesteps": timesteps,
-        "groups": groups,
-    }
+        for batch in batches:
+            engine = make_engine(loaded, batch, timesteps, groups, device=device)
+            loop = ClosedLoop(engine, batch, timesteps, groups)
+            config = config_for(batch, timesteps, groups + 1, None, device)
+            args = {
+                "model": {"name": "rnn", **model},
+                "num_gpus": int(device == "cuda"),
+                **{section: asdict(getattr(config, section)) for section in ("session", "frame")},
+                "engine": {**asdict(config.engine), "threads": threads},
+            }
+            serve.run(app.build(args), name=NAME, route_prefix=None)
+            found = asyncio.run(measure(NAME, loop, (batch, timesteps, groups), seconds, turns))
+            serve.delete(NAME)
+            rates[batch] = Rates(*(median(values) for values in zip(*found, strict=True)))
+            click.echo(f"{batch}: " + ", ".join(f"{frames / own:.2f}" for own, frames in found))
+    rows = [(batch, own, frames, frames / own) for batch, (own, frames) in rates.items()]
+    click.echo(table(["sessions", "engine, timesteps/s", "frames, timesteps/s", "ratio"], rows))
+    best = Rates(*map(max, zip(*rates.values(), strict=True)))
+    figures: dict[str, float] = {"frames_vs_engine": best.frames / best.own, "groups": groups, "timesteps": timesteps}
+    for batch, own, frames, ratio in rows:
+        figures |= {
+            f"engine_timesteps_per_s_b{batch}": own,
+            f"frames_timesteps_per_s_b{batch}": frames,
+            f"frames_vs_engine_b{batch}": ratio,
+        }
     click.echo(f"frames_vs_engine: {figures['frames_vs_engine']:.2f}")
     save(figures, json_file)
 

@@ -182,6 +182,7 @@ class _Messages(asyncio.BufferedProtocol):
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._end = 0
         self._large: tuple[int, memoryview] | None = None  # a message that the buffer does not hold, and its number
+        self._may_be_large = False  # the next, as the last was: then its length comes first, and the rest to its place
         #: There is no connection any more.
         self.lost = asyncio.Event()
         #: Of a message that comes.
@@ -220,14 +221,17 @@ class _Messages(asyncio.BufferedProtocol):
         self.lost.set()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return (self._buffer if self._large is None else self._large[1])[self._end :]
+        if self._large is not None:
+            return self._large[1][self._end :]
+        is_header = self._may_be_large and self._end < HEADER.size
+        return self._buffer[self._end : HEADER.size if is_header else None]
 
     def buffer_updated(self, nbytes: int) -> None:
         self._end += nbytes
         if self._large is not None:
             number, whole = self._large
             if self._end == len(whole):
-                self._large, self._end = None, 0
+                self._large, self._end, self._may_be_large = None, 0, True
                 self.take(number, whole)
             return
         begin = 0
@@ -243,6 +247,7 @@ class _Messages(asyncio.BufferedProtocol):
                     self._to_front(first, self._large[1])
                     return
                 break
+            self._may_be_large = False
             self.take(number, memoryview(bytes(self._buffer[first:end])))
             begin = end
         if begin > 0:
