@@ -4,7 +4,7 @@ The model is that of bench.engine_cuda, a 7x1024 LSTM in fp16 with the 8 largest
 the same inputs and outputs, which computes nothing: what is left is the cost of the calls. Several unmodified
 perf_analyzers send a timestep a message, the next of a sequence when the last is answered, to all ingress replicas at
 their common port. The third is the naive application of bench.naive behind Serve's own proxy, with a model that is much
-smaller and runs on the CPU, and with few sequences: of more it answers none in time.
+smaller and runs on the CPU, and with few sequences of one perf_analyzer: of more it answers none in time.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -91,16 +91,17 @@ def main(
     lstm: dict[str, Any] = {"name": "rnn", "cell": "lstm", "top_k": TOP_K, "seed": 0, **(SMALL if small else LSTM)}
     wire = "float32" if small else "float16"
     noop = {"name": "bench.streams:NoOp", "input_size": lstm["input"], "wire": wire}
-    servers: dict[str, tuple[Start, int, int]] = {
-        name: (partial(lockstep, model, ingresses, senders * sequences, 0 if small else 1), lstm["input"], sequences)
+    start = partial(lockstep, ingresses=ingresses, total=senders * sequences, num_gpus=0 if small else 1)
+    servers: dict[str, tuple[Start, int, int, int]] = {
+        name: (partial(start, model), lstm["input"], senders, sequences)
         for name, model in {"lstm": lstm, "noop": noop}.items()
     }
     if beside:
-        servers["naive"] = naive, NAIVE_MODEL["input"], NAIVE_SEQUENCES // senders
+        servers["naive"] = naive, NAIVE_MODEL["input"], 1, NAIVE_SEQUENCES
     found: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
     for run in range(runs):
-        for name, (start, size, each) in servers.items():
-            found[name].append(measure(start, size, senders, each, seconds))
+        for name, load in servers.items():
+            found[name].append(measure(*load, seconds))
             click.echo(f"{run + 1}/{runs} {name}: " + ", ".join(f"{k} {v:,.1f}" for k, v in found[name][-1].items()))
     figures: dict[str, float] = {}
     rows = []
