@@ -100,6 +100,11 @@ class Naive:
         )
         self._step: Any = batched(self._run)
 
+    async def ready(self) -> None:
+        """Returns when the actor of the states runs."""
+        if self._states is not None:
+            await self._states.get.remote([])
+
     async def __call__(self, session: str, x: np.ndarray) -> np.ndarray:
         """The next segment x [T, INPUT] of a session; a new one starts from zeros."""
         y: np.ndarray = await self._step(session, x)

@@ -29,7 +29,8 @@ class Ingress:
         return pb.ServerMetadataResponse(name="naive", extensions=["statistics"])
 
     async def ModelReady(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
-        """Always: this is deployed after the model."""
+        """Once the model has its states: a request that waits for them would be measured."""
+        await self._naive.ready.remote()
         return pb.ModelReadyResponse(ready=True)
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:

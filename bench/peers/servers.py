@@ -24,7 +24,7 @@ from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.protos import oip_pb2_grpc
 
 MODEL = {"input": 256, "hidden": 256, "layers": 2, "seed": 0}
-START_WITHIN_S = 120
+START_WITHIN_S = 240
 SERVICER = "serve_app.ingress.protos.oip_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"
 STRATEGIES = {
     "oldest": "oldest { max_candidate_sequences: 1024 }",
@@ -188,7 +188,7 @@ def running(command: list[str], environment: dict[str, str], port: int, model: s
 def _ready(port: int, model: str) -> bool:
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         try:
-            answer = _stub(channel).ModelReady(pb.ModelReadyRequest(name=model))
+            answer = _stub(channel).ModelReady(pb.ModelReadyRequest(name=model), timeout=START_WITHIN_S)
         except grpc.RpcError:
             return False
         return bool(answer.ready)
