@@ -4,7 +4,7 @@ The model is that of bench.engine_cuda, a 7x1024 LSTM in fp16 with the 8 largest
 the same inputs and outputs, which computes nothing: what is left is the cost of the calls. Several unmodified
 perf_analyzers send a timestep a message, the next of a sequence when the last is answered, to all ingress replicas at
 their common port. The third is the naive application of bench.naive behind Serve's own proxy, with a model that is much
-smaller and runs on the CPU, and with few sequences of one perf_analyzer: of more it answers none in time.
+smaller and runs on the CPU, and with 64 sequences of one perf_analyzer, as in bench.triton.
 """
 
 from concurrent.futures import ThreadPoolExecutor
