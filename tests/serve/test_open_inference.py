@@ -233,9 +233,10 @@ def run_sequence(
     return lost, told
 
 
-def listening(process: psutil.Process) -> set[int]:
-    """At which ports."""
-    return {found.laddr.port for found in process.net_connections("tcp") if found.status == psutil.CONN_LISTEN}
+def serves_ports(ingress: psutil.Process) -> set[int]:
+    """Those that it listens at for Serve's gRPC."""
+    found = {each.laddr.port for each in ingress.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+    return found & {*SERVES_GRPC_PORTS}
 
 
 def can_be_shared(port: int) -> bool:
@@ -272,9 +273,8 @@ def test_sequences_come_in_through_any_ingress_and_outlive_it(expected: Path, tm
             if process.cmdline()[:1] == ["ray::ServeReplica:lockstep:Ingress"]
         ]
         assert len(ingresses) == 2
-        ports = [[port for port in listening(process) if port in SERVES_GRPC_PORTS] for process in ingresses]
-        assert all(len(some) == 1 for some in ports)
-        assert not any(can_be_shared(port) for some in ports for port in some), (
+        wait_until(lambda: all(map(serves_ports, ingresses)), launcher, tmp_path / "log")
+        assert not any(can_be_shared(port) for each in ingresses for port in serves_ports(each)), (
             "an ingress of another node or cluster would get some of its clients"
         )
         assert {each.result() for each in sequences(12, 1)} == {(0, 0)}
