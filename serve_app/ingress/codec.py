@@ -5,6 +5,7 @@ JSON has neither NaN nor infinity: in what is written both become null. The toke
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -35,7 +36,7 @@ class Message:
     def only(self, *known: str) -> None:
         """Refuse any other key: a misspelt one would silently mean nothing."""
         if unknown := self.values.keys() - set(known):
-            raise InvalidInput(f"key {min(unknown)!r} is not known here: {', '.join(known)}")
+            raise InvalidInput(f"key {min(map(repr, unknown))} is not known here: {', '.join(known)}")
 
     def number(self, key: str) -> int | None:
         """A whole number from 0 on; None without the key."""
@@ -51,7 +52,7 @@ class Message:
         value = self.values.get(key, math.inf)
         if type(value) not in (int, float) or not value >= 0:
             raise InvalidInput(f"{key} is {_describe(value)}, expected seconds from 0 on")
-        return float(value)
+        return float(value) if value <= sys.float_info.max else math.inf
 
     def turn(self) -> Turn:
         """What a new session says for the case that no place is free."""
@@ -60,7 +61,7 @@ class Message:
     def text(self, key: str) -> str | None:
         """A short text; None without the key."""
         value = self.values.get(key)
-        if value is not None and not (isinstance(value, str) and 0 < len(value) <= MAX_NAME):
+        if value is not None and not (isinstance(value, str) and 0 < len(value) <= MAX_NAME and is_unicode(value)):
             raise InvalidInput(f"{key} is {_describe(value)}, expected a text of 1 to {MAX_NAME} characters")
         return value
 
@@ -233,6 +234,8 @@ def _from_lists(value: list[Any], where: str, spec: TensorSpec | None) -> np.nda
             array: np.ndarray = np.array(value, dtype)
     except (OverflowError, FloatingPointError, ValueError) as error:
         raise InvalidInput(f"{where} holds a number that is too large for {dtype or 'any dtype'}: {error}") from error
+    if array.dtype == object:
+        raise InvalidInput(f"{where} holds a number that is too large for any dtype: keep within 64 bits")
     return array
 
 
@@ -256,6 +259,15 @@ def _check_lists(value: list[Any], where: str, allowed: set[type], expected: str
                 f"{where}[{i}] has shape {list(shapes[i])}, {where}[0] has {list(shapes[0])}: make them alike"
             )
     return (len(value), *shapes[0])
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 has it: JSON may escape half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _describe(value: Any) -> str:

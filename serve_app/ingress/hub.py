@@ -156,6 +156,7 @@ class Hub:
         name = session or uuid4().hex
         at, claim = 0, None
         state = None if initial_state is None else tuple(np.asarray(array) for array in initial_state)
+        _check_sendable(name, state)
         if checkpoint is not None:
             if state is not None:
                 raise InvalidInput("an initial_state and a checkpoint were given: a session begins with one of them")
@@ -559,3 +560,14 @@ class Hub:
                 self._past[session.name] = session.end_reason or "unknown"
             if len(self._past) > MAX_REMEMBERED:
                 self._past.popitem(last=False)
+
+
+def _check_sendable(name: str, state: State) -> None:
+    """What cannot be written into a frame would end all sessions that share it. Raises InvalidInput."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"session {name!r} is no text that UTF-8 has: {error}") from error
+    for i, array in enumerate(state or ()):
+        if array.dtype.hasobject:
+            raise InvalidInput(f"initial_state[{i}] holds objects, expected numbers: give it the dtype of the model's")

@@ -1,6 +1,7 @@
 """Messages in both encodings: what is written is read again, and what is malformed is named."""
 
 import json
+import math
 from typing import Any
 
 import msgpack
@@ -127,6 +128,7 @@ def test_undecodable_messages_are_named(encoding: Encoding, data: bytes, message
         ([[1, -1]], TensorSpec((2,), "uint8"), "x holds a number that is too large for uint8"),
         ([[1, 1e39]], PAIR, "x holds a number that is too large for float32"),
         ([[1, 10**400]], PAIR, "x holds a number that is too large for float32"),
+        ([[1, 10**30]], None, "x holds a number that is too large for any dtype"),
         (json.loads("[" * 40 + "]" * 40), PAIR, "nested more than 32 deep"),
         ({"dtype": "float32", "shape": [1]}, PAIR, "key 'data' of x is missing"),
         ({"dtype": "f", "shape": [], "data": b"", "start": 1}, PAIR, "key 'start' is not known here"),
@@ -173,11 +175,13 @@ def test_json_writes_null_for_nan_and_reads_it_where_a_client_can_write_it() -> 
     ("call", "message"),
     [
         (lambda m: m.only("n", "no"), "key 'flag' is not known here: n, no"),
+        (lambda m: Message({b"a": 1, "b": 2}).only("n"), "key 'b' is not known here: n"),
         (lambda m: m.number("flag"), "flag is 1, expected|flag is true, expected a whole number from 0 on"),
         (lambda m: m.number("n"), "n is -1, expected a whole number from 0 on"),
         (lambda m: m.number("text"), "text is ''"),
         (lambda m: m.text("text"), "text is '', expected a text of 1 to 256 characters"),
         (lambda m: m.text("long"), "long is 'aaaa.*…, expected a text"),
+        (lambda m: m.text("half"), r"half is '\\ud800', expected a text"),
         (lambda m: m.flag("n"), "n is -1, expected true or false"),
         (lambda m: m.mapping("n"), "n is -1, expected a map"),
         (lambda m: m.mapping("none"), "key 'none' is missing"),
@@ -187,7 +191,11 @@ def test_json_writes_null_for_nan_and_reads_it_where_a_client_can_write_it() -> 
 )
 def test_malformed_values_are_named(call: Any, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
-        call(Message({"n": -1, "flag": True, "text": "", "long": "a" * 257}))
+        call(Message({"n": -1, "flag": True, "text": "", "long": "a" * 257, "half": "\ud800"}))
+
+
+def test_seconds_that_no_float_holds_are_for_ever() -> None:
+    assert Message({"wait": 10**400}).seconds("wait") == Message({}).seconds("wait") == math.inf
 
 
 def test_outputs_are_cut_to_messages_that_any_client_takes() -> None:

@@ -244,6 +244,19 @@ async def test_a_bad_segment_is_refused_and_nothing_else_notices(bad: str) -> No
         assert await sut.fetch("a", 2, 3) == [[3, 3]]
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('{"session": "\\ud800"}', "session is .*, expected a text"),
+        ('{"initial_state": [[1' + "0" * 30 + "]]}", "too large for any dtype"),
+    ],
+)
+async def test_a_session_that_cannot_be_opened_costs_no_other(body: str, message: str) -> None:
+    async with system() as sut, bystander(sut):
+        headers = {"content-type": "application/json"}
+        await sut.refused(400, "invalid_input", message, "POST", "/v1/sessions", content=body, headers=headers)
+
+
 async def test_a_body_without_end_is_refused_after_as_much_as_could_be_one() -> None:
     sent = 0
 

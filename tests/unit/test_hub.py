@@ -314,6 +314,18 @@ async def test_a_wrong_initial_state_frees_its_place() -> None:
         assert cluster.engines["owner-0"].gauges()["sessions_open"] == 0
 
 
+async def test_what_cannot_be_sent_costs_no_other() -> None:
+    async with local(SumModel(), config=ALONE) as (_, hub):
+        other = await hub.open("other")
+        with pytest.raises(InvalidInput, match="is no text that UTF-8 has"):
+            await hub.open("\ud800")
+        with pytest.raises(InvalidInput, match="holds objects, expected numbers"):
+            await hub.open("a", initial_state=[np.array([[10**30, 0]])])
+        other.submit(ones(2))
+        other.close()
+        assert await collect(other) == [1, 2]
+
+
 async def test_a_dead_owner_ends_its_sessions_and_no_others() -> None:
     async with local(SumModel(), SumModel(), config=ALONE) as (cluster, hub):
         sessions = [await hub.open() for _ in range(4)]
