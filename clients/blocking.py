@@ -29,7 +29,11 @@ class BlockingClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="lockstep-client", daemon=True)
         self._thread.start()
-        self._client = self.run(_call(connect, target))
+        try:
+            self._client = self.run(_call(connect, target))
+        except BaseException:
+            self._end()
+            raise
 
     def open(
         self,
@@ -54,14 +58,19 @@ class BlockingClient:
 
     def stop(self) -> None:
         """Give up whatever is still open, and end the thread."""
-        self.run(self._client.stop())
+        try:
+            self.run(self._client.stop())
+        finally:
+            self._end()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the client's event loop, and wait for it; one that takes too long is cancelled."""
+        return asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, self._timeout_s), self._loop).result()
+
+    def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the client's event loop, and wait for it."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(self._timeout_s)
 
     def __enter__(self) -> "BlockingClient":
         return self

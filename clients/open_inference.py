@@ -62,7 +62,10 @@ class OpenInferenceTransport:
             )
         if turn.max_wait_s < math.inf:
             raise InvalidInput("a session over grpc:// has no max_wait_s: open it over ws:// or by handle")
-        spec = await self._spec(model or await self._only_model())
+        name = model or await self._only_model()
+        spec = await self._spec(name)
+        if spec is None:
+            raise InvalidInput(f"model {name!r} is stateless, it has no sessions: ask it with clients.rows.RowsClient")
         if self._stream is None or self._stream.is_over:
             self._stream = SequenceStream(self._stub.ModelStreamInfer(metadata=self._metadata), self._address)
         opened = Session(session or uuid4().hex, spec, SessionLimits(), self._stream)
@@ -75,7 +78,7 @@ class OpenInferenceTransport:
         index = (await self._call("RepositoryIndex", pb.RepositoryIndexRequest(ready=True))).models
         several = {name for name, versions in Counter(model.name for model in index).items() if versions > 1}
         names = [f"{model.name}@{model.version}" if model.name in several else model.name for model in index]
-        return {name: await self._spec(name) for name in names}
+        return {name: spec for name in names if (spec := await self._spec(name)) is not None}
 
     async def stop(self) -> None:
         """See Transport."""
@@ -89,8 +92,11 @@ class OpenInferenceTransport:
             raise UnknownModel(f"{self._address} serves {', '.join(names) or 'nothing'}: say which model")
         return names[0]
 
-    async def _spec(self, model: str) -> ModelSpec:
+    async def _spec(self, model: str) -> ModelSpec | None:
+        """None: of a stateless model."""
         metadata = await self._call("ModelMetadata", pb.ModelMetadataRequest(name=model))
+        if metadata.platform != "lockstep_recurrent":
+            return None
         config = (await self._call("ModelConfig", pb.ModelConfigRequest(name=model))).config
         (x,) = metadata.inputs
         rate = config.parameters["sample_rate"].string_value if "sample_rate" in config.parameters else ""

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import logging
+from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -32,6 +33,8 @@ RESUME_WITHIN_S = 30.0
 """A session whose connection has broken is kept for so long."""
 HANG_UP_WITHIN_S = 2.0
 """So long it is waited for a client that can resume to hang up when it has been told of the end: then it has all."""
+MAX_EARLY = 16
+"""So many messages are taken in from a client that waits for a place; the next are not read until it has one."""
 MAX_UNREADABLE = 8
 """After so many messages in a row that cannot be decoded, the other side speaks something else."""
 
@@ -43,7 +46,9 @@ class Conversation:
         self.websocket = websocket
         self.encoding = MSGPACK if SUBPROTOCOL in websocket.scope.get("subprotocols", ()) else JSON
         self._sending = asyncio.Lock()
-        self._coming: asyncio.Future[Any] | None = None  # what was listened for before its turn
+        self._coming: deque[asyncio.Future[Any]] = deque()  # what was listened for before its turn
+        #: With which the client has hung up, or its connection broken; None: it is there.
+        self.close_code: int | None = None
 
     async def send(self, kind: str, **values: Any) -> None:
         """Send one message. Raises WebSocketDisconnect."""
@@ -56,10 +61,7 @@ class Conversation:
 
     async def receive(self, max_bytes: int) -> Message:
         """The next message. Raises WebSocketDisconnect, and InvalidInput for one that cannot be decoded."""
-        coming, self._coming = self._coming, None
-        event = await (coming or self.websocket.receive())
-        if event["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect(event.get("code", 1005))
+        event = await (self._coming.popleft() if self._coming else self._read())
         content: str | bytes = event["bytes"] if event.get("text") is None else event["text"]
         if isinstance(content, str) != (self.encoding is JSON):
             raise InvalidInput(
@@ -75,22 +77,46 @@ class Conversation:
 
         Whoever says something meanwhile is there: it is taken up by `receive`.
         """
-        working, coming = asyncio.ensure_future(work), asyncio.ensure_future(self.websocket.receive())
-        self._coming = coming
+        working = asyncio.ensure_future(work)
         try:
-            await asyncio.wait((working, coming), return_when=asyncio.FIRST_COMPLETED)
-            if not working.done() and (event := coming.result())["type"] == "websocket.disconnect":
-                raise WebSocketDisconnect(event.get("code", 1005))
+            while not working.done() and len(self._coming) < MAX_EARLY:
+                coming = self._read_ahead()
+                await asyncio.wait((working, coming), return_when=asyncio.FIRST_COMPLETED)
+                if not working.done():
+                    coming.result()
             return await working
         finally:
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)
 
+    async def catch_up(self) -> None:
+        """Read what has come: Serve cancels what serves a client that hangs up, whether that has been read or not."""
+        with suppress(WebSocketDisconnect):
+            while self.close_code is None:
+                coming = self._read_ahead()
+                await asyncio.sleep(0)
+                if not coming.done():
+                    return
+                coming.result()
+
     async def stop(self) -> None:
         """Listen no more."""
-        if self._coming is not None:
-            self._coming.cancel()
-            await asyncio.gather(self._coming, return_exceptions=True)
+        for coming in self._coming:
+            coming.cancel()
+        await asyncio.gather(*self._coming, return_exceptions=True)
+
+    def _read_ahead(self) -> "asyncio.Future[Any]":
+        """The newest that is listened for before its turn."""
+        if not self._coming or self._coming[-1].done():
+            self._coming.append(asyncio.ensure_future(self._read()))
+        return self._coming[-1]
+
+    async def _read(self) -> Any:
+        event = await self.websocket.receive()
+        if event["type"] == "websocket.disconnect":
+            self.close_code = code = event.get("code", 1005)
+            raise WebSocketDisconnect(code)
+        return event
 
 
 async def converse(websocket: WebSocket, hub: Hub) -> None:
@@ -109,15 +135,14 @@ async def converse(websocket: WebSocket, hub: Hub) -> None:
             return
         left = asyncio.Event()
         session.leave = leave = left.set
-        hung_up = False  # the client has, in order
         try:
             await talk.send("opened", **describe_session(session))
             code = await _first(_listen(talk, session), _speak(talk, session), _wait(left))
-        except WebSocketDisconnect as error:
-            hung_up = error.code == NORMAL
+        except (asyncio.CancelledError, WebSocketDisconnect):
+            await talk.catch_up()
             raise
         finally:
-            if session.stays and not hung_up:
+            if session.stays and talk.close_code != NORMAL:
                 _keep(session, leave)
             elif not left.is_set():  # nobody will ask for the session again
                 _give_up(session, leave)

@@ -14,6 +14,7 @@ from clients.session import Session
 from serve_app.errors import InvalidInput, StepFailed, TooManySessions, Unavailable, UnknownModel
 from tests.fakes import FloatSumModel
 from tests.local import LocalCluster
+from tests.stateless import LocalModels
 from tests.unit.test_oip_grpc import CONFIG, at_port
 
 pytestmark = pytest.mark.asyncio
@@ -141,3 +142,19 @@ async def test_the_end_of_the_server_is_that_of_its_sessions() -> None:
             await reading
         with pytest.raises(Unavailable, match="no answer from grpc://"):
             await client.open()
+
+
+@pytest.mark.parametrize("name", ["MaskedSum", "Words"])
+async def test_stateless_models_are_none_to_open_sessions_of(name: str) -> None:
+    """Of several inputs, and of one."""
+    async with (
+        LocalModels.of(name) as models,
+        at_port(batched=models) as (_, port, _),
+        connect(f"grpc://127.0.0.1:{port}") as client,
+    ):
+        assert set(await client.models()) == {"sum"}
+        async with await client.open() as session:
+            assert session.spec.name == "sum"
+        stateless = models.batcher.spec.name
+        with pytest.raises(InvalidInput, match=f"model '{stateless}' is stateless.*clients.rows.RowsClient"):
+            await client.open(model=stateless)

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
@@ -14,6 +14,8 @@ import msgpack
 import numpy as np
 import pytest
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import ServerConnection, serve
@@ -22,6 +24,7 @@ from websockets.exceptions import ConnectionClosed
 import clients.client
 from clients import websocket as websocket_client
 from clients.websocket import WebSocketCarrier, open_websocket
+from serve_app import lease
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.errors import (
     InvalidInput,
@@ -38,7 +41,7 @@ from serve_app.ingress import websocket as websocket_ingress
 from serve_app.ingress.codec import MSGPACK, read_array
 from serve_app.ingress.http import build_http
 from serve_app.ingress.hub import Hub
-from serve_app.ingress.websocket import SUBPROTOCOL
+from serve_app.ingress.websocket import SUBPROTOCOL, Conversation
 from serve_app.models.interface import RecurrentModel
 from serve_app.session import Session
 from tests.fakes import SumModel
@@ -63,10 +66,10 @@ class System:
 
 
 @asynccontextmanager
-async def serving(hub: Hub) -> AsyncIterator[str]:
+async def serving(hub: Hub, within: Callable[[ASGIApp], ASGIApp] = lambda app: app) -> AsyncIterator[str]:
     """An ingress; yields its address."""
     settings = uvicorn.Config(
-        build_http(hub),
+        within(build_http(hub)),
         port=0,
         log_config=None,
         lifespan="off",
@@ -91,6 +94,28 @@ async def system(*models: RecurrentModel, config: AppConfig = CONFIG) -> AsyncIt
         serving(hub) as address,
     ):
         yield System(address, cluster, hub)
+
+
+def within_serve(app: ASGIApp) -> ASGIApp:
+    """Serve reads ahead, and cancels what serves a client that hangs up as soon as it has read so."""
+
+    async def run(scope: Scope, receive: Receive, send: Send) -> None:
+        events: asyncio.Queue[Any] = asyncio.Queue()
+
+        async def read() -> None:
+            kind = None
+            while kind != "websocket.disconnect":
+                event = await receive()
+                kind = event["type"]
+                await events.put(event)
+
+        tasks = [asyncio.create_task(read()), asyncio.create_task(app(scope, events.get, send))]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    return run
 
 
 class Talk:
@@ -740,6 +765,86 @@ async def test_a_session_that_nobody_comes_back_for_is_given_up(monkeypatch: pyt
             await client.receive("opened")
             client.websocket.transport.abort()
         await gone(sut, "a")
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [("hangs up", "given up"), ("hangs up on a server that is held up", "given up"), ("breaks", "kept")],
+)
+async def test_how_a_client_has_left_is_known_though_serve_cancels_what_serves_it(
+    how: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_up = asyncio.Event()
+    became: asyncio.Queue[str] = asyncio.Queue()
+    send = Conversation.send
+
+    async def send_unless_held_up(self: Conversation, kind: str, **values: Any) -> None:
+        if kind == "pong":
+            held_up.set()
+            await asyncio.Event().wait()
+        await send(self, kind, **values)
+
+    monkeypatch.setattr(Conversation, "send", send_unless_held_up)
+    monkeypatch.setattr(websocket_ingress, "_keep", lambda *_: became.put_nowait("kept"))
+    monkeypatch.setattr(websocket_ingress, "_give_up", lambda *_: became.put_nowait("given up"))
+    async with system() as sut, serving(sut.hub, within_serve) as address:
+        async with talk(dataclasses.replace(sut, address=address), "?session=a&resumable=true") as client:
+            await client.receive("opened")
+            if how == "breaks":
+                client.websocket.transport.abort()
+            elif how != "hangs up":
+                await client.send("ping")
+                await held_up.wait()
+                await client.send("ping")  # which nobody reads before the end
+        assert await became.get() == expected
+
+
+@asynccontextmanager
+async def full() -> AsyncIterator[System]:
+    """Its one place is taken by session `open`."""
+    session = dataclasses.replace(CONFIG.session, max_sessions=1, max_wait_s=600)
+    async with system(config=dataclasses.replace(CONFIG, session=session)) as sut:
+        await sut.hub.open("open")
+        yield sut
+
+
+async def in_line(sut: System, num: int) -> None:
+    """Wait until so many sessions wait for a place."""
+    waiting = None
+    while waiting != num:
+        await asyncio.sleep(0.005)
+        sut.cluster.directory.tick(lease.now())
+        waiting = sut.cluster.directory.statistics()["silero_vad"].waiting
+
+
+async def test_who_has_said_something_and_hangs_up_waits_no_more() -> None:
+    async with full() as sut:
+        async with talk(sut) as client:
+            await in_line(sut, 1)
+            for _ in range(3):
+                await client.send("ping")
+        await in_line(sut, 0)
+
+
+async def test_of_a_client_that_waits_only_so_much_is_taken_in() -> None:
+    events: asyncio.Queue[Any] = asyncio.Queue()
+    events.put_nowait({"type": "websocket.connect"})
+    for n in range(50):
+        events.put_nowait({"type": "websocket.receive", "text": json.dumps({"n": n})})
+
+    async def send(event: Any) -> None:
+        pass
+
+    async def takes_long() -> None:
+        for _ in range(200):
+            await asyncio.sleep(0)
+
+    websocket = WebSocket({"type": "websocket", "headers": []}, events.get, send)
+    await websocket.accept()
+    client = Conversation(websocket)
+    await client.while_there(takes_long())
+    assert events.qsize() == 50 - websocket_ingress.MAX_EARLY
+    assert [(await client.receive(100)).values["n"] for _ in range(50)] == list(range(50))
 
 
 async def test_a_session_without_a_way_back_is_lost_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
