@@ -9,6 +9,7 @@ import asyncio
 import contextvars
 import logging
 import re
+import socket
 import zlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,18 @@ from google.protobuf.message_factory import GetMessageClass
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 * 2**20
+MAX_OUTSTANDING_BYTES = MAX_MESSAGE_BYTES
+"""Of a stream, once unpacked: a few bytes may unpack to many."""
 MAX_STREAMS = 4096
 """Calls of a connection at a time; the client keeps others back."""
 STREAM_WINDOW = 2**20
 CONNECTION_WINDOW = 16 * 2**20
 MAX_UNSENT_BYTES = 4 * 2**20
 """Of replies that a client does not read: no more is taken from that call meanwhile."""
+MAX_DETAILS = 4096
+"""Characters of what is said of an error: headers have a limit too."""
+LOST_AFTER_S = 60
+"""A client whose machine answers nothing is gone then."""
 PREFIX_BYTES = 5
 _TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
 _SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
@@ -41,8 +48,9 @@ _HEADERS = [(b":status", b"200"), (b"content-type", b"application/grpc"), (b"grp
 class Requests(Protocol):
     """The server's side of a call that streams in both directions."""
 
-    #: Messages that were taken, and are not answered.
+    #: Messages that were taken, and are not answered; and the bytes that are kept of them.
     outstanding: int
+    outstanding_bytes: int
 
     def take(self, data: bytes) -> None:
         """The next message of the client. Raises DecodeError where it is none."""
@@ -150,6 +158,11 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are not instances of it
         self.server.connections.add(self)
+        client = transport.get_extra_info("socket")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, LOST_AFTER_S // 3)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, LOST_AFTER_S // 3)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
         self.http.initiate_connection(
             {ngh2.Setting.MAX_CONCURRENT_STREAMS: MAX_STREAMS, ngh2.Setting.INITIAL_WINDOW_SIZE: STREAM_WINDOW}
         )
@@ -237,8 +250,8 @@ class _Connection(asyncio.Protocol):
 
     def _request(self, event: ngh2.RequestReceived) -> None:
         headers = dict(event.headers)
-        kind = headers.get(b"content-type", b"").decode()
-        if headers.get(b":method") != b"POST" or not kind.startswith("application/grpc"):
+        kind = headers.get(b"content-type", b"")
+        if headers.get(b":method") != b"POST" or not kind.startswith(b"application/grpc"):
             self.http.send_response(event.stream_id, [(b":status", b"415")], end_stream=True)
             return
         call = self.calls[event.stream_id] = _Call(self, event.stream_id, headers)
@@ -336,7 +349,7 @@ class _Call:
             return
         status = [(b"grpc-status", str(code.value[0]).encode())]
         if details:
-            status.append((b"grpc-message", quote(details, safe=" !\"#$&'()*+,/:;<=>?@[]^`{|}").encode()))
+            status.append((b"grpc-message", quote(details[:MAX_DETAILS], safe=" !\"#$&'()*+,/:;<=>?@[]^`{|}").encode()))
         status += [(name.encode(), value.encode()) for name, value in trailing]
         if self._has_begun:
             self._http.send_trailers(self._stream, status)
@@ -368,6 +381,7 @@ class _Call:
             return True
         return (
             self._requests.outstanding < self._connection.server.max_outstanding
+            and self._requests.outstanding_bytes <= MAX_OUTSTANDING_BYTES
             and self._http.queued_body_size(self._stream) < MAX_UNSENT_BYTES
         )
 

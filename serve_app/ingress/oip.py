@@ -20,11 +20,12 @@ import numpy as np
 from serve_app.errors import InvalidInput, LockstepError, Unavailable
 from serve_app.ingress.batched import BatchedModels, NoModels
 from serve_app.ingress.catalog import Catalog, Spec
+from serve_app.ingress.codec import MAX_NAME, is_unicode
 from serve_app.ingress.hub import Hub
 from serve_app.ingress.model_control import WATCH_S, Marks, ModelControl
 from serve_app.ingress.peers import Peers
 from serve_app.ingress.sequences import Forwarded, LetGo, Request, Result, SequenceId, Space
-from serve_app.ingress.shared_memory import SharedMemory
+from serve_app.ingress.shared_memory import Part, SharedMemory
 from serve_app.rows import BatchedSpec, RowsRequest, RowsResult, check_rows
 from serve_app.spec import ModelSpec, TensorSpec, split_name
 
@@ -56,10 +57,13 @@ LITTLE_ENDIAN = sys.byteorder == "little"
 FRESH_S = 0.2
 """What was seen of the models not longer ago is as they are."""
 MAX_DIMS = 32
+MIN_NAMED = 64
+"""Clients with a name that are remembered, though they use nothing; of more it is looked who does."""
 MAX_FORMS = 256
 """Requests have others where sequences start and end, and for each number of timesteps."""
 Parameter = bool | int | str | float
 Parameters = Mapping[str, Parameter]
+NOWHERE: Mapping[str, Part] = {}
 
 
 class Input(NamedTuple):
@@ -83,6 +87,16 @@ class Call(NamedTuple):
     #: The client asked to be told with each response whether it is the last.
     tells_final: bool
     began_ns: int
+    #: Where outputs go that are not to be in the answer.
+    places: Mapping[str, Part] = NOWHERE
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its inputs."""
+        request = self.request
+        if isinstance(request, RowsRequest):
+            return sum(x.nbytes for x in request.inputs.values())
+        return request.x.nbytes
 
 
 @dataclass(slots=True)
@@ -137,6 +151,7 @@ class InferenceServer:
         self._catalog = Catalog(hub, self._batched, self._control)
         self._shared = Space(hub, "", None, self.peers)
         self._named: dict[str, Space] = {}
+        self._max_named = MIN_NAMED
         self._statistics: dict[str, Statistics] = {}
 
     # Health and description.
@@ -235,10 +250,13 @@ class InferenceServer:
         """The sequences of a client who has a name, or those that all others share."""
         if client is None:
             return self._shared
-        for name, space in list(self._named.items()):
-            if not len(space):
-                del self._named[name]
-        return self._named.setdefault(client, Space(self._hub, f"client {client}", client, self.peers))
+        found = self._named.get(client)
+        if found is None:
+            if len(self._named) >= self._max_named:
+                self._named = {name: space for name, space in self._named.items() if space.is_in_use}
+                self._max_named = max(MIN_NAMED, 2 * len(self._named))
+            found = self._named[client] = Space(self._hub, f"client {client}", client, self.peers)
+        return found
 
     def own_space(self) -> Space:
         """Sequences that nobody else can name."""
@@ -251,9 +269,28 @@ class InferenceServer:
         identity: str,
         parameters: Parameters,
         inputs: Sequence[Input],
+        outputs: Mapping[str, Mapping[str, Any]],
+    ) -> Call:
+        """What a request asks for. Raises InvalidInput, and UnknownModel or Unavailable: `refresh`, and read again.
+
+        outputs: the parameters of those that it names; of none, all are meant.
+        """
+        call = self._read(model, version, identity, parameters, inputs, [*outputs])
+        parts = {name: self.memory.part(of) for name, of in outputs.items() if of}
+        if places := {name: part for name, part in parts.items() if part is not None}:
+            _check_room(call, places)
+            return call._replace(places=places)
+        return call
+
+    def _read(
+        self,
+        model: str,
+        version: str,
+        identity: str,
+        parameters: Parameters,
+        inputs: Sequence[Input],
         outputs: Sequence[str],
     ) -> Call:
-        """What a request asks for. Raises InvalidInput, and UnknownModel or Unavailable: `refresh`, and read again."""
         began_ns = time.monotonic_ns()
         spec, unloaded = self._catalog.get(model, version), self._catalog.unloaded
         for name in outputs:
@@ -364,8 +401,8 @@ class InferenceServer:
             )
         return Answer(call, version, outputs, parameters)
 
-    async def infer(self, call: Call, space: Space) -> Answer:
-        """Run one call. Raises what it fails with."""
+    async def infer(self, call: Call, client: str | None) -> Answer:
+        """Run one call of a client. Raises what it fails with."""
         if isinstance(call.request, RowsRequest):
             answer = self.answer(call, await self.run(call))
             if isinstance(answer, LockstepError):
@@ -374,6 +411,7 @@ class InferenceServer:
         if call.request.notice:
             raise InvalidInput("sequence_notice is set, and this call has one answer: leave it out, or use a stream")
         result: Result | LockstepError
+        space = self.space(client)
         try:
             result = await space.run(call.request)
         except LockstepError as error:
@@ -470,9 +508,10 @@ class Statistics:
 
 def client_name(headers: Mapping[str, str]) -> str | None:
     """Who sends, as headers or metadata say; None: nobody in particular."""
-    if name := headers.get("lockstep-client"):
+    name = headers.get("lockstep-client")
+    if name and len(name) <= MAX_NAME:
         return name
-    token = headers.get("authorization")
+    token = name or headers.get("authorization")
     return hashlib.sha256(token.encode()).hexdigest() if token else None
 
 
@@ -523,29 +562,45 @@ def _rows(parameters: Parameters, tensors: Sequence[Input], spec: BatchedSpec) -
 
 def _priority_and_timeout(parameters: Parameters) -> tuple[int, float]:
     """What a request says of them, 0 where it says nothing; the timeout in seconds."""
-    priority, timeout = parameters.get("priority", 0), parameters.get("timeout", 0)
-    if type(priority) is not int or type(timeout) is not int or priority < 0 or timeout < 0:
-        raise InvalidInput(
-            f"priority is {priority!r} and timeout {timeout!r}, expected whole numbers from 0 on, timeout in "
-            "microseconds"
-        )
-    return priority, timeout / 1e6
+    priority, timeout = _whole(parameters, "priority"), _whole(parameters, "timeout")
+    return priority, timeout / 1e6  # it is in microseconds
 
 
 def _sequence_id(parameters: Parameters, model: str) -> SequenceId:
     sequence = parameters.get("sequence_id", 0)
-    if isinstance(sequence, bool | float):
-        raise InvalidInput(f"sequence_id is {sequence!r}, expected an integer or a string")
+    if type(sequence) is int and -(2**63) <= sequence < 2**64:
+        if sequence:
+            return sequence
+    elif not (isinstance(sequence, str) and len(sequence) <= MAX_NAME and is_unicode(sequence)):
+        raise InvalidInput(
+            f"sequence_id is {sequence!r:.80}, expected an integer of 64 bits, or a string of at most {MAX_NAME} "
+            "characters"
+        )
     if not sequence:
         raise InvalidInput(f"inference request to model '{model}' must specify a non-zero or non-empty correlation ID")
     return sequence
 
 
 def _timestep(parameters: Parameters) -> int | None:
-    timestep = parameters.get("sequence_timestep")
-    if timestep is not None and (type(timestep) is not int or timestep < 0):
-        raise InvalidInput(f"sequence_timestep is {timestep!r}, expected a whole number from 0 on")
-    return timestep
+    name = "sequence_timestep"
+    return _whole(parameters, name) if name in parameters else None
+
+
+def _whole(parameters: Parameters, name: str) -> int:
+    value = parameters.get(name, 0)
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise InvalidInput(f"{name} is {value!r:.80}, expected a whole number from 0 to 2**63 - 1")
+    return value
+
+
+def _check_room(call: Call, places: Mapping[str, Part]) -> None:
+    """Raise InvalidInput where an output will not fit into its place, as far as that is known before it is there."""
+    request, spec = call.request, call.spec
+    inputs = [*request.inputs.values()] if isinstance(request, RowsRequest) else [request.x]
+    for name, part in places.items():
+        output = spec.outputs[name]
+        if output.dtype != "object" and min(output.shape, default=0) >= 0:
+            part.check_room(name, len(inputs[0]) * output.nbytes)
 
 
 def _flag(parameters: Parameters, name: str) -> bool:
@@ -564,24 +619,33 @@ def read_tensor(tensor: Input, where: str) -> np.ndarray:
     if len(shape) > MAX_DIMS or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
         raise InvalidInput(f"{where} has the shape {shape[:MAX_DIMS]}, expected whole numbers from 0 on")
     count = math.prod(shape)
-    if tensor.datatype == "BYTES":
-        return _read_bytes(tensor, where, count).reshape(shape)
+    values = _read_bytes(tensor, where, count) if tensor.datatype == "BYTES" else _read_numbers(tensor, where, count)
+    try:
+        return values.reshape(shape)
+    except ValueError as error:  # no values, but axes of billions
+        raise InvalidInput(f"{where} has the shape {shape}: {error}") from error
+
+
+def _read_numbers(tensor: Input, where: str, count: int) -> np.ndarray:
+    """Numbers, or truth values, [count]. Raises InvalidInput."""
+    dtype = DTYPES[tensor.datatype]
     if isinstance(tensor.data, bytes | memoryview):
         if len(tensor.data) != count * dtype.itemsize:
             raise InvalidInput(
                 f"unexpected total byte size {len(tensor.data)} for {where}, expecting {count * dtype.itemsize}"
             )
         array: np.ndarray = np.frombuffer(tensor.data, dtype)
-        if tensor.datatype == "BOOL":
-            array = array.view(np.uint8) != 0
-    else:
-        try:
-            array = np.array(tensor.data, dtype).reshape(-1)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise InvalidInput(f"{where} holds what is no {tensor.datatype}: {error}") from error
-        if len(array) != count:
-            raise InvalidInput(f"{where} has {len(array)} elements, its shape {shape} takes {count}")
-    return array.reshape(shape)
+        return array.view(np.uint8) != 0 if tensor.datatype == "BOOL" else array
+    kinds: dict[str, set[type]] = {"f": {int, float}, "b": {bool}}
+    if unknown := {*map(type, tensor.data)} - kinds.get(dtype.kind, {int}):
+        raise InvalidInput(f"{where} holds what is no {tensor.datatype}: {', '.join(sorted(map(str, unknown)))}")
+    try:
+        array = np.array(tensor.data, dtype)
+    except OverflowError as error:
+        raise InvalidInput(f"{where} holds what is no {tensor.datatype}: {error}") from error
+    if len(array) != count:
+        raise InvalidInput(f"{where} has {len(array)} elements, its shape {list(tensor.shape)} takes {count}")
+    return array
 
 
 def _read_bytes(tensor: Input, where: str, count: int) -> np.ndarray:
@@ -597,7 +661,7 @@ def _read_bytes(tensor: Input, where: str, count: int) -> np.ndarray:
             values.append(data[begin:at])
     else:
         for value in data:
-            if not isinstance(value, str | bytes):
+            if not isinstance(value, bytes) and not (isinstance(value, str) and is_unicode(value)):
                 raise InvalidInput(f"{where} holds what is no BYTES: {value!r:.80}, expected a text")
             values.append(value.encode() if isinstance(value, str) else value)
     if len(values) != count:

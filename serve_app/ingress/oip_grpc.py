@@ -13,7 +13,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownModel, WindowFull
-from serve_app.ingress.grpc_server import GrpcServer, methods
+from serve_app.ingress.grpc_server import MAX_OUTSTANDING_BYTES, GrpcServer, methods
 from serve_app.ingress.oip import (
     DATATYPE_OF,
     Answer,
@@ -27,7 +27,6 @@ from serve_app.ingress.oip import (
 )
 from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.sequences import Request, Result
-from serve_app.ingress.shared_memory import write
 from serve_app.rows import RowsRequest, RowsResult
 from serve_app.spec import split_name
 
@@ -225,10 +224,9 @@ class InferenceService:
         """Run one request."""
         with told(grpc_context):
             call = await know_and_read(self.inference, request)
-            space = self.inference.space(client_name(dict(grpc_context.invocation_metadata())))
-            answer = await self.inference.infer(call, space)
+            answer = await self.inference.infer(call, client_name(dict(grpc_context.invocation_metadata())))
             response = pb.ModelInferResponse()
-            write_response(self.inference, request, answer, response)
+            write_response(request, answer, response)
             return response
         return pb.ModelInferResponse()
 
@@ -283,9 +281,12 @@ class RequestStream:
         self._client = client
         self._send = send
         self._space = inference.own_space() if client is None else inference.space(client)
+        self._space.join(self)
         self._split = Splitter()
         #: Requests that were taken, and whose replies are not out.
         self.outstanding = 0
+        #: Their inputs.
+        self.outstanding_bytes = 0
         self._held: deque[pb.ModelInferRequest] = deque()  # until the first of them can go on
         self._running: set[asyncio.Task[None]] = set()
         self._changed: asyncio.Event | None = None
@@ -309,6 +310,7 @@ class RequestStream:
         self.outstanding += 1
         if self._held or not self._take(request, key):
             self._held.append(request)
+            self.outstanding_bytes += request.ByteSize()
             if len(self._held) == 1:
                 self._start(self._go_on())
 
@@ -319,9 +321,9 @@ class RequestStream:
             self._changed.set()
 
     async def until(self, outstanding: int) -> None:
-        """Wait until no more than so many are outstanding."""
+        """Wait until no more than so many are outstanding, nor more than MAX_OUTSTANDING_BYTES."""
         self._changed = asyncio.Event()
-        while self.outstanding > outstanding:
+        while self.outstanding > outstanding or self.outstanding_bytes > MAX_OUTSTANDING_BYTES:
             self._changed.clear()
             await self._changed.wait()
 
@@ -345,18 +347,22 @@ class RequestStream:
             return False
         except LockstepError as error:
             self._reply_error(request, error)
-            return True
+        except Exception:  # costs this request only, not the others of the stream
+            logger.exception("a request to model %s failed", request.model_name)
+            self._reply_error(request, LockstepError("an unexpected error: the server's log has it"))
+        return True
 
     def _ask(self, request: Asked, call: Call) -> bool:
         """Run what was read; False without room."""
         if isinstance(call.request, RowsRequest):
             self._start(self._run(request, call))
-            return True
-        try:
-            notice = partial(self._notice, call) if call.request.notice else None
-            self._space.ask(call.request, partial(self._reply, request, call), self, notice)
-        except WindowFull:
-            return False
+        else:
+            try:
+                notice = partial(self._notice, call) if call.request.notice else None
+                self._space.ask(call.request, partial(self._reply, request, call), self, notice)
+            except WindowFull:
+                return False
+        self.outstanding_bytes += call.nbytes  # the reply, which may have come, takes that off
         return True
 
     async def _go_on(self) -> None:
@@ -373,7 +379,7 @@ class RequestStream:
             except Exception:
                 logger.exception("a request to model %s failed", request.model_name)
                 self._reply_error(request, LockstepError("an unexpected error: the server's log has it"))
-            self._held.popleft()
+            self.outstanding_bytes -= self._held.popleft().ByteSize()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         # In a context of its own: what is opened on the way must not hang on this call.
@@ -391,6 +397,7 @@ class RequestStream:
         self._reply(request, call, result)
 
     def _reply(self, request: Asked, call: Call, result: Result | RowsResult | LockstepError) -> None:
+        self.outstanding_bytes -= call.nbytes
         answer = self._inference.answer(call, result)
         try:
             if not isinstance(answer, LockstepError):
@@ -405,7 +412,7 @@ class RequestStream:
         if template is not None and template.version == answer.version:
             return template.write(request.id, answer)
         response = pb.ModelInferResponse()
-        write_response(self._inference, request, answer, response)
+        write_response(request, answer, response)
         if isinstance(request, Head):
             request.form.template = Template(response)
         message: bytes = pb.ModelStreamInferResponse(infer_response=response).SerializeToString()
@@ -559,7 +566,7 @@ def read_request(inference: InferenceServer, request: pb.ModelInferRequest) -> C
     """What a message asks for. Raises as InferenceServer.read does."""
     parameters = _parameters(request.parameters)
     inputs = _inputs(inference, request)
-    outputs = [output.name for output in request.outputs]
+    outputs = {output.name: _parameters(output.parameters) for output in request.outputs}
     return inference.read(request.model_name, request.model_version, request.id, parameters, inputs, outputs)
 
 
@@ -572,19 +579,19 @@ async def know_and_read(inference: InferenceServer, request: pb.ModelInferReques
     return read_request(inference, request)
 
 
-def write_response(inference: InferenceServer, request: Asked, answer: Answer, response: pb.ModelInferResponse) -> None:
+def write_response(request: Asked, answer: Answer, response: pb.ModelInferResponse) -> None:
     """Fill in the answer. Outputs go where the request says: into the message, or into shared memory."""
     response.model_name, response.model_version, response.id = request.model_name, answer.version, request.id
-    regions = {output.name: output.parameters for output in request.outputs if output.parameters}
+    said = {output.name: output.parameters for output in request.outputs}
     for name, value in answer.outputs.items():
         tensor = response.outputs.add(name=name, datatype=DATATYPE_OF[value.dtype], shape=value.shape)
         data = write_tensor(value)
-        part = _part(inference, regions[name]) if name in regions else None
+        part = answer.call.places.get(name)
         if part is None:
             response.raw_output_contents.append(data)
         else:
-            write(part, name, data)
-            parameters = dict(regions[name]) | {"shared_memory_byte_size": pb.InferParameter(int64_param=len(data))}
+            part.write(name, data)
+            parameters = dict(said[name]) | {"shared_memory_byte_size": pb.InferParameter(int64_param=len(data))}
             for each, parameter in parameters.items():
                 tensor.parameters[each].CopyFrom(parameter)
     for name, parameter in answer.parameters.items():
@@ -639,11 +646,14 @@ def _inputs(inference: InferenceServer, request: pb.ModelInferRequest) -> list[I
     inputs: list[Input] = []
     num_raw = 0
     for tensor in request.inputs:
-        data: Any = _part(inference, tensor.parameters) if tensor.parameters else None
-        if data is None and request.raw_input_contents:
+        part = inference.memory.part(_parameters(tensor.parameters)) if tensor.parameters else None
+        data: Any
+        if part is not None:
+            data = part.read()
+        elif request.raw_input_contents:
             num_raw += 1
             data = next(raw, None)
-        elif data is None:
+        else:
             contents = CONTENTS.get(tensor.datatype)
             if contents is None:
                 raise InvalidInput(
@@ -658,10 +668,6 @@ def _inputs(inference: InferenceServer, request: pb.ModelInferRequest) -> list[I
             f"'{request.model_name}'"
         )
     return inputs
-
-
-def _part(inference: InferenceServer, parameters: Mapping[str, pb.InferParameter]) -> memoryview | None:
-    return inference.memory.part(_parameters(parameters))
 
 
 def _filled(message: M, values: dict[str, Any]) -> M:

@@ -1,5 +1,6 @@
 """The Open Inference Protocol over HTTP: JSON, with tensors as bytes behind it where the client says so."""
 
+import asyncio
 import gzip
 import json
 import logging
@@ -16,7 +17,6 @@ from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownMo
 from serve_app.ingress.oip import DATATYPE_OF, Answer, Call, InferenceServer, Input, client_name, write_tensor
 from serve_app.ingress.presence import while_there
 from serve_app.ingress.sequences import Request as SequenceRequest
-from serve_app.ingress.shared_memory import write
 from serve_app.spec import split_name
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 JSON_LENGTH = "Inference-Header-Content-Length"
 MAX_BODY = 256 * 2**20
 """Bytes of a request, unpacked."""
+MAX_JSON = 16 * 2**20
+"""Of that, what is JSON: nothing else runs while it is read."""
+MAX_DIGITS = 20
 
 
 class Route(APIRoute):
@@ -113,10 +116,10 @@ async def infer(request: Request, model: str, version: str = "") -> Response:
     inference = _inference(request)
     head, tail = await _read_body(request)
     call, wanted = await _read_request(inference, model, version, head, tail)
-    answering = inference.infer(call, inference.space(client_name(request.headers)))
+    answering = inference.infer(call, client_name(request.headers))
     waits = isinstance(call.request, SequenceRequest) and call.request.start
     answer = await (while_there(request, answering) if waits else answering)
-    return _write_response(request, inference, answer, wanted, _mapping(head, "parameters"))
+    return _write_response(request, answer, wanted, _mapping(head, "parameters"))
 
 
 @router.post("/repository/index")
@@ -225,10 +228,15 @@ async def _read_body(request: Request) -> tuple[dict[str, Any], memoryview]:
         size += len(part)
         if size > MAX_BODY:
             raise HTTPException(413, f"the body is longer than {MAX_BODY} bytes: send it in parts")
-    body = _unpacked(b"".join(parts), request.headers.get("content-encoding", ""))
+    body = b"".join(parts)
+    if encoding := request.headers.get("content-encoding", ""):
+        body = await asyncio.to_thread(_unpacked, body, encoding)
     length = request.headers.get(JSON_LENGTH, str(len(body)))
-    if not length.isdecimal() or int(length) > len(body):
-        raise InvalidInput(f"{JSON_LENGTH} is {length}, the body has {len(body)} bytes")
+    if not length.isdecimal() or len(length) > MAX_DIGITS or int(length) > len(body):
+        raise InvalidInput(f"{JSON_LENGTH} is {length:.80}, the body has {len(body)} bytes")
+    if int(length) > MAX_JSON:
+        text = f"the JSON has {length} bytes, the limit is {MAX_JSON}: send tensors as bytes behind it, or in parts"
+        raise HTTPException(413, text)
     view = memoryview(body)
     try:
         head = json.loads(bytes(view[: int(length)]) or b"{}")
@@ -240,7 +248,7 @@ async def _read_body(request: Request) -> tuple[dict[str, Any], memoryview]:
 
 
 def _unpacked(body: bytes, encoding: str) -> bytes:
-    if encoding in ("", "identity"):
+    if encoding == "identity":
         return body
     if encoding not in ("gzip", "deflate"):
         raise HTTPException(415, f"Content-Encoding is {encoding!r}, expected gzip or deflate")
@@ -266,7 +274,7 @@ async def _read_request(
         data: Any
         part = inference.memory.part(of_tensor)
         if part is not None:
-            data = part
+            data = part.read()
         elif size is not None:
             if type(size) is not int or not 0 <= size <= len(tail) - at:
                 raise InvalidInput(f"binary_data_size is {size!r}, {len(tail) - at} bytes are left behind the JSON")
@@ -283,7 +291,7 @@ async def _read_request(
     identity = head.get("id", "")
     if not isinstance(identity, str):
         raise InvalidInput(f"id is {identity!r}, expected a text")
-    arguments = model, version, identity, parameters, inputs, list(outputs)
+    arguments = model, version, identity, parameters, inputs, outputs
     try:
         return inference.read(*arguments), outputs
     except (UnknownModel, Unavailable):
@@ -293,7 +301,6 @@ async def _read_request(
 
 def _write_response(
     request: Request,
-    inference: InferenceServer,
     answer: Answer,
     wanted: dict[str, dict[str, Any]],
     parameters: dict[str, Any],
@@ -306,10 +313,10 @@ def _write_response(
             "name": name, "datatype": DATATYPE_OF[value.dtype], "shape": list(value.shape),
         }  # fmt: skip
         of_output = wanted.get(name, {})
-        part = inference.memory.part(of_output)
+        part = answer.call.places.get(name)
         data = write_tensor(value)
         if part is not None:
-            write(part, name, data)
+            part.write(name, data)
             tensor["parameters"] = {**of_output, "shared_memory_byte_size": len(data)}
         elif of_output.get("binary_data", all_binary) is True:
             tensor["parameters"] = {"binary_data_size": len(data)}

@@ -129,6 +129,11 @@ class Space:
         self._peers = peers
         self._sequences: dict[tuple[str, SequenceId], Sequence] = {}
         self._forwarding: set[asyncio.Task[None]] = set()
+        self._streams: set[object] = set()
+
+    def join(self, stream: object) -> None:
+        """A stream begins, whose requests are asked here."""
+        self._streams.add(stream)
 
     def ask(self, request: Request, reply: Reply, stream: object = None, notice: Notice | None = None) -> None:
         """Run a request; `reply` gets its outputs, or the error. Raises WindowFull: ask again after `room`.
@@ -177,6 +182,7 @@ class Space:
 
     def leave(self, stream: object) -> None:
         """The stream is over: its sequences can be gone on with by others of the space, unless they wait to begin."""
+        self._streams.discard(stream)
         for sequence in self._sequences.values():
             if sequence.stream is stream:
                 sequence.stream = sequence.notice = None
@@ -223,8 +229,10 @@ class Space:
         await sequence.make_way()
         return sequence.left(UNKNOWN) or NOT_HERE
 
-    def __len__(self) -> int:
-        return len(self._sequences) + len(self._forwarding)
+    @property
+    def is_in_use(self) -> bool:
+        """Whether there are sequences, requests on their way, or streams that may bring some."""
+        return bool(self._sequences or self._forwarding or self._streams)
 
     def _refusal(self, request: Request, sequence: "Sequence", stream: object) -> LockstepError | None:
         """Why a request cannot be taken for the sequence that there is."""

@@ -58,7 +58,7 @@ class Echo:
 
 class EchoStream:
     def __init__(self, echo: Echo, send: Callable[[bytes], None]) -> None:
-        self.outstanding = 0
+        self.outstanding = self.outstanding_bytes = 0
         self.taken: list[str] = []
         self.has_left = False
         self._echo, self._send = echo, send
@@ -230,6 +230,48 @@ async def test_no_more_is_taken_from_a_stream_than_may_be_outstanding() -> None:
         assert await client.status(stream) == ("OK", "")
         assert requests.taken == [str(i) for i in range(30)]
         assert requests.has_left
+
+
+async def test_no_more_is_taken_from_a_stream_than_some_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_server, "MAX_OUTSTANDING_BYTES", 100)
+    async with served() as (echo, client, _):
+        echo.waits = True
+        stream = client.call(STREAM, message("0"), end=False)
+        assert await client.status(client.call(INFER, message())) == ("OK", "")
+        (requests,) = echo.streams
+        requests.outstanding_bytes = 101
+        client.http.send_data(stream, message("1"))
+        client.http.end_stream(stream)
+        assert await client.status(client.call(INFER, message())) == ("OK", "")
+        assert requests.taken == ["0"]
+        requests.outstanding_bytes = 100
+        requests.answer("0")
+        assert await client.status(client.call(INFER, message())) == ("OK", "")
+        assert requests.taken == ["0", "1"]
+        requests.answer("1")
+        assert await client.status(stream) == ("OK", "")
+
+
+async def test_what_is_said_of_an_error_fits_into_headers() -> None:
+    async with served() as (_, client, _):
+        code, text = await client.status(client.call(b"/" + b"%" * 30_000, message()))
+        assert (code, text[:30]) == ("UNIMPLEMENTED", "there is no method /%25%25%25%")
+
+
+async def test_headers_of_any_bytes_cost_no_other_call() -> None:
+    async with served() as (echo, client, _):
+        echo.waits = True
+        stream = client.call(STREAM, message("0"), end=False)
+        other = client.http.send_request(
+            [*HEADERS[:3], (b":path", INFER), (b"content-type", b"text/\xff"), (b"other", b"\xff")]
+        )
+        client.flush()
+        await client.until(lambda: other in client.headers)
+        assert client.headers[other][b":status"] == b"415"
+        echo.streams[0].answer("0")
+        client.http.end_stream(stream)
+        client.flush()
+        assert await client.status(stream) == ("OK", "")
 
 
 async def test_a_client_that_reads_nothing_holds_up_itself_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import gc
+import os
 import random
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig
+from serve_app.ingress import grpc_server, oip, oip_grpc
 from serve_app.ingress.batched import BatchedModels
 from serve_app.ingress.model_control import Marks
 from serve_app.ingress.oip import Answer, InferenceServer
@@ -240,6 +242,9 @@ async def until(holds: Any, within_s: float = 5.0) -> None:
             await asyncio.sleep(0.01)
 
 
+AXES: dict[str, Any] = {"tensor": {"shape": [0, 2**31 - 1, 2**31 - 1]}, "raw_input_contents": [b""]}
+
+
 async def test_errors_in_a_stream_name_their_request_and_harm_no_other() -> None:
     async with served() as (_, stub):
         responses = await stream(
@@ -250,6 +255,7 @@ async def test_errors_in_a_stream_name_their_request_and_harm_no_other() -> None
                 infer(2, [1], identity="no start"),
                 infer(None, [1], identity="no id"),
                 infer(1, [1], identity="model", model_name="other"),
+                infer(1, [], identity="axes", **AXES),
                 infer(1, [1], identity="also good"),
             ],
         )
@@ -259,6 +265,7 @@ async def test_errors_in_a_stream_name_their_request_and_harm_no_other() -> None
         assert found["no id"].endswith("must specify a non-zero or non-empty correlation ID")
         assert "'other' is not found" in found["model"]
         assert "data-type is 'INT32', but model 'sum' expects 'FP32'" in found["wrong type"]
+        assert "has the shape [0, 2147483647, 2147483647]" in found["axes"]
 
 
 BAD = {
@@ -266,6 +273,7 @@ BAD = {
     "oversized": ({"raw_input_contents": [b"12345678"]}, "unexpected total byte size 8 for input 'x', expecting 4"),
     "overflow": ({"tensor": {"shape": [2**31, 2**31]}}, "expected whole numbers from 0 on"),
     "huge": ({"tensor": {"shape": [2**31 - 1, 2**31 - 1, 4]}}, "unexpected total byte size 4"),
+    "axes": (AXES, "has the shape [0, 2147483647, 2147483647]"),
     "negative": ({"tensor": {"shape": [-1, 1]}}, "expected whole numbers from 0 on"),
     "features": ({"tensor": {"shape": [1, 1, 1, 1]}}, "Expected [-1,1], got [1,1,1,1]"),
     "scalar": ({"tensor": {"shape": []}}, "Expected [-1,1], got []"),
@@ -294,7 +302,7 @@ async def test_parameters_of_the_wrong_kind() -> None:
         request.parameters["sequence_id"].bool_param = True
         assert await refused(stub.ModelInfer(request)) == (
             "INVALID_ARGUMENT",
-            "sequence_id is True, expected an integer or a string",
+            "sequence_id is True, expected an integer of 64 bits, or a string of at most 256 characters",
         )
         request = infer(1, [1], start=True)
         request.parameters["sequence_end"].int64_param = 1
@@ -338,6 +346,68 @@ async def test_a_sequence_on_two_streams_at_once() -> None:
         await first.done_writing()
         assert await first.read() == grpc.aio.EOF
         assert totals((await stream(stub, [infer(1, [1])], metadata=named))[0].infer_response) == [2]
+
+
+async def test_streams_of_a_client_share_its_sequences_though_it_had_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oip, "MIN_NAMED", 1)
+    async with served() as (_, stub):
+        streams = [stub.ModelStreamInfer(metadata=[("lockstep-client", "me")]) for _ in range(2)]
+        for each in streams:
+            await each.write(infer(1, [1]))
+            assert "START flag" in (await each.read()).error_message
+            for i in range(3):
+                other = [("lockstep-client", str(i))]
+                assert totals(await stub.ModelInfer(infer(1, [1], start=True, end=True), metadata=other)) == [1]
+        await streams[0].write(infer(5, [1], start=True))
+        assert totals((await streams[0].read()).infer_response) == [1]
+        for start in (True, False):
+            await streams[1].write(infer(5, [1], start=start))
+            assert "in use on another stream" in (await streams[1].read()).error_message
+        await streams[0].write(infer(5, [1]))
+        assert totals((await streams[0].read()).infer_response) == [2]
+
+
+async def test_clients_that_use_nothing_are_forgotten() -> None:
+    async with local(FloatSumModel(), config=CONFIG, ack_on_receipt=False) as (_, hub):
+        server = InferenceServer(hub)
+        streams = []
+        for i in range(100):
+            streams.append(server.space(f"stream {i}"))
+            streams[i].join(object())
+        for i in range(10_000):
+            server.space(f"client {i}")
+        assert len(server._named) <= 2 * len(streams)
+        assert all(server.space(f"stream {i}") is space for i, space in enumerate(streams))
+
+
+async def test_a_stream_keeps_no_more_than_some_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of requests that wait: for a session to open here, and for room in its window."""
+    monkeypatch.setattr(grpc_server, "MAX_OUTSTANDING_BYTES", 100)
+    monkeypatch.setattr(oip_grpc, "MAX_OUTSTANDING_BYTES", 100)
+    taken = list[int]()
+    async with served() as (cluster, stub):
+        opens, may_open = cluster.open, asyncio.Event()
+        ask = oip_grpc.RequestStream._ask
+
+        def counted(stream: oip_grpc.RequestStream, *arguments: Any) -> bool:
+            taken.append(stream.outstanding_bytes)
+            return ask(stream, *arguments)
+
+        async def slow(*arguments: Any, **options: Any) -> Any:
+            await may_open.wait()
+            return await opens(*arguments, **options)
+
+        monkeypatch.setattr(cluster, "open", slow)
+        monkeypatch.setattr(oip_grpc.RequestStream, "_ask", counted)
+        call = stub.ModelStreamInfer()
+        for i in range(40):
+            await call.write(infer(i % 4 + 1, [1] * 20, start=i < 4, end=i >= 36, identity=str(i)))
+        await call.done_writing()
+        await until(lambda: bool(taken))
+        may_open.set()
+        found = [(int(r.infer_response.id), totals(r.infer_response)) async for r in call]
+        assert sorted(found) == [(i, [1 + i // 4 * 20 + k for k in range(20)]) for i in range(40)]
+        assert max(taken) <= 100 + infer(1, [1] * 20, start=True).ByteSize()  # one may be larger than what is left
 
 
 async def test_a_stream_that_is_cancelled_leaves_nothing() -> None:
@@ -507,6 +577,11 @@ async def test_inputs_and_outputs_in_shared_memory() -> None:
             assert not response.raw_output_contents
             assert np.frombuffer(bytes(memory.buf[32:40]), np.float32).tolist() == [1, 3]
             assert "should be at least 8 bytes" in (await refused(stub.ModelInfer(request(False, 0, 4))))[1]
+            await stub.ModelInfer(request(False, 0, 8))
+            assert np.frombuffer(bytes(memory.buf[32:40]), np.float32).tolist() == [4, 6], "that has not run"
+            os.truncate(f"/dev/shm/{memory.name}", 4)
+            assert "was made shorter" in (await refused(stub.ModelInfer(request(False, 0, 8))))[1]
+            os.truncate(f"/dev/shm/{memory.name}", 64)
             assert "the region has 64" in (await refused(stub.ModelInfer(request(False, 60, 8))))[1]
             await stub.SystemSharedMemoryUnregister(pb.SystemSharedMemoryUnregisterRequest(name=""))
             assert (await refused(stub.ModelInfer(request(False, 0, 8))))[0] == "NOT_FOUND"

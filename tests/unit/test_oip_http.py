@@ -16,6 +16,7 @@ from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, 
 from serve_app.ingress.batched import BatchedModels
 from serve_app.ingress.http import build_http
 from serve_app.ingress.oip import InferenceServer
+from serve_app.ingress.oip_http import MAX_JSON
 from tests.fakes import FloatSumModel
 from tests.local import local
 from tests.stateless import LocalModels
@@ -153,6 +154,20 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     ),
     "id": ({"json": {**body(1, [1]), "id": 5}}, 400, "id is 5, expected a text"),
     "sequence": ({"json": {**body(1, [1]), "parameters": {"sequence_id": 1.5}}}, 400, "sequence_id is 1.5"),
+    "json": ({"content": b" " * (MAX_JSON + 1)}, 413, f"the limit is {MAX_JSON}"),
+    "many digits": ({"content": b"{}", "headers": {LENGTH: "9" * 5000}}, 400, "is 999"),
+    "null": ({"json": body(1, [None])}, 400, "holds what is no FP32"),
+    "number as text": ({"json": body(1, ["1.5"])}, 400, "holds what is no FP32"),
+    "axes": ({"json": body(1, [], shape=[0, 2**31 - 1, 2**31 - 1])}, 400, "has the shape [0, 2147483647"),
+    "list as id": ({"json": {**body(1, [1]), "parameters": {"sequence_id": [1]}}}, 400, "sequence_id is [1]"),
+    "huge id": ({"json": {**body(1, [1]), "parameters": {"sequence_id": 10**400}}}, 400, "an integer of 64 bits"),
+    "half a character": ({"content": json.dumps(body("\ud800", [1], start=True))}, 400, "sequence_id is '\\ud800'"),
+    "long id": ({"json": body("a" * 257, [1], start=True)}, 400, "a string of at most 256 characters"),
+    "timeout": (
+        {"json": {**body(1, [1]), "parameters": {"sequence_id": 1, "timeout": 10**400}}},
+        400,
+        "timeout is 1000",
+    ),
     "region": ({"json": body(1, [1], parameters={"shared_memory_region": "r"})}, 400, "needs shared_memory_region"),
 }
 
@@ -202,6 +217,10 @@ async def test_shared_memory() -> None:
             made = await client.post(f"{region}register", json={"key": f"/{memory.name}", "byte_size": 16})
             assert made.status_code == 200, made.text
             assert (await client.get("/v2/systemsharedmemory/status")).json()[0]["byte_size"] == 16
+            for key in ("a\0b", "\ud800", "none"):
+                wanted = json.dumps({"key": key, "byte_size": 1})
+                status, error = await refused(client, region.replace("/r/", "/x/register"), content=wanted)
+                assert (status, "Unable to open shared memory region" in error) == (400, True)
             assert (
                 await client.post(f"{region}register", json={"key": memory.name, "byte_size": 16})
             ).status_code == 409

@@ -200,8 +200,8 @@ async def test_6_a_timeout_of_a_sequence_that_runs_costs_it_an_answer_and_not_it
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"priority": -1}, "priority is -1 and timeout 0, expected whole numbers from 0 on"),
-        ({"timeout": -5}, "priority is 0 and timeout -5, expected whole numbers from 0 on"),
+        ({"priority": -1}, "priority is -1, expected a whole number from 0 to"),
+        ({"timeout": -5}, "timeout is -5, expected a whole number from 0 to"),
         ({"priority": 1}, "began with priority 2, and a request of it has 1: leave it out there"),
     ],
 )

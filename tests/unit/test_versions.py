@@ -416,7 +416,7 @@ async def test_a_way_in_learns_what_another_has_unloaded(monkeypatch: pytest.Mon
         control = Control(cluster.directory)
         server, other = InferenceServer(hub, None, control), InferenceServer(hub, None, control)
         start = {"sequence_id": 1, "sequence_start": True}
-        ask = partial(server.read, "sum", "", "", start, [Input("x", "FP32", [1, 1], [1.0])], [])
+        ask = partial(server.read, "sum", "", "", start, [Input("x", "FP32", [1, 1], [1.0])], {})
         await server.look()
         assert ask().spec.name == "sum@2"
         await other.unload("sum@2")
