@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -32,6 +32,7 @@ from serve_app.ingress.outbox import Channel, Outbox
 from serve_app.session import Session, State
 from serve_app.spec import ModelSpec
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 MAX_REMEMBERED = 4096
@@ -39,6 +40,8 @@ STOPPED = "this sender was stopped: open the session by another"
 MOVE_WITHIN_S = 60.0
 """A session whose owner is gone waits so long for another one."""
 RETRY_MOVE_S = 0.1
+GIVE_BACK_WITHIN_S = 2.0
+"""So long a sender that stops waits for grants that nobody wants any more, to give them back."""
 WATCH_S = 0.15
 """So often it is looked whether owners are late: oftener than the margin of a lease is long (see Directory.tick)."""
 
@@ -127,7 +130,8 @@ class Hub:
         self._stopped = False
         self._sessions: dict[str, Session] = {}
         self._ended: dict[str, list[int]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._giving_back: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._resuming: set[str] = set()
         self._keeper = Keeper(directory, self.sender, self._superseded)
@@ -198,7 +202,9 @@ class Hub:
             try:
                 return await asyncio.shield(asking)
             except asyncio.CancelledError:
-                self._start(self._give_back(asking))
+                giving_back = asyncio.create_task(self._give_back(asking), context=contextvars.Context())
+                self._giving_back.add(giving_back)
+                giving_back.add_done_callback(self._giving_back.discard)
                 raise
             except TooManySessions as error:
                 if "ask_again_s" not in error.details:
@@ -223,17 +229,22 @@ class Hub:
         The client has the outputs below `acked` (UNKNOWN: those that it has acknowledged), and knows of `rewind` failed
         steps. Where the owner is gone too, the session is restored from the checkpoint that is kept of it. Raises
         InvalidInput for one that was not opened for that, UnknownSession, NotOwner (another resumes it, too),
-        StateLost, Unavailable. keep: see `open`.
+        StateLost, Unavailable. keep: see `open`. Once begun it is done, though this is cancelled: the session may just
+        change hands.
         """
         if self._stopped:
             raise Unavailable(STOPPED)  # before its owner is told to give it to this side
         if name in self._resuming:
             raise NotOwner(f"session {name!r} is just being resumed: try again in a moment")
         self._resuming.add(name)
+        resuming = self._start(self._resume(name, acked, rewind, keep))
+        resuming.add_done_callback(lambda _: self._resuming.discard(name))
         try:
-            return await self._resume(name, acked, rewind, keep)
-        finally:
-            self._resuming.discard(name)
+            return await asyncio.shield(resuming)
+        except asyncio.CancelledError:
+            if resuming.cancelled():
+                raise Unavailable(STOPPED) from None
+            raise
 
     async def _resume(self, name: str, acked: int, rewind: int, keep: bool) -> Session:
         held = self._sessions.get(name)
@@ -400,6 +411,8 @@ class Hub:
         await asyncio.gather(*tasks, return_exceptions=True)
         for outbox in list(self._outboxes.values()):
             await outbox.stop()
+        if self._giving_back:
+            await asyncio.wait(self._giving_back, timeout=GIVE_BACK_WITHIN_S)
 
     async def _open_at(self, grant: Grant, state: State, resumable: bool, at: int, keep: bool) -> Session:
         session, outbox = await self._session_at(grant, state)
@@ -415,7 +428,11 @@ class Hub:
     async def _session_at(self, grant: Grant, state: State = None) -> tuple[Session, Outbox]:
         """This side of a session that its owner has yet to take in, and the way there."""
         owner = grant.owner
-        outbox = await self._outbox(owner)
+        try:
+            outbox = await self._outbox(owner)
+        except Unavailable:  # stopped since, and nobody else tells of the grant
+            await self._directory.release(grant.session, grant.epoch)
+            raise
         session = Session(
             grant.session, owner.spec, owner.limits, outbox, epoch=grant.epoch, ack_on_receipt=self._ack_on_receipt,
             initial_state=state, retains=owner.checkpoints,
@@ -480,11 +497,12 @@ class Hub:
             return
         self._start(self._move(owner, session, error))
 
-    def _start(self, work: Coroutine[None, None, None]) -> None:
+    def _start(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
         """In a context of its own: it must not die with the request that it is begun in."""
         task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _move(self, owner: str, session: Session, error: LockstepError) -> None:
         """Open the session at another owner, from its last checkpoint on; wait for one while there is none."""

@@ -186,7 +186,7 @@ class Space:
         for sequence in self._sequences.values():
             if sequence.stream is stream:
                 sequence.stream = sequence.notice = None
-                if not sequence.is_open:
+                if not sequence.is_open and sequence.priority is not None:
                     sequence.abort()
 
     def abort(self) -> None:

@@ -355,6 +355,19 @@ async def test_a_stream_takes_a_sequence_over_and_single_requests_find_it_there(
         assert "START flag" in (await two.on_stream(stream, 8, [1])).message
 
 
+@pytest.mark.parametrize("turns", range(1, 12))
+async def test_a_stream_that_ends_while_it_takes_a_sequence_over_loses_nothing(turns: int) -> None:
+    async with ingresses() as (_, one, two):
+        stream = object()
+        await one.infer(7, [1], start=True, client="me")
+        asked = two.on_stream(stream, 7, [2])
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        two.inference.space("me").leave(stream)
+        assert totals(await asked) == [3]
+        assert await one.infer(7, [3], client="me") == [6]
+
+
 async def test_after_a_break_a_stream_has_to_say_where_it_goes_on() -> None:
     """What else was sent before the error was read must not be taken for what is sent again."""
     async with ingresses() as (cluster, one, two):

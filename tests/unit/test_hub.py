@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, ModelConfig, SessionConfig
+from serve_app.directory import Ask, Grant
 from serve_app.engine.engine import spare_rows_of
 from serve_app.errors import (
     InvalidInput,
+    NotOwner,
     SessionEnded,
     SessionExists,
     StartMismatch,
@@ -27,6 +29,7 @@ from serve_app.errors import (
 from serve_app.frame import Answer, Frame
 from serve_app.ingress import hub as hub_module
 from serve_app.ingress import outbox as outbox_module
+from serve_app.ingress.hub import Hub
 from serve_app.session import Session
 from tests.fakes import FloatSumModel, SumModel
 from tests.local import REQUEST, LocalCluster, local
@@ -481,6 +484,65 @@ async def test_a_second_frame_goes_at_once_if_it_has_enough_to_run(timesteps: in
                 await asyncio.sleep(0)  # turns of the event loop, far fewer than the first frame takes
         assert sum(len(frame.x) > 0 for frame in cluster.frames[before:]) == frames
         await asyncio.gather(*(session.wait(timesteps) for session in sessions))
+
+
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_a_place_that_is_granted_to_a_sender_that_stops_is_free(
+    begins: bool, cancelled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        opens, asked, may_open = cluster.open, asyncio.Event(), asyncio.Event()
+
+        async def slow(ask: Ask) -> Grant:
+            asked.set()
+            await may_open.wait()
+            return await opens(ask)
+
+        monkeypatch.setattr(cluster, "open", slow)
+        opening = asyncio.create_task(hub.begin("a", None) if begins else hub.open("a"))
+        await asked.wait()
+        if cancelled:
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
+        stopping = asyncio.create_task(hub.stop())
+        await asyncio.sleep(0)
+        may_open.set()
+        await stopping
+        with pytest.raises(asyncio.CancelledError if cancelled else Unavailable):
+            await opening
+        with pytest.raises(UnknownSession):
+            await cluster.describe("a")
+
+
+async def test_who_resumes_a_session_and_is_cancelled_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with local(SumModel(), config=CONFIG) as (cluster, hub):
+        session = await hub.open("a", resumable=True)
+        assert await session.wait(session.submit(ones(3))) == 3
+        attaches, attached, may_go_on = cluster.attach, asyncio.Event(), asyncio.Event()
+
+        async def slow(name: str, sender: str) -> tuple[Grant, int]:
+            found = await attaches(name, sender)
+            attached.set()
+            await may_go_on.wait()
+            return found
+
+        monkeypatch.setattr(cluster, "attach", slow)
+        other = Hub(cluster, ack_on_receipt=False)
+        resuming = asyncio.create_task(other.resume("a", 3))
+        await attached.wait()
+        resuming.cancel()
+        await asyncio.gather(resuming, return_exceptions=True)
+        may_go_on.set()
+        while True:
+            try:
+                again = await other.resume("a", 3)
+                break
+            except NotOwner:
+                await asyncio.sleep(0)
+        assert await again.wait(again.submit(ones(2))) == 5
+        assert cluster.engines["owner-0"].stats.timesteps == 5, "nothing has run twice"
+        await other.stop()
 
 
 async def test_calls_do_not_belong_to_the_request_that_caused_them() -> None:
