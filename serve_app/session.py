@@ -35,6 +35,8 @@ State = tuple[np.ndarray, ...] | None
 MAX_RETAINED = 16384
 """Timesteps since the last checkpoint. Where none comes for so long the session cannot be gone on with elsewhere, until
 the next does."""
+MAX_SHARED_RUNS = 8
+"""Each keeps all that its answer brought, of other sessions too: so many that nobody has acknowledged are copied."""
 Keep = Callable[["Session", int, State], None]
 """Keeps the state of a session after so many timesteps where it can be had from when this side is gone."""
 
@@ -142,6 +144,7 @@ class Session:
         self._checkpoints: deque[tuple[int, State]] = deque([(0, initial_state)])
         self._adopted_at = 0  # inputs below are not here: they were sent to the owner from elsewhere, or given up
         self._outputs: deque[Run] = deque()
+        self._copied: deque[Run] = deque()  # what was there before those
         self._early: dict[int, Run] = {}  # that overtook others
         self._read = 0  # outputs below were handed to the user
         self._end: tuple[str, int] | None = None  # told by the owner, while outputs below are still on their way
@@ -261,12 +264,13 @@ class Session:
         if outputs is not None:
             self._read = self.progress
             if self._ack_on_receipt:
+                self._copied.clear()
                 self._outputs.clear()
         return outputs
 
     def peek(self, start: int) -> Outputs | None:
         """All outputs that are here from timestep `start` on, still to be read and acknowledged; None without any."""
-        runs = [run.cut(start) for run in self._outputs if run.end > start]
+        runs = [run.cut(start) for run in (*self._copied, *self._outputs) if run.end > start]
         if not runs:
             return None
         # Copies, since a run shares memory with all that its answer brought.
@@ -279,7 +283,7 @@ class Session:
 
     def between(self, start: int, end: int) -> dict[str, np.ndarray]:
         """The outputs of timesteps `start` … `end`, all of which are here: for use at once, as in `Run`."""
-        parts = [run for run in self._outputs if run.end > start and run.start < end]
+        parts = [run for run in (*self._copied, *self._outputs) if run.end > start and run.start < end]
         if len(parts) == 1:
             (run,) = parts
             first, last = run.at + start - run.start, run.at + end - run.start
@@ -302,8 +306,8 @@ class Session:
             )
         self.acked = max(self.acked, timestep)
         self._read = max(self._read, self.acked)
-        while self._outputs and self._outputs[0].end <= self.acked:
-            self._outputs.popleft()
+        while (runs := self._copied or self._outputs) and runs[0].end <= self.acked:
+            runs.popleft()
         self.carrier.notify_ack(self)
         self._keep_if_due()
 
@@ -604,8 +608,15 @@ class Session:
                     self._outputs.append(part.cut(self.progress))
                     self.progress = part.end
 
+    def _copy_outputs(self) -> None:
+        values = {name: np.concatenate([run.rows(name) for run in self._outputs]) for name in self.spec.outputs}
+        self._copied.append(Run(self._outputs[0].start, self._outputs[-1].end, values))
+        self._outputs.clear()
+
     def _progressed(self) -> None:
         """There are more outputs."""
+        if len(self._outputs) >= MAX_SHARED_RUNS:
+            self._copy_outputs()
         if self._ack_on_receipt:
             self.acked = self.progress
         if self.acked > self.acked_told:

@@ -121,9 +121,10 @@ class CallServer(Generic[Q, A]):
 class CallChannel(Generic[Q, A]):
     """The way to the CallServer at an address. Once it is lost, or closed, it stays so."""
 
-    def __init__(self, codec: Codec[Q, A], address: str) -> None:
+    def __init__(self, codec: Codec[Q, A], address: str, answer_within_s: float | None = ANSWER_WITHIN_S) -> None:
         self._codec = codec
         self._address = address
+        self._answer_within_s = answer_within_s
         self._connecting: asyncio.Task[_Answerer[Q, A]] | None = None
         self._is_closed = False
 
@@ -134,7 +135,7 @@ class CallChannel(Generic[Q, A]):
     async def call(self, question: Q) -> A:
         """The answer. Raises what the other side does, OSError where it cannot be reached (TimeoutError is one)."""
         answerer = await self._connected()
-        async with asyncio.timeout(ANSWER_WITHIN_S):
+        async with asyncio.timeout(self._answer_within_s):
             reply = await answerer.call(question)
         if isinstance(reply, LockstepError):
             raise reply

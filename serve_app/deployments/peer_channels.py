@@ -24,10 +24,14 @@ class PeerChannels:
         self._channels: dict[str, CallChannel[Asked, Any]] = {}
 
     async def call(self, address: str, asked: Asked) -> Any:
-        """See Calls. An ingress that stands still has its connections, and says nothing: TimeoutError."""
+        """See Calls. An ingress that stands still has its connections, and says nothing: TimeoutError.
+
+        One that says that it is there may take as long as it likes.
+        """
         channel = self._channels.get(address)
         if channel is None or channel.is_lost:
-            channel = self._channels[address] = CallChannel(QUESTIONS, address)
+            self._channels = {at: each for at, each in self._channels.items() if not each.is_lost}
+            channel = self._channels[address] = CallChannel(QUESTIONS, address, answer_within_s=None)
         try:
             await channel.connect()
         except OSError as error:

@@ -130,6 +130,7 @@ class Recurrent:
         return await self.segments(segments)
 
     async def _one(self, segment: Segment) -> Outputs:
+        _check(segment)
         try:
             session = self._hub.get(segment.session)
         except UnknownSession:
@@ -216,6 +217,15 @@ def _is_stopping() -> bool:
     return stopping
 
 
+def _check(segment: Segment) -> None:
+    """Raise InvalidInput for what is of another type than it should be; what else may be wrong, its session says."""
+    x, start = segment.x, segment.start
+    if not isinstance(x, np.ndarray):
+        raise InvalidInput(f"a segment whose x is a {type(x).__name__} arrived: make it a numpy array")
+    if not isinstance(start, int | None):
+        raise InvalidInput(f"a segment whose start is {start!r} arrived: make it an int, or leave it out")
+
+
 def _raised(result: Outputs | LockstepError) -> Outputs:
     """The inverse of `_caught`."""
     if isinstance(result, LockstepError):
@@ -228,3 +238,6 @@ async def _caught(work: Coroutine[Any, Any, Outputs]) -> Outputs | LockstepError
         return await work
     except LockstepError as error:
         return error
+    except Exception:  # costs this caller only, not the others whose segments came with this
+        logger.exception("a segment failed")
+        return LockstepError("an unexpected error: the server's log has it")
