@@ -39,11 +39,11 @@ class Message:
             raise InvalidInput(f"key {min(map(repr, unknown))} is not known here: {', '.join(known)}")
 
     def number(self, key: str) -> int | None:
-        """A whole number from 0 on; None without the key."""
+        """A whole number from 0 on, of 63 bits; None without the key."""
         value = self.values.get(key)
         if value is None:
             return None
-        if type(value) is not int or value < 0:
+        if type(value) is not int or not 0 <= value < 2**63:
             raise InvalidInput(f"{key} is {_describe(value)}, expected a whole number from 0 on")
         return value
 

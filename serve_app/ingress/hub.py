@@ -232,6 +232,8 @@ class Hub:
         StateLost, Unavailable. keep: see `open`. Once begun it is done, though this is cancelled: the session may just
         change hands.
         """
+        if not (UNKNOWN <= acked < 2**63 and 0 <= rewind < 2**63):
+            raise InvalidInput(f"session {name!r} is resumed from {acked} after {rewind} failed steps: no such numbers")
         if self._stopped:
             raise Unavailable(STOPPED)  # before its owner is told to give it to this side
         if name in self._resuming:

@@ -35,6 +35,7 @@ HANG_UP_WITHIN_S = 2.0
 """So long it is waited for a client that can resume to hang up when it has been told of the end: then it has all."""
 MAX_EARLY = 16
 """So many messages are taken in from a client that waits for a place; the next are not read until it has one."""
+MAX_DIGITS = 18
 MAX_UNREADABLE = 8
 """After so many messages in a row that cannot be decoded, the other side speaks something else."""
 
@@ -166,14 +167,11 @@ async def _open(talk: Conversation, hub: Hub) -> Session:
     for key, kind in (("priority", int), ("max_wait_s", float)):
         with suppress(KeyError, ValueError):
             query.values[key] = kind(query.values[key])
-    acked = query.values.get("resume")
-    if acked is not None:
-        name = query.text("session")
-        if name is None or not acked.isdecimal():
-            raise InvalidInput(
-                f"resume is {acked!r} of session {name!r}: expected its id, and the timestep below which all is here"
-            )
-        return await _resume(hub, name, int(acked), _whole(query, "rewind"))
+    if "resume" in query.values:
+        name, acked = query.text("session"), _whole(query, "resume")
+        if name is None:
+            raise InvalidInput(f"resume is {acked}, expected a session's id with it: session=ID")
+        return await _resume(hub, name, acked, _whole(query, "rewind"))
     state = checkpoint = None
     brings = [key for key in ("initial_state", "checkpoint") if query.values.get(key, "false") != "false"]
     if brings:
@@ -211,8 +209,8 @@ def _nobody_came(resuming: "asyncio.Task[Session]") -> None:
 def _whole(query: Message, key: str) -> int:
     """A whole number of the query; 0 without the key."""
     text = query.values.get(key, "0")
-    if not text.isdecimal():
-        raise InvalidInput(f"{key} is {text!r}, expected a whole number from 0 on")
+    if not (text.isdecimal() and len(text) <= MAX_DIGITS):
+        raise InvalidInput(f"{key} is {text!r:.80}, expected a whole number from 0 on")
     return int(text)
 
 

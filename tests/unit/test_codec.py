@@ -179,6 +179,7 @@ def test_json_writes_null_for_nan_and_reads_it_where_a_client_can_write_it() -> 
         (lambda m: m.number("flag"), "flag is 1, expected|flag is true, expected a whole number from 0 on"),
         (lambda m: m.number("n"), "n is -1, expected a whole number from 0 on"),
         (lambda m: m.number("text"), "text is ''"),
+        (lambda m: Message({"n": 2**63}).number("n"), "n is 9223372036854775808, expected a whole number"),
         (lambda m: m.text("text"), "text is '', expected a text of 1 to 256 characters"),
         (lambda m: m.text("long"), "long is 'aaaa.*…, expected a text"),
         (lambda m: m.text("half"), r"half is '\\ud800', expected a text"),

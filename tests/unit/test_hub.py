@@ -324,6 +324,9 @@ async def test_what_cannot_be_sent_costs_no_other() -> None:
             await hub.open("\ud800")
         with pytest.raises(InvalidInput, match="holds objects, expected numbers"):
             await hub.open("a", initial_state=[np.array([[10**30, 0]])])
+        for acked, rewind in ((2**63, 0), (0, 2**63), (-2, 0)):
+            with pytest.raises(InvalidInput, match="no such numbers"):
+                await hub.resume("other", acked, rewind)
         other.submit(ones(2))
         other.close()
         assert await collect(other) == [1, 2]

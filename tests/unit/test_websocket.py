@@ -920,11 +920,21 @@ async def test_a_resume_that_is_cancelled_is_done_all_the_same(turns: int) -> No
         await other.stop()
 
 
-@pytest.mark.parametrize("query", ["?session=a&resume=x", "?resume=3", "?session=a&resume=-1"])
-async def test_a_wrong_resume_is_told(query: str) -> None:
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("?session=a&resume=x", "resume is 'x', expected a whole number from 0 on"),
+        ("?session=a&resume=-1", "resume is '-1', expected a whole number from 0 on"),
+        (f"?session=a&resume={2**63}", "resume is '9223372036854775808', expected a whole number"),
+        (f"?session=a&resume={'9' * 5000}", "resume is '9999"),
+        ("?session=a&resume=3&rewind=x", "rewind is 'x', expected a whole number from 0 on"),
+        ("?resume=3", "resume is 3, expected a session's id with it"),
+    ],
+)
+async def test_a_wrong_resume_is_told(query: str, message: str) -> None:
     async with system() as sut, talk(sut, query) as client:
         error = await client.refused("invalid_input")
-        assert "expected its id" in error["message"]
+        assert message in error["message"]
         assert await client.closed() == 4400
 
 
