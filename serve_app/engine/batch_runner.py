@@ -47,6 +47,11 @@ class BatchRunner:
         self._device = device
         self._dtype = dtype
         self._prepare = getattr(model, "prepare", None)
+        if self._prepare is None and (optional := tuple(getattr(model, "optional", ()))):
+            raise ConfigError(
+                f"the model's input {optional[0]!r} is optional, but it has no `prepare` to fill it in: add that, or "
+                "leave out `optional`"
+            )
         self._prepared: Mapping[str, TensorSpec] = dict(getattr(model, "prepared", model.inputs))
         self._pack_rows = pack_rows if getattr(model, "packs", False) else 0
         self._any_length = [

@@ -40,8 +40,12 @@ def pin_thread(count: int, folder: Path | None = None) -> list[int]:
 
 
 def _claim(path: Path) -> int | None:
-    """Lock the file; its descriptor, or None when another process has it."""
-    lock = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+    """Lock the file; its descriptor, or None when another process has it, or it cannot be opened."""
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+    except OSError as error:  # another user's, in a folder for all
+        logger.info("engine.pin_threads: a core is left out: %s", error)
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

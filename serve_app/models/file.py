@@ -49,7 +49,7 @@ class _File(torch.nn.Module):
         self.cpu_only = self._program.cpu_only
         about = repr(replace(options, path="", max_length=0)).encode()
         content = hashlib.blake2b(about, digest_size=16)
-        for file in sorted(path.parent.glob(f"{path.name}*")):  # ONNX may have its weights in model.onnx.data
+        for file in (path, *_external_data(path)):
             content.update(file.read_bytes())
         self.identity = content.hexdigest()
         declared = self._program.inputs
@@ -275,6 +275,14 @@ def _found(path: str) -> Path:
     if (file := package_file(package, inside)) is None:
         raise ConfigError(f"model.path={path}: there is no package {package} with this file")
     return file
+
+
+def _external_data(path: Path) -> list[Path]:
+    """Files beside an ONNX file that may have its weights: model.onnx.data, model.onnx_data."""
+    if path.suffix != ".onnx":
+        return []
+    prefixes = (f"{path.name}.", f"{path.name}_")
+    return sorted(file for file in path.parent.iterdir() if file.name.startswith(prefixes) and file.is_file())
 
 
 def _windows(x: torch.Tensor, context: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Models one after the other as one recurrent model: its state is the states of its parts, nothing is copied between.
+"""Models one after the other as one recurrent model: its state is the states of its parts.
 
 A part that takes runs of samples may have timesteps of another length than the part before it. A timestep of the
 pipeline is then the shortest that is a whole number of timesteps of every part.
@@ -24,7 +24,8 @@ from serve_app.spec import TensorSpec
 class Part(NamedTuple):
     """A model of a pipeline: it takes the output `of` ("" is the only one) of the part `source`, or INPUT.
 
-    `steps`: its timesteps in one of the pipeline. `copies`: it may write what it takes, and others need that too.
+    `steps`: its timesteps in one of the pipeline. `copies`: it may write what it takes, which others may need, or which
+    may lie in a state: that of the part before it.
     """
 
     name: str
@@ -51,14 +52,10 @@ class Pipeline(torch.nn.Module):
         rates = _rates(models, sources)
         scale = math.lcm(*(rate.denominator for rate in rates.values()))
         self._outputs = _named(options, models, sources)
-        needed = [*sources.values(), *self._outputs.values(), (INPUT, "")]
         self.parts = [
-            Part(
-                name, model, *sources[name], int(rates[name] * scale),
-                copies=needed.count(sources[name]) > 1 and not getattr(model, "takes_views", False),
-            )
+            Part(name, model, *sources[name], int(rates[name] * scale), not getattr(model, "takes_views", False))
             for name, model in models.items()
-        ]  # fmt: skip
+        ]
         self._by_name = {part.name: part for part in self.parts}
         first = next(part for part in self.parts if part.source == INPUT)
         shape, rate = first.model.input.shape, getattr(first.model, "sample_rate", None)
@@ -92,8 +89,8 @@ class Pipeline(torch.nn.Module):
         for part in self.parts:
             steps = 1 if part.source == INPUT else self._by_name[part.source].steps
             taken = _regrouped(found[part.source, part.of], steps, part.steps, part.model.input.shape)
-            if not getattr(part.model, "takes_views", False):
-                taken = taken.clone(memory_format=torch.contiguous_format) if part.copies else taken.contiguous()
+            if part.copies:
+                taken = taken.clone(memory_format=torch.contiguous_format)
             y, after[part.name] = part.model.forward(taken, state[part.name])
             values = {next(iter(part.model.outputs)): y} if isinstance(y, torch.Tensor) else y
             found |= {(part.name, output): value for output, value in values.items()}

@@ -334,3 +334,12 @@ async def test_a_second_batch_is_taken_in_beside_one_that_runs_if_it_is_worth_it
         go.set()
         await asyncio.gather(*asked)
         assert began == [1, 2, 8, 8, 1]
+
+
+class Unprepared(MaskedSum):
+    prepare = None  # type: ignore[assignment]
+
+
+async def test_optional_inputs_need_a_prepare_that_fills_them_in() -> None:
+    with pytest.raises(ConfigError, match="input 'mask' is optional, but it has no `prepare`"):
+        BatchRunner(Unprepared(), torch.device("cpu"), torch.float32)

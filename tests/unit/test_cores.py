@@ -1,3 +1,5 @@
+import errno
+import logging
 import os
 import subprocess
 import sys
@@ -60,3 +62,21 @@ def test_another_process_keeps_its_cores_until_it_ends(tmp_path: Path) -> None:
         other.kill()
         other.wait()
     assert len(in_thread(1, tmp_path)[0]) == 1
+
+
+def test_a_lock_that_cannot_be_opened_leaves_its_core_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one of another user, in a folder for all."""
+    everywhere, open_file = os.sched_getaffinity(0), os.open
+
+    def refuse(path: Path, *args: int) -> int:
+        if path.name == f"lockstep-core-{min(everywhere)}.lock":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open_file(path, *args)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with caplog.at_level(logging.INFO, cores.__name__):
+        assert in_thread(len(everywhere), tmp_path) == ([], everywhere)
+    assert f"a core is left out: [Errno 13] Permission denied: '{tmp_path}" in caplog.text
+    assert in_thread(1, tmp_path)[0] == sorted(everywhere)[1:2]

@@ -371,3 +371,25 @@ def test_the_fingerprint_is_of_the_content(folder: Path, tmp_path: Path) -> None
     save_script(tmp_path / "other.pt", other)
     assert of(here) == of(tmp_path / "same.pt")
     assert len({of(here), of(tmp_path / "other.pt"), of(here, constants={"scale": 3})}) == 3
+
+
+def test_the_fingerprint_is_of_the_file_and_its_external_data_alone(folder: Path, tmp_path: Path) -> None:
+    def of(path: Path) -> Any:
+        return load(path, **OPTIONS[f"cell{path.suffix}"]).identity
+
+    onnx, exported = tmp_path / "model[v1].onnx", tmp_path / "m.pt2"
+    onnx.write_bytes((folder / "cell.onnx").read_bytes())
+    exported.write_bytes((folder / "cell.pt2").read_bytes())
+    before = of(folder / "cell.onnx")
+    assert of(onnx) == before
+    (tmp_path / "model[v1].onnx2").write_bytes(b"another model")
+    (tmp_path / "model[v1].onnx.d").mkdir()
+    assert of(onnx) == before
+    for name in ("model[v1].onnx.data", "model[v1].onnx_data"):
+        (tmp_path / name).write_bytes(b"weights")
+        assert of(onnx) != before
+        (tmp_path / name).unlink()
+    save_onnx(onnx, batch="rows")
+    assert of(onnx) != before
+    (tmp_path / "m.pt2.data").write_bytes(b"of something else")
+    assert of(exported) == of(folder / "cell.pt2")

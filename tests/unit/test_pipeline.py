@@ -18,7 +18,7 @@ from serve_app.models.interface import RecurrentModel
 from serve_app.models.packages import package_file
 from serve_app.models.speaker import mel_filters
 from serve_app.spec import TensorSpec
-from tests.fakes import Sender
+from tests.fakes import FloatSumModel, Sender
 from tests.files import save_onnx
 from tests.speech import takes
 
@@ -315,3 +315,16 @@ def test_the_fingerprint_is_of_all_parts(tmp_path: Path) -> None:
         of({"name": "a", "model": rnn}, {"name": "c", "model": rnn}),
     }
     assert len({plain, *others}) == 5
+
+
+class Tenfold(FloatSumModel):
+    """Writes into its input, as it may."""
+
+    def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.mul_(10), state
+
+
+def test_a_part_that_writes_its_input_leaves_the_state_of_the_part_before_it() -> None:
+    """Whose state shares memory with its output."""
+    model = pipeline({"name": "a", "model": "tests.fakes:FloatSumModel"}, part("b", "Tenfold"))
+    assert run(model, torch.ones(3, 1, 1), 1, 1, 1)["b"].flatten().tolist() == [10, 20, 30]
