@@ -28,6 +28,7 @@ from serve_app.app import build
 from serve_app.checkpoint import Checkpoint, encode_checkpoint
 from serve_app.config import DurabilityConfig
 from serve_app.deployments.directory_service import DirectoryService
+from serve_app.deployments.registration import News
 from serve_app.deployments.transport import SERVE_NAMESPACE, RayDirectory
 from serve_app.directory import Ask, Grant, Held, Owner
 from serve_app.garbage import collect_seldom
@@ -113,7 +114,7 @@ class Caller:
     async def _report(self) -> None:
         while True:
             for number in range(IDLE_OWNERS):
-                await self._directory.report(f"idle-{number}", [], {})
+                await self._directory.report(f"idle-{number}", News([], []), {})
             await asyncio.sleep(LEASE_S / 4)
 
     async def _look(self, session: str) -> None:

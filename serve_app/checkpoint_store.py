@@ -27,23 +27,28 @@ class CheckpointStore(ABC):
         self._max_bytes = max_bytes
         self._sizes = dict(sizes or {})
         self._nbytes = sum(self._sizes.values())
+        self._over: set[str] = set()  # keys of records that could not be deleted
 
     def keep(self, slab: Mapping[str, bytes]) -> dict[str, Overloaded]:
         """Write records; what was refused, and why. Raises Unavailable when none of them is certain to be there."""
         refused: dict[str, Overloaded] = {}
         fitting: dict[str, bytes] = {}
+        num_kept, nbytes = len(self._sizes), self._nbytes
         for key, record in slab.items():
-            grown = self._nbytes + len(record) - self._sizes.get(key, 0)
+            grown = nbytes + len(record) - self._sizes.get(key, 0)
             if grown > self._max_bytes:
                 refused[key] = Overloaded(
-                    f"a checkpoint of {len(record)} bytes does not fit: {len(self._sizes)} checkpoints have "
-                    f"{self._nbytes} bytes, the limit is {self._max_bytes}: raise durability.max_bytes"
+                    f"a checkpoint of {len(record)} bytes does not fit: {num_kept} checkpoints have "
+                    f"{nbytes} bytes, the limit is {self._max_bytes}: raise durability.max_bytes"
                 )
             else:
                 fitting[key] = record
-                self._nbytes, self._sizes[key] = grown, len(record)
+                num_kept, nbytes = num_kept + (key not in self._sizes), grown
         if fitting:
             self._write(fitting)
+            self._nbytes = nbytes
+            self._sizes |= {key: len(record) for key, record in fitting.items()}
+            self._over -= fitting.keys()
         return refused
 
     def get(self, key: str) -> bytes:
@@ -58,12 +63,19 @@ class CheckpointStore(ABC):
         """Read the records that there are. Raises Unavailable when they cannot be read now."""
 
     def drop(self, keys: Collection[str]) -> None:
-        """Delete records; where there is none it is no error."""
-        known = [key for key in keys if key in self._sizes]
-        if known:
-            self._delete(known)
-        for key in known:
-            self._nbytes -= self._sizes.pop(key)
+        """Delete records; where there is none it is no error. Raises Unavailable: what is left goes with the next."""
+        self._over |= self._sizes.keys() & set(keys)
+        failed: Unavailable | None = None
+        for key in tuple(self._over):
+            try:
+                self._delete(key)
+            except Unavailable as error:
+                failed = error
+            else:
+                self._over.remove(key)
+                self._nbytes -= self._sizes.pop(key)
+        if failed is not None:
+            raise failed
 
     def keys(self) -> Collection[str]:
         """Of all records."""
@@ -73,7 +85,7 @@ class CheckpointStore(ABC):
     def _write(self, slab: Mapping[str, bytes]) -> None: ...
 
     @abstractmethod
-    def _delete(self, keys: Collection[str]) -> None: ...
+    def _delete(self, key: str) -> None: ...
 
 
 class MemoryStore(CheckpointStore):
@@ -89,9 +101,8 @@ class MemoryStore(CheckpointStore):
     def find(self, keys: Collection[str]) -> Mapping[str, bytes]:
         return {key: self._records[key] for key in keys if key in self._records}
 
-    def _delete(self, keys: Collection[str]) -> None:
-        for key in keys:
-            del self._records[key]
+    def _delete(self, key: str) -> None:
+        del self._records[key]
 
 
 class FileStore(CheckpointStore):
@@ -129,13 +140,12 @@ class FileStore(CheckpointStore):
                 raise Unavailable(f"a checkpoint cannot be read from {self._folder}: {record}") from record
         return found
 
-    def _delete(self, keys: Collection[str]) -> None:
-        for key in keys:
-            try:
-                with suppress(FileNotFoundError):
-                    self._file_system.rm_file(self._path(key))
-            except OSError as error:
-                raise Unavailable(f"a checkpoint cannot be deleted from {self._folder}: {error}") from error
+    def _delete(self, key: str) -> None:
+        try:
+            with suppress(FileNotFoundError):
+                self._file_system.rm_file(self._path(key))
+        except OSError as error:
+            raise Unavailable(f"a checkpoint cannot be deleted from {self._folder}: {error}") from error
 
     def _path(self, key: str) -> str:
         return f"{self._folder}/{key}"

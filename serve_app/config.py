@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from serve_app.coerce import build_dataclass, unflatten
 from serve_app.errors import ConfigError
+from serve_app.session import MAX_RETAINED
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _at_least("engine", self, 1, "slots", "max_batch_size", "max_step_timesteps", "threads")
+        _at_least("engine", self, 1, "max_pending_bytes", "max_retained_bytes")
         _at_least("engine", self, 0, "delay_target_s")
         rising = all(a < b for a, b in pairwise(self.step_timesteps))
         if self.step_timesteps and (self.step_timesteps[0] != 1 or not rising):
@@ -105,6 +107,13 @@ class SessionConfig:
             raise ConfigError(
                 f"session.max_segment_timesteps={self.max_segment_timesteps} does not fit into "
                 f"session.max_window_timesteps={self.max_window_timesteps}"
+            )
+        most = MAX_RETAINED - min(self.max_window_timesteps, MAX_RETAINED // 2)
+        if self.checkpoint_timesteps > most:
+            raise ConfigError(
+                f"session.checkpoint_timesteps is {self.checkpoint_timesteps}, the most is {most}: senders keep "
+                f"{MAX_RETAINED} timesteps, and session.max_window_timesteps={self.max_window_timesteps} may be on "
+                "their way; 0 is never"
             )
 
 

@@ -35,8 +35,12 @@ SETTLED_S = 2.0
 """After an owner has come its sessions come: with others that start at the same time, or they would move twice."""
 REFUSED_WITHIN_S = 10.0
 """So long it counts that a session was refused since all owners were full."""
+TAKEN_WITHIN_S = 60.0
+"""An owner has said by then that it has taken a session in, or never will."""
 ARRIVE_WITHIN_S = 5.0
 """Sessions that an owner was to give back have gone on elsewhere by then, or never will."""
+GONE_KEPT = 256
+"""So many owners that were given up last may come again, with all that has ended at them: it is counted once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,8 @@ class Record:
     """What the directory knows of a session: who holds it, who sends to it, whether another sender may go on with it.
 
     owner: None when that is gone, and the session waits for whoever comes back for it. since: of which
-    epoch it was certain that it was the session's last; one of an earlier directory may not have been.
+    epoch it was certain that it was the session's last; one of an earlier directory may not have been. before: the
+    epoch that this one follows, by the same sender.
     """
 
     epoch: int
@@ -84,6 +89,7 @@ class Record:
     sender: str
     since: int
     resumable: bool = False
+    before: int = -1
 
 
 class Described(NamedTuple):
@@ -175,7 +181,8 @@ Slab = Mapping[str, tuple[Held, bytes]]
 
 @dataclass(slots=True)
 class _Tally:
-    """Of a model. freed: when places for sessions last became free; ends: of each owner there was, ends by reason.
+    """Of a model. freed: when places for sessions last became free; ends: by reason, of each owner there is and of
+    the last GONE_KEPT that are gone; ended: of those gone before.
 
     may_move: sessions that may be moved, as of `moves_at`; refused_at: when one last found no place; joined_at: when
     the last owner came.
@@ -191,6 +198,7 @@ class _Tally:
     joined_at: float = -math.inf
     refused: Counter[str] = field(default_factory=Counter)
     ends: dict[str, Mapping[str, int]] = field(default_factory=dict)
+    ended: Counter[str] = field(default_factory=Counter)
 
 
 class Directory:
@@ -219,6 +227,7 @@ class Directory:
         self._held: dict[str | None, dict[int, str]] = {None: {}}  # by owner: epoch -> session
         self._kept: set[str] = set()  # keys
         self._waiting: dict[str, float] = {}  # since when no owner has the session, by key: some of those kept
+        self._untaken: dict[int, tuple[str, float]] = {}  # by epoch, in order: since when no owner has said it has it
         self._unkept: set[int] = set()  # epochs that waited for an owner at the last look, without a checkpoint
         self._keep_s = self._expire_at = math.inf
         self._now = self._started_at = now  # as it was told last
@@ -266,7 +275,7 @@ class Directory:
         return owner not in self._suspects and owner not in self._retiring
 
     def tick(self, now: float) -> None:
-        """It is as late as that: give up the owners whose leases are over.
+        """It is as late as that: give up the owners whose leases are over, and sessions that no owner has taken in.
 
         None when this directory itself may have stood still, and what owners have said meanwhile waits to be heard.
         """
@@ -276,6 +285,7 @@ class Directory:
         if now - self._awake_since > MARGIN_S:
             for owner in [owner for owner, heard in self._heard.items() if now - heard > LEASE_S + MARGIN_S]:
                 self.unregister(owner)
+            self._give_up_untaken()
 
     def gone(self, owners: Iterable[str]) -> list[str]:
         """Which of these have no lease any more. A directory that has just started cannot tell."""
@@ -289,7 +299,8 @@ class Directory:
 
     def unregister(self, owner: str) -> int:
         """The owner is gone, and with it its sessions that are not resumable; returns how many it had."""
-        self._owners.pop(owner, None)
+        if (one := self._owners.pop(owner, None)) is not None:
+            self._fold_ends(owner, self._tallies[one.spec.name])
         self._heard.pop(owner, None)
         self._suspects.discard(owner)
         self._retiring.discard(owner)
@@ -299,6 +310,13 @@ class Directory:
         for session in lost.values():
             self._orphan(session)
         return len(lost)
+
+    def _fold_ends(self, owner: str, tally: _Tally) -> None:
+        """Of an owner that is gone now."""
+        tally.ends[owner] = tally.ends.pop(owner, {})  # the last of those
+        gone = [name for name in tally.ends if name not in self._owners]
+        for name in gone[:-GONE_KEPT]:
+            tally.ended.update(tally.ends.pop(name))
 
     def open(
         self,
@@ -320,8 +338,10 @@ class Directory:
         """
         record = self._sessions.get(session)
         is_new = claim is None or claim.epoch == NEW
-        if claim is not None and not is_new and record is not None and not self._may_go_on(record, claim.epoch):
-            raise NotOwner(f"session {session!r} has gone on elsewhere under epoch {record.epoch}: resume it there")
+        if claim is not None and not is_new and record is not None:
+            asks_again = record.sender == sender and record.before == claim.epoch  # it has not heard of its grant
+            if not (asks_again or self._may_go_on(record, claim.epoch)):
+                raise NotOwner(f"session {session!r} has gone on elsewhere under epoch {record.epoch}: resume it there")
         if is_new and record is not None and record.owner is not None:
             raise SessionExists(
                 f"session {session!r} is open already at {record.owner!r}: close it, or choose another id"
@@ -354,10 +374,11 @@ class Directory:
                 "session.max_sessions or replicas"
             )
         self._last_epoch += 1
-        since = self._last_epoch
+        since, followed = self._last_epoch, NEW if claim is None else claim.epoch
         if claim is not None and not claim.fingerprint:
             since = record.since if record is not None and record.epoch == claim.epoch else claim.epoch
-        self._put(session, Record(self._last_epoch, chosen, sender, since, resumable))
+        self._put(session, Record(self._last_epoch, chosen, sender, since, resumable, followed))
+        self._untaken[self._last_epoch] = session, self._now
         tally = self._tallies[serving[chosen].spec.name]
         tally.opened += is_new
         if before in self._owners and before != chosen:
@@ -409,7 +430,8 @@ class Directory:
         owner, epoch = self._owners[record.owner], record.epoch
         if record.sender != sender:
             epoch = self._last_epoch = self._last_epoch + 1
-            self._put(session, replace(record, epoch=epoch, sender=sender))
+            self._put(session, replace(record, epoch=epoch, sender=sender, before=NEW))
+            self._untaken[epoch] = session, self._now
         return Grant(session, epoch, owner), record.epoch
 
     def release(self, session: str, epoch: int) -> None:
@@ -420,6 +442,21 @@ class Directory:
                 self._orphan(session)
             else:
                 self._forget(session)  # only who had it before can go on with it
+
+    def taken(self, epochs: Iterable[int]) -> None:
+        """An owner has taken these sessions in."""
+        for epoch in epochs:
+            self._untaken.pop(epoch, None)
+
+    def _give_up_untaken(self) -> None:
+        """Their senders have died before they said anything of them, or could not be answered."""
+        while self._untaken:
+            epoch, (session, granted_at) = next(iter(self._untaken.items()))
+            if self._now - granted_at <= TAKEN_WITHIN_S:
+                return
+            del self._untaken[epoch]
+            if session in self._sessions and self._sessions[session].owner is not None:
+                self.release(session, epoch)
 
     def lookup(self, session: str) -> Record:
         """What is known of a session. Raises UnknownSession."""
@@ -483,6 +520,13 @@ class Directory:
                 self._forget(session)
         return dropped
 
+    def drop_waiting(self, session: str) -> list[str]:
+        """A session that waits is over, whichever directory has granted it; keys of checkpoints to drop."""
+        key = key_of(session)
+        dropped = [key] if key in self._kept else []
+        self._forget(session)
+        return dropped
+
     # Checkpoints that are kept.
 
     def found(self, keys: Iterable[str], keep_s: float, now: float) -> None:
@@ -498,6 +542,7 @@ class Directory:
         on.
         """
         refused: dict[str, LockstepError] = {}
+        self.taken(held.epoch for held in sessions.values())
         for session, (epoch, owner) in sessions.items():
             record = self._sessions.get(session)
             if record is None and epoch >= self._first_epoch:
@@ -644,7 +689,7 @@ class Directory:
         for model, tally in self._tallies.items():
             tally.queue.forget_gone(self._now)
             num_open = sum(len(self._held[owner.name]) for owner in self._owners.values() if owner.spec.name == model)
-            ended = sum((Counter(ends) for ends in tally.ends.values()), Counter[str]())
+            ended = sum(map(Counter, tally.ends.values()), tally.ended)
             found[model] = SessionStatistics(num_open, len(tally.queue), tally.opened, dict(tally.refused), dict(ended))
         return found
 
@@ -718,6 +763,8 @@ class Directory:
         del self._sessions[session]
         if record.resumable:
             self._put(session, replace(record, owner=None))
+        else:
+            self._targets.pop(session, None)
 
     def _forget(self, session: str) -> None:
         record = self._sessions.pop(session)

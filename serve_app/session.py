@@ -168,6 +168,10 @@ class Session:
             self._raise_failure()
             self._raise_unnumbered()
             start = self.next
+        if start < 0:
+            raise InvalidInput(
+                f"a segment of session {self.name!r} starts at {start}, the first timestep is 0: send from {self.next}"
+            )
         if start > self.next:
             raise StartMismatch(
                 f"a segment of session {self.name!r} starts at {start}, {self.next} was expected: "

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from serve_app import lease
 from serve_app.config import AppConfig
 from serve_app.deployments.directory_service import DirectoryService
+from serve_app.deployments.registration import News
 from serve_app.directory import Ask, Described, Directory, Grant, Owner, SessionStatistics, Slab
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.engine import Engine, spare_rows_of
@@ -94,7 +95,7 @@ class LocalCluster:
         """All that live do so once, and give back the sessions that they are told to."""
         for owner in self._running:
             stats = self.engines[owner].stats
-            standing = await self.actor.report(owner, stats.take_ended(), dict(stats.ends))
+            standing = await self.actor.report(owner, News(stats.take_taken(), stats.take_ended()), dict(stats.ends))
             self.give_back(owner, standing.give_back)
 
     def give_back(self, owner: str, count: int) -> None:
@@ -141,7 +142,8 @@ class LocalCluster:
 
     async def statistics(self) -> dict[str, SessionStatistics]:
         for name, engine in self.engines.items():
-            await self.actor.report(name, engine.stats.take_ended(), dict(engine.stats.ends))
+            stats = engine.stats
+            await self.actor.report(name, News(stats.take_taken(), stats.take_ended()), dict(stats.ends))
         return await self.actor.statistics()
 
     async def models(self) -> dict[str, ModelSpec]:

@@ -24,7 +24,7 @@ from serve_app import directory, lease
 from serve_app.checkpoint_store import MemoryStore, key_of
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
 from serve_app.deployments.directory_service import DirectoryService
-from serve_app.deployments.registration import Registration
+from serve_app.deployments.registration import News, Registration
 from serve_app.directory import Ask, Directory, Grant, Owner
 from serve_app.engine.engine import Engine
 from serve_app.errors import LockstepError, StateLost, StepFailed, Unavailable
@@ -479,8 +479,9 @@ class Replica:
     def may_report(self) -> bool:
         directory = self.world.actor._directory
         is_known = directory.knows(self.name) and self.lease.holds
-        news = bool(self.engine.stats.ended_epochs) or not is_known or bool(directory._moves(self.card, 1)[self.name])
-        return news and not (self.is_stopped or self.is_leaving or self.reports)
+        stats = self.engine.stats
+        news = bool(stats.taken_epochs or stats.ended_epochs or directory._moves(self.card, 1)[self.name])
+        return (news or not is_known) and not (self.is_stopped or self.is_leaving or self.reports)
 
     def receive(self, data: bytes, call: Call) -> None:
         try:
@@ -525,7 +526,8 @@ class Replica:
     async def _report(self) -> None:
         try:
             stats = self.engine.stats
-            self.engine.give_back(await self.registration.renew(stats.take_ended(), dict(stats.ends)))
+            news = News(stats.take_taken(), stats.take_ended())
+            self.engine.give_back(await self.registration.renew(news, dict(stats.ends)))
             self._answer()
         except LockstepError:
             pass

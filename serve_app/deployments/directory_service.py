@@ -18,7 +18,7 @@ from serve_app.checkpoint_store import CheckpointStore, key_of, open_store
 from serve_app.config import DurabilityConfig
 from serve_app.deployments.directory_metrics import DirectoryMetrics
 from serve_app.deployments.messages import PICKLED, CallServer, Codec, is_listening
-from serve_app.deployments.registration import Standing
+from serve_app.deployments.registration import News, Standing
 from serve_app.directory import Ask, Described, Directory, Grant, Owner, Record, SessionStatistics, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.policy.autoscaling import IDLE, Load
@@ -148,7 +148,7 @@ class DirectoryService:
         await self._recall([session])
         grant = self._directory.grant_of(session)
         if grant is None:
-            self._drop(self._directory.ended("", [self._directory.lookup(session).epoch]))
+            self._drop(self._directory.drop_waiting(session))
         return grant
 
     async def migrate(self, session: str, to: str | None) -> Grant:
@@ -156,11 +156,12 @@ class DirectoryService:
         await self._recall([session])
         return self._directory.migrate(session, to)
 
-    async def report(self, owner: str, ended: list[int], ends: dict[str, int], load: Load = IDLE) -> Standing:
+    async def report(self, owner: str, news: News, ends: dict[str, int], load: Load = IDLE) -> Standing:
         """See Registry."""
         self.num_reports += 1
         self._directory.tick(now := lease.now())
-        self._drop(self._directory.ended(owner, ended))
+        self._directory.taken(news.taken)
+        self._drop(self._directory.ended(owner, news.ended))
         self._directory.tell(owner, ends, load)
         self._drop(self._directory.expire(now))
         if now - self._published_at > PUBLISH_EVERY_S:
@@ -274,4 +275,4 @@ class DirectoryService:
         try:
             await self._stored(lambda store: store.drop(keys))
         except LockstepError as error:
-            logger.warning("%d checkpoints of sessions that are over stay in the store: %s", len(keys), error)
+            logger.warning("checkpoints of sessions that are over stay in the store for now: %s", error)

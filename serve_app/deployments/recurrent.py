@@ -16,7 +16,7 @@ from ray._private.worker import global_worker
 from serve_app.config import AppConfig
 from serve_app.deployments.frame_channel import frame_server
 from serve_app.deployments.metrics import EngineMetrics
-from serve_app.deployments.registration import Registration
+from serve_app.deployments.registration import News, Registration
 from serve_app.deployments.transport import RayDirectory, ReplicaActor
 from serve_app.directory import Owner
 from serve_app.engine.async_engine import AsyncEngine
@@ -29,7 +29,6 @@ from serve_app.lease import Lease
 from serve_app.policy.autoscaling import Load, LoadMeter, Scaling
 from serve_app.policy.session_queue import QueueLimits
 from serve_app.segment import Outputs, Segment
-from serve_app.spec import SessionLimits
 
 logger = logging.getLogger("ray.serve")
 
@@ -68,9 +67,9 @@ class Recurrent:
             name=self._engine.owner,
             address=await self._frames.start(ray.util.get_node_ip_address()),  # type: ignore[no-untyped-call]
             spec=self._engine.spec,
-            limits=SessionLimits(session.max_segment_timesteps, session.max_window_timesteps, session.nan == "refuse"),
+            limits=self._engine.limits,
             max_sessions=session.max_sessions,
-            max_bytes=config.frame.max_bytes,
+            max_bytes=self._engine.max_frame_bytes,
             checkpoints=session.checkpoint_timesteps > 0,
             models=models,
             queue=QueueLimits(session.max_waiting, session.max_wait_s, session.default_priority),
@@ -191,7 +190,7 @@ class Recurrent:
         """How many sessions are to go on elsewhere. Raises Unavailable."""
         stats = self._engine.stats
         load = self._measure(stats.take_recent())
-        return await self._registration.renew(stats.take_ended(), dict(stats.ends), load)
+        return await self._registration.renew(News(stats.take_taken(), stats.take_ended()), dict(stats.ends), load)
 
     def _measure(self, steps: Sequence[StepRecord]) -> Load:
         """Bring metrics up to date with the last steps; what there is to do now."""

@@ -29,6 +29,17 @@ class Standing(NamedTuple):
     give_back: int = 0
 
 
+class News(NamedTuple):
+    """The epochs under which an owner has taken sessions in since its last report, and of those that have ended."""
+
+    taken: list[int]
+    ended: list[int]
+
+    def after(self, told: "News") -> "News":
+        """What is left when that has been told, with which it begins."""
+        return News(self.taken[len(told.taken) :], self.ended[len(told.ended) :])
+
+
 class Registry(Protocol):
     """The part of the directory that knows owners."""
 
@@ -44,10 +55,10 @@ class Registry(Protocol):
         """The owner takes nothing any more."""
         ...
 
-    async def report(self, owner: str, ended: list[int], ends: dict[str, int], load: Load = IDLE) -> Standing:
-        """The owner is alive, and these sessions have ended.
+    async def report(self, owner: str, news: News, ends: dict[str, int], load: Load = IDLE) -> Standing:
+        """The owner is alive, and that is new of its sessions.
 
-        ends: how many have since the owner started, by reason.
+        ends: how many have ended since the owner started, by reason.
         """
         ...
 
@@ -74,7 +85,7 @@ class Registration:
         self._directory, self._owner, self._durability = directory, owner, durability
         self._lease, self._fence = lease, fence
         self._incarnation = -1
-        self._ended: list[int] = []
+        self._news = News([], [])
 
     async def register(self) -> None:
         """Be known from now on. Raises ConfigError where checkpoints cannot be kept as configured."""
@@ -103,12 +114,12 @@ class Registration:
         if held:
             self._lease.renew(asked_at)
 
-    async def renew(self, ended: list[int], ends: dict[str, int], load: Load = IDLE) -> int:
-        """Say that the owner lives, and which sessions have ended since; how many it is to give back.
+    async def renew(self, news: News, ends: dict[str, int], load: Load = IDLE) -> int:
+        """Say that the owner lives, and what is new of its sessions; how many it is to give back.
 
         Raises Unavailable, keeping what was said. ends: see Registry.report.
         """
-        self._ended += ended
+        self._news = News(self._news.taken + news.taken, self._news.ended + news.ended)
         asking = asyncio.ensure_future(self._renew(ends, load))
         try:
             while not (await asyncio.wait([asking], timeout=ANSWERED_WITHIN_S))[0]:
@@ -126,9 +137,9 @@ class Registration:
             self._lease.renew(asked_at)
 
     async def _renew(self, ends: dict[str, int], load: Load) -> int:
-        asked_at, told = clock.now(), self._ended
+        asked_at, told = clock.now(), self._news
         standing = await self._directory.report(self._owner.name, told, ends, load)
-        self._ended = self._ended[len(told) :]
+        self._news = self._news.after(told)
         if standing.is_known:
             self._lease.renew(asked_at)
             return standing.give_back

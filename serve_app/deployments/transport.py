@@ -20,7 +20,7 @@ from serve_app.deployments.directory_process import DirectoryProcess, Elsewhere
 from serve_app.deployments.directory_service import OPENS, DirectoryService
 from serve_app.deployments.frame_channel import FrameChannel
 from serve_app.deployments.messages import CallChannel
-from serve_app.deployments.registration import Standing
+from serve_app.deployments.registration import News, Standing
 from serve_app.directory import Ask, Described, Grant, Owner, Record, SessionStatistics, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.ingress.outbox import Channel
@@ -133,9 +133,9 @@ class RayDirectory:
         """See Directory.unload."""
         await self.ask(DirectoryService.unload, model, gone=gone)
 
-    async def report(self, owner: str, ended: list[int], ends: dict[str, int], load: Load = IDLE) -> Standing:
+    async def report(self, owner: str, news: News, ends: dict[str, int], load: Load = IDLE) -> Standing:
         """See Registry."""
-        return await self.ask(DirectoryService.report, owner, ended, ends, load)
+        return await self.ask(DirectoryService.report, owner, news, ends, load)
 
     async def lookup(self, session: str) -> Record:
         """Who holds a session."""

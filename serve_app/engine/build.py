@@ -8,7 +8,7 @@ import torch
 from serve_app.config import AppConfig
 from serve_app.engine.engine import Engine, spare_rows_of
 from serve_app.engine.stats import Stats, StepRecord
-from serve_app.errors import LockstepError
+from serve_app.errors import ConfigError, LockstepError
 from serve_app.frame import ABORT, NO_CLOSE, Frame, Open
 from serve_app.models import registry
 
@@ -23,12 +23,29 @@ def build_engine(config: AppConfig, owner: str = "local") -> Engine:
     model = registry.load(config.model)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = getattr(model, "tf32", False)
     engine = Engine(model, config, owner, spare_rows=spare_rows_of(config.session.max_sessions))
+    _check_room(engine, config)
     engine.prepare()
     _run(engine, 0, 1, 1)
     full = _run_full(engine, config) if config.autoscaling is not None else []
     engine.stats = Stats()
     engine.stats.recent.extend(full)
     return engine
+
+
+def _check_room(engine: Engine, config: AppConfig) -> None:
+    """Raise ConfigError unless a timestep of inputs and a segment's outputs fit into the bounds of the engine."""
+    limits, spec, segment = config.engine, engine.spec, config.session.max_segment_timesteps
+    if limits.max_pending_bytes < spec.input.nbytes:
+        raise ConfigError(
+            f"engine.max_pending_bytes is {limits.max_pending_bytes}, a timestep of model {spec.name!r} has "
+            f"{spec.input.nbytes}: raise it"
+        )
+    if engine.limits.max_window < segment:
+        raise ConfigError(
+            f"engine.max_retained_bytes is {limits.max_retained_bytes}, outputs of session.max_segment_timesteps="
+            f"{segment} have {segment * spec.output_bytes}: raise the one, or lower the other to "
+            f"{engine.limits.max_window}"
+        )
 
 
 def _run_full(engine: Engine, config: AppConfig) -> list[StepRecord]:

@@ -39,11 +39,16 @@ class Checkpointer:
         self.read_at = math.inf
 
     def add(self, rows: np.ndarray, now: float) -> None:
-        """These (distinct) are due; they may be already."""
-        if len(rows) and len(rows := rows[~self._is_due[rows]]):
+        """These (distinct) are due; they may be already, and are by now where they have run FAR meanwhile."""
+        if not len(rows):
+            return
+        is_far = self._sessions.progress[rows] - self._sessions.checkpointed[rows] >= FAR
+        is_due = self._is_due[rows]
+        changes = ~is_due | (is_far & (self._due_at[rows] > now))
+        if changes.any():
+            self._due.append(rows[~is_due])
+            rows, is_far = rows[changes], is_far[changes]
             self._is_due[rows] = True
-            self._due.append(rows)
-            is_far = self._sessions.progress[rows] - self._sessions.checkpointed[rows] >= FAR
             due_at = self._due_at[rows] = np.maximum(now, np.where(is_far, now, self._read_at[rows] + self._apart_s))
             self._num_ready += int((due_at <= now).sum())
             self._look_at(due_at)

@@ -29,12 +29,14 @@ from serve_app.frame import ABORT, ADOPTED, MOVE, NO_CLOSE, UNKNOWN, Answer, Che
 from serve_app.models.fingerprint import fingerprint
 from serve_app.models.interface import RecurrentModel
 from serve_app.policy.batching import powers_of_two
-from serve_app.spec import ModelSpec
+from serve_app.spec import ModelSpec, SessionLimits
 
 logger = logging.getLogger(__name__)
 
 ELSEWHERE = "elsewhere"
 """Where a session goes on that is not here any more: it was given back, or this owner was away for too long."""
+LOOK_WITHIN_S = 3600.0
+"""So often `expire` looks at least, however long sessions may be idle."""
 
 
 class Engine:
@@ -96,6 +98,12 @@ class Engine:
         )
         output_bytes = max(1, self.spec.output_bytes)
         self._max_retained = config.engine.max_retained_bytes // output_bytes  # timesteps
+        session = config.session
+        max_window = min(session.max_window_timesteps, self._max_retained)
+        #: What senders must keep to. A session that has more outputs than are kept here would wait for ever.
+        self.limits = SessionLimits(session.max_segment_timesteps, max_window, session.nan == "refuse")
+        #: What a frame may hold, for the same reason.
+        self.max_frame_bytes = min(config.frame.max_bytes, config.engine.max_pending_bytes)
         self._checkpoint_every = config.session.checkpoint_timesteps
         self._max_answered = max(1, config.frame.max_bytes // output_bytes)  # timesteps of one answer
 
@@ -255,15 +263,17 @@ class Engine:
             self._checkpoints.forget(mailbox.sender)
 
     def expire(self, now: float) -> None:
-        """End sessions that have been idle for too long, forget who is gone. Looks at most every tenth of that time."""
+        """End sessions that have been idle for too long, forget who is gone. Looks every tenth of that time."""
         if now >= self._expire_at:
             timeout_s = self._config.session.idle_timeout_s
-            self._expire_at = now + timeout_s / 10
+            self._expire_at = now + min(timeout_s / 10, LOOK_WITHIN_S)
             for row in self._sessions.idle_since(now - timeout_s).tolist():
                 self._end(row, "idle")
             left = {name for name, sender in self._mailboxes.items() if self._mail[sender].is_left}
             for name in left & self._left:
-                del self._mail[self._mailboxes.pop(name)]
+                sender = self._mailboxes.pop(name)
+                del self._mail[sender]
+                self._checkpoints.forget(sender)
             self._left = left
 
     @property
@@ -338,6 +348,7 @@ class Engine:
                         self._page_of[row] = self._pool.admit(ask.initial_state)
         except LockstepError as error:
             return Notice(ask.epoch, "refused", error.to_wire())
+        self.stats.taken_epochs.append(ask.epoch)
         return Notice(ask.epoch, "opened")
 
     def _adopt(self, ask: Open, sender: int, now: float) -> Notice:
@@ -361,6 +372,7 @@ class Engine:
         rows = np.array([row])
         self._outputs.drop_below(rows, self._sessions.acked[rows])
         self._mail[sender].mark(rows)
+        self.stats.taken_epochs.append(ask.epoch)
         accepted, rewind = int(self._sessions.next[row]), int(self._sessions.rewind[row])
         return Notice(ask.epoch, "opened", progress=accepted, rewind=rewind, acked=acked)
 

@@ -24,7 +24,6 @@ from serve_app.errors import (
     TooManySessions,
     Unavailable,
     UnknownSession,
-    from_wire,
 )
 from serve_app.frame import ABORT, ADOPTED, MOVE, UNKNOWN, Frame, Notice, Open
 from serve_app.ingress.keeper import Keeper
@@ -206,6 +205,10 @@ class Hub:
                 self._giving_back.add(giving_back)
                 giving_back.add_done_callback(self._giving_back.discard)
                 raise
+            except Unavailable:  # who knows whether it has heard
+                for owner, epochs in ended.items():
+                    self._ended.setdefault(owner, []).extend(epochs)
+                raise
             except TooManySessions as error:
                 if "ask_again_s" not in error.details:
                     raise
@@ -350,21 +353,31 @@ class Hub:
         return await self._directory.sessions(after, limit)
 
     async def drop(self, name: str) -> None:
-        """Abort a session of whatever sender, which hears of it. Raises UnknownSession, NotOwner while it moves."""
+        """Abort a session of whatever sender, which hears of it.
+
+        Raises UnknownSession, NotOwner while it is being opened, or moves.
+        """
         grant = await self._directory.drop(name)
         if grant is not None:
             await self._tell_owner(grant, ABORT)
 
     async def discard(self, name: str, sender: str) -> None:
-        """End what is left of a session whose sender is gone, that one: its name is free for a session from here."""
+        """End what is left of a session whose sender is gone, that one: its name is free for a session from here.
+
+        Raises NotOwner where it was about to move, which nobody does any more: the next call ends it.
+        """
         with suppress(UnknownSession):
             described = await self._directory.describe(name)
             if described.sender != sender:
                 return
             grant = await self._directory.drop(name)
             if grant is not None and grant.epoch == described.epoch:
-                with suppress(StateLost, NotOwner):  # its owner does not have it any more
+                try:
                     await self._tell_owner(grant, ABORT)
+                except (StateLost, NotOwner) as error:  # its owner does not have it any more
+                    if "moving" in error.details:  # and its sender may live, and have it go on
+                        await self._directory.attach(name, self.sender)
+                        raise
                 self.has_ended(grant.owner.name, grant.epoch)
 
     async def migrate(self, name: str, to: str | None = None) -> str:
@@ -378,7 +391,10 @@ class Hub:
         return grant.owner.name
 
     async def _tell_owner(self, grant: Grant, close: int) -> None:
-        """Ask an owner for something, beside whoever sends to the session."""
+        """Ask an owner for something, beside whoever sends to the session.
+
+        Raises NotOwner; with `moving` in its details where the owner has given back what it was to end.
+        """
         channel = self._directory.connect(grant.owner)
         columns = np.array([[0], [grant.epoch], [0], [0], [close], [0]], np.int64)
         none = np.empty((0, *grant.owner.spec.input.shape), grant.owner.spec.input.dtype)
@@ -387,8 +403,16 @@ class Hub:
         finally:
             await channel.close()
         for notice in answer.notices:
+            if notice.kind == "moving" and close == ABORT:
+                raise NotOwner(
+                    f"session {grant.session!r} is just moving from {grant.owner.name!r}: try again in a moment",
+                    moving=True,
+                )
             if notice.error is not None and notice.error["code"] == NotOwner.code:
-                raise from_wire(dict(notice.error))
+                raise NotOwner(
+                    f"session {grant.session!r} is being opened at {grant.owner.name!r}, or moved there: try again in "
+                    f"a moment; if nothing comes of it the name is free within a minute ({notice.error['message']})"
+                )
 
     async def models(self) -> dict[str, ModelSpec]:
         """The models that can be asked for."""
@@ -434,6 +458,9 @@ class Hub:
             outbox = await self._outbox(owner)
         except Unavailable:  # stopped since, and nobody else tells of the grant
             await self._directory.release(grant.session, grant.epoch)
+            raise
+        except asyncio.CancelledError:
+            self.has_ended(owner.name, grant.epoch)
             raise
         session = Session(
             grant.session, owner.spec, owner.limits, outbox, epoch=grant.epoch, ack_on_receipt=self._ack_on_receipt,

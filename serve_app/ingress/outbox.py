@@ -35,6 +35,9 @@ STOP_WITHIN_S = 2.0
 LATE_S = 1.2
 """A call with nothing to tell is answered before that, unless a step takes so long."""
 UNUSED_S = 60.0
+KEEP_ENDED_S = 300.0
+"""So long the outputs of a closed session wait for its client when its owner is gone: as they do at an idle owner (see
+session.idle_timeout_s)."""
 
 
 class Channel(Protocol):
@@ -329,6 +332,8 @@ class Outbox:
             elif session is not None and session.end_reason is not None:
                 if notice.kind != "moving" or session.has_all_acked:
                     self._forget(session)  # the owner has given its outputs up
+                else:
+                    self._forget_later(session)
             elif session is not None and notice.kind == "moving":
                 for each in (self._sessions, self._pending, self._acks):
                     each.pop(notice.epoch, None)
@@ -369,6 +374,10 @@ class Outbox:
         if self._sessions.pop(session.epoch, None) is not None:
             self._forgotten(session)
 
+    def _forget_later(self, session: Session) -> None:
+        """It has closed, and no owner will say that its client does not come for its outputs."""
+        asyncio.get_running_loop().call_later(KEEP_ENDED_S, self._forget, session)
+
     def _fail(self, error: LockstepError) -> None:
         """The owner is gone: so are its sessions."""
         if self._error is None:
@@ -387,6 +396,7 @@ class Outbox:
                 self._forgotten(session)
             else:  # its outputs are here; should they be lost before its client has them, another gets them again
                 self._sessions[session.epoch] = session
+                self._forget_later(session)
         self._pending.clear()
         self._acks.clear()
         self._exports.clear()

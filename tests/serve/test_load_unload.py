@@ -148,7 +148,8 @@ async def test_models_come_and_go_beside_one_that_serves(
         assert await repository.state("cell") == "UNAVAILABLE"
         damage(file, whole)
         for model in ("cell", "masked"):
-            assert (await repository.post("load", model)).status_code == 200
+            response = await repository.post("load", model)
+            assert response.status_code == 200, response.text
             assert await repository.state(model) == "READY"
         await until(partial(repository.answers, (200, "2")))
         assert len(owners()) == 2

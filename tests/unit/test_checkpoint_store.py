@@ -160,13 +160,13 @@ def test_a_folder_is_found_again(tmp_path: Path) -> None:
     assert set(open_store(str(tmp_path), "other app", 100).keys()) == set()
 
 
+def broken(*_: Any, **__: Any) -> None:
+    raise OSError("no space left")
+
+
 def test_a_write_that_was_broken_off_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(str(tmp_path), "app", 100)
     store.keep({"a": b"before"})
-
-    def broken(*_: Any, **__: Any) -> None:
-        raise OSError("no space left")
-
     files = fsspec.filesystem("file")
     monkeypatch.setattr(files, "mv", broken)
     with pytest.raises(Unavailable, match=r"1 checkpoints cannot be written to .*: no space left"):
@@ -186,3 +186,40 @@ def test_a_store_that_cannot_be_used_is_told(url: str) -> None:
 
 def test_without_a_url_it_is_in_memory() -> None:
     assert isinstance(in_memory(1), MemoryStore)
+
+
+def test_what_could_not_be_written_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = fsspec.filesystem("file")
+    store = FileStore(files, f"{tmp_path}/app", 20)
+    store.keep({"a": b"x" * 4})
+    monkeypatch.setattr(files, "pipe", broken)
+    for key in "abc":
+        with pytest.raises(Unavailable):
+            store.keep({key: b"y" * 12})
+    monkeypatch.undo()
+    assert list(store.keys()) == ["a"]
+    assert list(store.keep({"b": b"y" * 12, "c": b"z" * 5, "d": b"w" * 4})) == ["c"], "a slab counts while it grows"
+
+
+def test_what_cannot_be_deleted_now_is_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = fsspec.filesystem("file")
+    store = FileStore(files, f"{tmp_path}/app", 6)
+    store.keep(dict.fromkeys("abcde", b"1"))
+    delete = files.rm_file
+
+    def failing(path: str) -> None:
+        if path[-1] in "ac":
+            broken()
+        delete(path)
+
+    monkeypatch.setattr(files, "rm_file", failing)
+    with pytest.raises(Unavailable, match=r"a checkpoint cannot be deleted from .*: no space left"):
+        store.drop("abcd")
+    assert set(store.keys()) == set("ace"), "the others are deleted"
+    assert list(store.keep({"f": b"1234"})) == ["f"], "what is there counts"
+    store.keep({"c": b"2"})  # of a session that has the name now
+    monkeypatch.undo()
+    store.drop("e")
+    assert list(store.keys()) == ["c"]
+    assert [path.name for path in (tmp_path / "app").iterdir()] == ["c"]
+    assert store.keep({"f": b"12345"}) == {}

@@ -126,3 +126,24 @@ def test_those_that_leave_their_slot_are_read_before() -> None:
     assert world.checkpointer.read(world.slot_of, [], 0.0) == 1
     world.land()
     assert world.taken(1) == {2: 1010, 4: 1030}
+
+
+def test_one_that_is_due_later_is_due_at_once_when_it_has_run_far() -> None:
+    world = World(2, [1] * 3, apart_s=10.0)
+    rows = np.arange(3)
+    world.checkpointer.add(rows, 10.0)
+    assert world.checkpointer.read(world.slot_of, [], 10.0) == 3
+    world.sessions.progress[:] = world.sessions.sent[:] = 107
+    world.checkpointer.add(rows, 11.0)
+    assert world.checkpointer.read_at == 20.0 + WITHIN_S
+    world.sessions.progress[2] = world.sessions.sent[2] = 7 + FAR
+    for _ in range(2):
+        world.checkpointer.add(rows, 12.0)
+        assert world.checkpointer.read_at == 12.0 + WITHIN_S, "it is one, however often it is said"
+    assert world.checkpointer.read(world.slot_of, [], 12.0 + WITHIN_S) == 1
+    assert (world.sessions.checkpointed == [7, 7, 7 + FAR]).all()
+    assert world.checkpointer.read_at == 20.0 + WITHIN_S
+    assert world.checkpointer.read(world.slot_of, [], 20.0 + WITHIN_S) == 2
+    world.sessions.progress[:] = world.sessions.sent[:] = 107 + 2 * FAR
+    world.checkpointer.add(rows, 21.0)
+    assert world.checkpointer.read_at < 0, "two that are far are read at once"

@@ -299,3 +299,22 @@ def test_an_error_in_batching_is_named(args: dict[str, Any], words: list[str]) -
     with pytest.raises(ConfigError) as caught:
         load_models(args if "model" in args or "models.a.model" in args else {"model": "a:B", **args})
     assert [word for word in words if word not in caught.value.message] == [], caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"engine.max_pending_bytes": "-1"}, ["engine.max_pending_bytes is -1", "the least is 1"]),
+        ({"engine.max_retained_bytes": "0"}, ["engine.max_retained_bytes is 0", "the least is 1"]),
+        ({"session.checkpoint_timesteps": "12289"}, ["is 12289", "the most is 12288", "max_window_timesteps=4096"]),
+        (
+            {"session.checkpoint_timesteps": "8193", "session.max_window_timesteps": "100000"},
+            ["session.checkpoint_timesteps is 8193", "the most is 8192", "0 is never"],
+        ),
+    ],
+    ids=str,
+)
+def test_a_bound_that_nothing_could_keep_is_refused(args: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(args)
+    assert [word for word in words if word not in caught.value.message] == [], caught.value.message

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from serve_app.checkpoint_store import key_of
-from serve_app.directory import Claim, Directory, Held, Owner
+from serve_app.directory import GONE_KEPT, TAKEN_WITHIN_S, Claim, Directory, Held, Owner
 from serve_app.errors import (
     InvalidInput,
     LockstepError,
@@ -16,6 +16,7 @@ from serve_app.errors import (
     UnknownSession,
 )
 from serve_app.lease import LEASE_S, MARGIN_S
+from serve_app.policy.autoscaling import IDLE
 from serve_app.spec import ModelSpec, SessionLimits, TensorSpec
 
 
@@ -323,6 +324,64 @@ def test_a_directory_that_stood_still_first_hears_what_owners_have_said(director
     assert directory.knows("x") and directory.gone(["x"]) == []
 
 
+def pass_time(directory: Directory, seconds: float, now: float = 0.0) -> float:
+    """Its owners are heard of all the time; how late it is then."""
+    end = now + seconds
+    while now < end:
+        now += MARGIN_S / 2
+        directory.tick(now)
+        for name in ("x", "y"):
+            directory.heard(name)
+    return now
+
+
+def test_a_grant_that_no_owner_takes_up_is_given_up(directory: Directory) -> None:
+    """Its sender has died, or was not answered."""
+    now = pass_time(directory, 1)
+    for session in ("taken", "kept", "resumed", "lost", "gone"):
+        directory.open(session, "s", resumable=True)
+    directory.taken(directory.lookup(session).epoch for session in ("taken", "resumed", "lost"))
+    assert keep(directory, "kept", directory.lookup("kept").epoch) is None
+    assert keep(directory, "lost", directory.lookup("lost").epoch) is None
+    for session in ("resumed", "lost"):
+        directory.attach(session, "another")
+    directory.taken([directory.lookup("resumed").epoch])
+    now = pass_time(directory, TAKEN_WITHIN_S - 1, now)
+    assert all(directory.lookup(session).owner == "x" for session in ("taken", "kept", "resumed", "lost", "gone"))
+    pass_time(directory, 2, now)
+    assert all(directory.lookup(session).owner == "x" for session in ("taken", "kept", "resumed"))
+    assert directory.lookup("lost").owner is None, "its checkpoint is there"
+    with pytest.raises(UnknownSession):
+        directory.lookup("gone")
+    directory.open("gone", "s")
+
+
+def test_a_directory_that_stood_still_first_hears_what_owners_have_taken(directory: Directory) -> None:
+    now = pass_time(directory, 1)
+    epoch = directory.open("a", "s").epoch
+    directory.tick(now + 10 * TAKEN_WITHIN_S)
+    directory.taken([epoch])
+    directory.heard("x")
+    pass_time(directory, 2, now + 10 * TAKEN_WITHIN_S)
+    assert directory.lookup("a").owner == "x"
+
+
+def test_who_was_granted_a_session_and_not_answered_asks_again(directory: Directory) -> None:
+    first = directory.open("a", "s", resumable=True).epoch
+    directory.register(owner("y"))
+    claim = Claim(first)
+    unheard = directory.open("a", "s", resumable=True, claim=claim)
+    with pytest.raises(NotOwner):
+        directory.open("a", "another", resumable=True, claim=claim)
+    again = directory.open("a", "s", resumable=True, claim=claim)
+    assert again.epoch > unheard.epoch > first
+    assert directory.lookup("a").epoch == again.epoch
+    assert sum(directory.num_sessions().values()) == 1
+    directory.attach("a", "another")
+    with pytest.raises(NotOwner):
+        directory.open("a", "s", resumable=True, claim=Claim(again.epoch))
+
+
 def test_a_directory_that_has_just_started_cannot_tell_who_is_gone() -> None:
     directory = Directory(2, now=100)
     directory.tick(101)
@@ -399,3 +458,47 @@ def test_an_owner_that_retires_keeps_its_sessions_until_others_have_them_and_get
     directory.register(owner("x"))
     assert directory.retire("y"), "x has come back"
     assert not directory.retire("unknown")
+
+
+def test_a_session_that_an_earlier_directory_has_granted_can_be_dropped() -> None:
+    directory = new(2, "a")
+    directory.recall("a", (1 << 24) + 7)
+    assert directory.drop_waiting("a") == [key_of("a")]
+    directory.open("a", "s")
+    directory.open("never kept", "s", resumable=True)
+    directory.unregister("x")
+    assert directory.drop_waiting("never kept") == []
+    with pytest.raises(UnknownSession):
+        directory.lookup("never kept")
+
+
+def test_what_ended_at_owners_that_are_gone_stays_counted_without_them(directory: Directory) -> None:
+    directory.tell("x", {"closed": 1, "idle": 2}, IDLE)
+    for i in range(2 * GONE_KEPT):
+        directory.register(owner(f"{i}"))
+        directory.tell(f"{i}", {"closed": 1}, IDLE)
+        directory.unregister(f"{i}")
+        directory.unregister(f"{i}")
+    assert directory.statistics()["sum"].ended == {"closed": 2 * GONE_KEPT + 1, "idle": 2}
+    assert len(directory._tallies["sum"].ends) == GONE_KEPT + 1
+
+
+def test_an_owner_that_comes_again_is_counted_once(directory: Directory) -> None:
+    directory.tell("x", {"closed": 3}, IDLE)
+    for ends in ({"closed": 3}, {"closed": 4, "idle": 1}):
+        before = directory.statistics()
+        directory.unregister("x")
+        directory.register(owner("x"))
+        assert directory.statistics() == before
+        directory.tell("x", ends, IDLE)
+        assert directory.statistics()["sum"].ended == ends
+
+
+def test_where_a_session_was_to_go_is_forgotten_with_it(directory: Directory) -> None:
+    directory.open("a", "s")
+    directory.register(owner("y"))
+    directory.migrate("a", "y")
+    directory.unregister("x")
+    directory.register(owner("x"))
+    assert directory.open("b", "s").owner.name == "y"
+    assert directory.open("a", "s").owner.name == "x", "there is more room"

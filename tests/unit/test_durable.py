@@ -18,6 +18,7 @@ from serve_app import session as session_module
 from serve_app.checkpoint import decode_checkpoint
 from serve_app.checkpoint_store import key_of
 from serve_app.config import AppConfig, DurabilityConfig, EngineConfig, FrameConfig, SessionConfig
+from serve_app.deployments.registration import News
 from serve_app.errors import NotOwner, StateLost, TooManySessions, Unavailable, UnknownSession
 from serve_app.frame import Answer, Frame
 from serve_app.ingress import keeper as keeper_module
@@ -174,7 +175,7 @@ async def dropped(cluster: LocalCluster) -> None:
     while cluster.actor._store is None or cluster.actor._store.keys():
         for name in cluster.alive:
             stats = cluster.engines[name].stats
-            await cluster.actor.report(name, stats.take_ended(), dict(stats.ends))
+            await cluster.actor.report(name, News(stats.take_taken(), stats.take_ended()), dict(stats.ends))
         await asyncio.sleep(0.005)
 
 
@@ -564,3 +565,21 @@ async def test_a_client_keeps_its_inputs_until_they_are_safe_but_not_without_end
     session.resumed(50, 0)
     assert len(session.take(64).x) == 15
     assert first(lone(keeps_unanswered=True), None, 40) == 40, "by an ingress that keeps nothing"
+
+
+async def test_a_session_that_is_in_the_store_only_can_be_aborted(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, durability=DurabilityConfig(store=str(tmp_path)))
+    async with ingresses(SumModel(), config=config) as sut:
+        first, second = sut.alive
+        session = await open_websocket(first, session="a")
+        await kept(session, 40)
+        carrier(session)._stopped = True
+        sut.kill(first)
+        await sut.cluster.kill("owner-0")
+        break_connection(session)
+        sut.cluster.add(SumModel())
+        await sut.cluster.start_directory()
+        await sut.hubs[second].drop("a")
+        await asyncio.gather(*sut.cluster.actor._drops)
+        assert not any((tmp_path / "app").iterdir())
+        await sut.hubs[second].open("a")

@@ -1,6 +1,7 @@
 """The engine with whole-number and real models: order, equality, isolation, bounds."""
 
 import dataclasses
+import math
 import random
 from typing import Literal
 
@@ -628,3 +629,52 @@ def test_a_session_that_its_own_sender_takes_over_does_not_end() -> None:
     sender.send({"epoch": 2, "x": ramp(0, 3)}, sender="other")
     sender.run()
     assert len(sender.outputs[2]) > 0
+
+
+def test_no_states_are_kept_for_a_sender_that_is_gone() -> None:
+    sender = Sender(SumModel(), config(idle_timeout_s=50, checkpoint_timesteps=1, checkpoint_apart_s=0))
+    sender.engine._checkpoints._together = 25  # so that it is read when the answer has gone
+    sender.open(1)
+    sender.send({"epoch": 1, "x": ramp(0, 1, 1)})
+    sender.run()
+    assert sender.engine._checkpoints.num_slabs == 1
+    for _ in range(3):
+        sender.now += 60
+        sender.engine.expire(sender.now)
+    assert not sender.engine._mailboxes
+    assert sender.engine._checkpoints.num_slabs == 0
+
+
+def test_sessions_may_be_idle_for_ever() -> None:
+    sender = Sender(SumModel(), config(idle_timeout_s=math.inf))
+    sender.open(1)
+    sender.send(sender="gone")
+    for _ in range(3):
+        sender.now += 1e9
+        sender.engine.expire(sender.now)
+        assert sender.engine.wake_at() <= sender.now + 3600
+    assert sender.engine.num_sessions == 1
+    assert list(sender.engine._mailboxes) == ["test"], "who is gone is forgotten all the same"
+
+
+def test_a_session_alone_never_waits_for_room_when_it_keeps_to_the_limits() -> None:
+    full = config()
+    full = dataclasses.replace(full, engine=dataclasses.replace(full.engine, max_retained_bytes=6 * 16 + 5))
+    sender = Sender(SumModel(), full)
+    window = sender.engine.limits.max_window
+    assert window == 6
+    sender.open(1)
+    for start in range(0, 5 * window, window):
+        sender.send({"epoch": 1, "start": start, "acked": start})  # in a frame of its own, since it makes the room
+        sender.send({"epoch": 1, "start": start, "x": ramp(start, window, 1), "acked": start})
+        sender.run()
+    assert sender.line(1).tolist() == totals(5 * window, 1).tolist()
+    assert Engine(SumModel(), config()).limits.max_window == config().session.max_window_timesteps
+
+
+def test_a_frame_never_holds_more_than_may_be_pending() -> None:
+    full = config()
+    full = dataclasses.replace(full, engine=dataclasses.replace(full.engine, max_pending_bytes=64))
+    sender = Sender(SumModel(), full)
+    assert sender.engine.max_frame_bytes == 64
+    assert Engine(SumModel(), config()).max_frame_bytes == config().frame.max_bytes

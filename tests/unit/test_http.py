@@ -16,7 +16,7 @@ import pytest
 
 from serve_app import errors
 from serve_app.config import AppConfig, EngineConfig, FrameConfig, SessionConfig
-from serve_app.directory import Claim
+from serve_app.directory import Ask, Claim, Grant
 from serve_app.errors import LockstepError, SessionEnded
 from serve_app.ingress import outbox
 from serve_app.ingress.codec import MSGPACK, read_array
@@ -25,7 +25,7 @@ from serve_app.ingress.hub import Hub
 from serve_app.models.interface import RecurrentModel
 from serve_app.segment import Run
 from tests.fakes import FloatSumModel, SumModel
-from tests.local import LocalCluster, local
+from tests.local import LocalCluster, Mortal, local
 
 pytestmark = pytest.mark.asyncio
 
@@ -574,3 +574,34 @@ async def test_the_documented_errors_are_those_that_exist() -> None:
     assert sorted(rows) == sorted(
         (cls.__name__, cls.code, str(cls.http), cls.grpc, "yes" if cls.retry else "no") for cls in known
     )
+
+
+async def test_a_session_that_its_owner_has_just_given_back_is_not_said_to_be_dropped() -> None:
+    async with system(SumModel(), SumModel()) as sut:
+        theirs = Mortal(sut.cluster)
+        other = Hub(theirs, ack_on_receipt=True)
+        session = await other.open("a")
+        assert await session.wait(session.submit(np.array(ones(3)))) == 3
+        asked, may_ask = asyncio.Event(), asyncio.Event()
+
+        async def slow(ask: Ask) -> Grant:
+            asked.set()
+            await may_ask.wait()
+            return await sut.cluster.open(ask)
+
+        theirs.open = slow  # type: ignore[attr-defined]
+        await sut.call("POST", "/v1/sessions/a/migrate")
+        await asked.wait()
+        await sut.refused(421, "not_owner", "'a' is just moving", "DELETE", "/v1/sessions/a?abort=true")
+        may_ask.set()
+        assert await session.wait(session.submit(np.array(ones(2)))) == 5
+        await sut.call("DELETE", "/v1/sessions/a?abort=true")
+        assert await session.closed() == "aborted"
+        await other.stop()
+
+
+async def test_a_session_of_which_its_owner_has_not_heard_is_not_dropped_and_it_is_said_when_its_name_is_free() -> None:
+    async with system() as sut:
+        sut.cluster.directory.open("a", "nobody")
+        message = "'a' is being opened at 'owner-0', .* try again .* the name is free within a minute"
+        await sut.refused(421, "not_owner", message, "DELETE", "/v1/sessions/a?abort=true")

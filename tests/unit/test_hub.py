@@ -32,7 +32,7 @@ from serve_app.ingress import outbox as outbox_module
 from serve_app.ingress.hub import Hub
 from serve_app.session import Session
 from tests.fakes import FloatSumModel, SumModel
-from tests.local import REQUEST, LocalCluster, local
+from tests.local import REQUEST, LocalCluster, Mortal, local
 
 pytestmark = pytest.mark.asyncio
 
@@ -597,3 +597,87 @@ async def test_a_begun_session_goes_on_elsewhere_when_its_owner_is_gone_by_then(
         await cluster.kill(session.owner)
         assert await session.wait() == 3
         assert session.owner in cluster.alive
+
+
+@pytest.mark.parametrize("lives", [True, False])
+async def test_a_session_that_is_just_moving_is_discarded_by_the_next_call(lives: bool) -> None:
+    async with local(SumModel(), SumModel(), config=CONFIG) as (cluster, hub):
+        theirs = Mortal(cluster)
+        other = Hub(theirs, ack_on_receipt=False)
+        session = await other.open("a", resumable=True)
+        assert await session.wait(session.submit(ones(3))) == 3
+        asked, may_ask = asyncio.Event(), asyncio.Event()
+
+        async def slow(ask: Ask) -> Grant:
+            asked.set()
+            await may_ask.wait()
+            return await cluster.open(ask)
+
+        theirs.open = slow  # type: ignore[attr-defined]
+        await hub.migrate("a")
+        await asked.wait()
+        theirs.dead = not lives
+        with pytest.raises(NotOwner, match=f"'a' is just moving from '{session.owner}': try again in a moment"):
+            await hub.discard("a", other.sender)
+        with pytest.raises(SessionExists):
+            await hub.open("a")
+        if lives:
+            may_ask.set()
+            with pytest.raises(NotOwner):
+                await session.closed()
+        await hub.discard("a", (await hub.describe("a")).sender)
+        again = await hub.open("a")
+        assert await again.wait(again.submit(ones(1))) == 1
+        await other.stop()
+
+
+@pytest.mark.parametrize("how", ["killed", "drained", "fenced"])
+async def test_outputs_that_nobody_comes_for_are_given_up_though_their_owner_is_gone(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "WATCH_S", 0.0)
+    monkeypatch.setattr(outbox_module, "UNUSED_S", 0.0)
+    monkeypatch.setattr(outbox_module, "KEEP_ENDED_S", 0.0)
+    async with local(SumModel(), config=CONFIG, ack_on_receipt=False) as (cluster, hub):
+        session = await hub.open("a", resumable=True)
+        session.submit(ones(3))
+        session.close()
+        assert await session.closed() == "closed"
+        assert hub.get("a") is session, "its client may come for the outputs"
+        if how == "killed":
+            await cluster.kill("owner-0")
+        elif how == "drained":
+            await cluster.drain("owner-0")
+        else:
+            await cluster._running["owner-0"].fence()
+        async with asyncio.timeout(10):
+            while hub.num_sessions or hub._outboxes:
+                await asyncio.sleep(0)
+        assert hub._ended == {"owner-0": [session.epoch]}, "that is told once"
+        with pytest.raises(SessionEnded, match="closed"):
+            hub.get("a")
+
+
+async def test_a_segment_that_starts_before_the_first_timestep_is_refused() -> None:
+    async with local(SumModel(), config=CONFIG) as (_, hub):
+        session = await hub.open()
+        session.submit(ones(2))
+        with pytest.raises(InvalidInput, match="starts at -1, the first timestep is 0: send from 2"):
+            session.submit(ones(5), -1)
+        assert await session.wait(session.submit(ones(1), 2)) == 3
+        assert session.read().values["total"][:, 0].tolist() == [1, 2, 3]  # type: ignore[union-attr]
+
+
+async def test_a_session_with_more_outputs_than_its_owner_can_keep_is_told_so_and_goes_on() -> None:
+    bounds = dataclasses.replace(CONFIG.engine, max_retained_bytes=64 * 16, max_pending_bytes=4 * 16)
+    async with local(SumModel(), config=dataclasses.replace(CONFIG, engine=bounds)) as (cluster, hub):
+        owner, engine = cluster.owners["owner-0"], cluster.engines["owner-0"]
+        cluster.directory.register(dataclasses.replace(owner, limits=engine.limits, max_bytes=engine.max_frame_bytes))
+        session = await hub.open()
+        for at in range(64, 5 * 64, 64):
+            session.submit(ones(64))
+            with pytest.raises(WindowFull):
+                session.submit(ones(1))
+            async with asyncio.timeout(10):
+                assert await session.wait() == at
+            assert session.read() is not None

@@ -1,6 +1,7 @@
 """The engine's thread: every call is answered, whatever happens."""
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -219,3 +220,16 @@ def test_an_owner_that_was_away_for_too_long_drops_its_sessions_and_says_that_th
     engine = loop._engine
     engine.check()
     assert list(engine.stats.ended_epochs) == [], "they have not ended"
+
+
+@pytest.mark.parametrize("timeout_s", [math.inf, 1e12])
+def test_a_loop_whose_sessions_never_expire_can_rest(collector: Collector, timeout_s: float) -> None:
+    config = replace(CONFIG, session=replace(CONFIG.session, idle_timeout_s=timeout_s))
+    loop = EngineLoop(Engine(SumModel(), config), collector)
+    while loop.idle_s < 0.05:
+        loop.check_health()
+        time.sleep(0.01)
+    loop.call(frame(1, 1), "first")
+    (first,) = collector.wait("first")
+    assert isinstance(first, Answer)
+    loop.stop()

@@ -4,7 +4,7 @@ import pytest
 
 from serve_app.config import DurabilityConfig
 from serve_app.deployments import registration
-from serve_app.deployments.registration import HAND_OVER_TURNS, Registration, Standing
+from serve_app.deployments.registration import HAND_OVER_TURNS, News, Registration, Standing
 from serve_app.directory import Owner
 from serve_app.errors import Unavailable
 from serve_app.lease import Lease
@@ -30,7 +30,7 @@ class Registry:
     async def unregister(self, owner: str) -> None:
         self._event("unregister")
 
-    async def report(self, owner: str, ended: list[int], ends: dict[str, int], load: Load = IDLE) -> Standing:
+    async def report(self, owner: str, news: News, ends: dict[str, int], load: Load = IDLE) -> Standing:
         self._event("report")
         return Standing(1, is_known=True)
 
@@ -61,7 +61,7 @@ async def hand_over(registry: Registry, sessions: Sessions) -> None:
 
     registering = Registration(registry, owner("x"), DurabilityConfig(), Lease(), fence)
     await registering.register()
-    await registering.hand_over(lambda: sessions.count, sessions.give_back, lambda: registering.renew([], {}))
+    await registering.hand_over(lambda: sessions.count, sessions.give_back, lambda: registering.renew(News([], []), {}))
 
 
 @pytest.fixture(autouse=True)
