@@ -1,8 +1,9 @@
 """Lockstep beside Triton, under the same unmodified perf_analyzer: `python -m bench.triton [--json FILE]`.
 
 The model is a 2x256 LSTM in fp32 on one torch thread; Triton has it through its Python backend, which is the only one
-that its wheels carry. Requests go over gRPC streams, one segment a message, the next of a sequence when the last is
-answered. Servers and perf_analyzer share this machine; each server runs alone, in turn, several times; medians count.
+that its wheels carry, and the allocator settings of our replicas. Requests go over gRPC streams, one segment a message,
+the next of a sequence when the last is answered. Servers and perf_analyzer share this machine; each server runs alone,
+in turn, several times; medians count.
 
 `steps`: 64 sequences, 1 timestep each, against Triton 2.36 with the `oldest` strategy: 2.51 crashes with it at 64
 streams, and with the `direct` strategy runs of this model did not end. `ragged`: 32 sequences, lengths uniform in

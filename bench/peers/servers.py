@@ -20,6 +20,7 @@ import yaml
 
 from bench.peers.fetch import ROOT, fetch_triton
 from cluster.local import free_port
+from serve_app.engine.host_env import REPLICA_ENV
 from serve_app.ingress.protos import oip_pb2 as pb
 from serve_app.ingress.protos import oip_pb2_grpc
 
@@ -154,6 +155,7 @@ sequence_batching {{ max_sequence_idle_microseconds: 2000000 {STRATEGIES[strateg
             "PYTHONHOME": sys.base_prefix,
             "LOCKSTEP_PEERS_PATH": sysconfig.get_path("purelib"),
             "OMP_NUM_THREADS": "1",
+            **REPLICA_ENV,  # as our replicas have them: without, its speed is one of two, by the luck of its heap
         }
         command = [
             str(binaries / "bin" / "tritonserver"), f"--model-repository={model.parent}",
