@@ -275,22 +275,6 @@ class InferenceServer:
 
         outputs: the parameters of those that it names; of none, all are meant.
         """
-        call = self._read(model, version, identity, parameters, inputs, [*outputs])
-        parts = {name: self.memory.part(of) for name, of in outputs.items() if of}
-        if places := {name: part for name, part in parts.items() if part is not None}:
-            _check_room(call, places)
-            return call._replace(places=places)
-        return call
-
-    def _read(
-        self,
-        model: str,
-        version: str,
-        identity: str,
-        parameters: Parameters,
-        inputs: Sequence[Input],
-        outputs: Sequence[str],
-    ) -> Call:
         began_ns = time.monotonic_ns()
         spec, unloaded = self._catalog.get(model, version), self._catalog.unloaded
         for name in outputs:
@@ -298,11 +282,13 @@ class InferenceServer:
                 raise InvalidInput(
                     f"unexpected inference output '{name}' for model '{model}', it has {', '.join(spec.outputs)}"
                 )
-        final, wanted = _flag(parameters, "triton_enable_empty_final_response"), outputs or [*spec.outputs]
+        final, wanted = _flag(parameters, "triton_enable_empty_final_response"), [*(outputs or spec.outputs)]
         if isinstance(spec, BatchedSpec):
             if spec.name in unloaded:
                 raise Unavailable(f"model '{model}' is unloaded: load it first")
-            return Call(_rows(parameters, inputs, spec), spec, identity, wanted, False, final, began_ns)
+            rows = _rows(parameters, inputs, spec)
+            places = self._places(outputs, spec, len(next(iter(rows.inputs.values()))))
+            return Call(rows, spec, identity, wanted, False, final, began_ns, places)
         sequence, start = _sequence_id(parameters, model), _flag(parameters, "sequence_start")
         if start and spec.name in unloaded:
             raise Unavailable(f"model '{model}' is unloaded: load it before a sequence starts")
@@ -319,7 +305,18 @@ class InferenceServer:
         notice, timestep = _flag(parameters, "sequence_notice"), _timestep(parameters)
         asked = spec.name if version or "@" in model else model  # who says no version keeps that which it began with
         request = Request(asked, sequence, start, end, x, priority, deadline, notice, timestep)
-        return Call(request, spec, identity, wanted, batched, final, began_ns)
+        places = self._places(outputs, spec, len(x))
+        return Call(request, spec, identity, wanted, batched, final, began_ns, places)
+
+    def _places(self, outputs: Mapping[str, Mapping[str, Any]], spec: Spec, count: int) -> Mapping[str, Part]:
+        """Where outputs of so many rows or timesteps go: they fit, as far as is known before. Raises InvalidInput."""
+        parts = {name: self.memory.part(parameters) for name, parameters in outputs.items() if parameters}
+        places = {name: part for name, part in parts.items() if part is not None}
+        for name, part in places.items():
+            tensor = spec.outputs[name]
+            if tensor.dtype != "object" and min(tensor.shape, default=0) >= 0:
+                part.check_room(name, count * tensor.nbytes)
+        return places
 
     def learn(self, key: bytes, call: Call, model: str, version: str, datatype: str) -> None:
         """Remember the form of a call, if others may have it. Its input came as bytes."""
@@ -591,16 +588,6 @@ def _whole(parameters: Parameters, name: str) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise InvalidInput(f"{name} is {value!r:.80}, expected a whole number from 0 to 2**63 - 1")
     return value
-
-
-def _check_room(call: Call, places: Mapping[str, Part]) -> None:
-    """Raise InvalidInput where an output will not fit into its place, as far as that is known before it is there."""
-    request, spec = call.request, call.spec
-    inputs = [*request.inputs.values()] if isinstance(request, RowsRequest) else [request.x]
-    for name, part in places.items():
-        output = spec.outputs[name]
-        if output.dtype != "object" and min(output.shape, default=0) >= 0:
-            part.check_room(name, len(inputs[0]) * output.nbytes)
 
 
 def _flag(parameters: Parameters, name: str) -> bool:
