@@ -34,8 +34,8 @@ MODEL = {"name": "rnn", "cell": "lstm", "input": 8, "hidden": 16, "layers": 2}
 SERVICER = "serve_app.ingress.protos.oip_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"
 CLIENTS = Path(".venv-tritonclient/bin/python")
 SEQUENCES, TIMESTEPS = 100, 20
-SERVES_GRPC_PORTS = range(20000, 21000)
-"""That Serve gives ingresses; the kernel gives none of these to others, as it does of Serve's own 40000 to 41000."""
+SERVES_GRPC_PORTS = range(31500, 32500)
+"""That Serve gives ingresses. Neither `free_port` nor the kernel gives them to others, as it does of Serve's own."""
 MAX_TRIES = 100
 """Of the requests of a sequence, that are not answered."""
 
