@@ -7,7 +7,7 @@ import pickle
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import ray
@@ -31,17 +31,31 @@ PUBLISH_EVERY_S = 1.0
 MAX_OWNERS = 1024
 
 
-def _encode_opened(reply: Sequence[Grant | LockstepError] | LockstepError) -> Parts:
+class Report(NamedTuple):
+    """See Registry.report."""
+
+    owner: str
+    news: News
+    ends: dict[str, int]
+    load: Load
+
+
+Question = Sequence[Ask] | Report
+"""What is asked many times a second, and so straight: sessions are to open, an owner reports."""
+Reply = Sequence[Grant | LockstepError] | Standing
+
+
+def _encode_reply(reply: Reply | LockstepError) -> Parts:
     """Owners as they were pickled once: there are few, and that takes longer than all else."""
-    if isinstance(reply, LockstepError):
+    if isinstance(reply, LockstepError | Standing):
         return PICKLED.encode_reply(reply)
     short = [(each.session, each.epoch, _pickled(each.owner)) if isinstance(each, Grant) else each for each in reply]
     return PICKLED.encode_reply(short)
 
 
-def _decode_opened(data: memoryview) -> Sequence[Grant | LockstepError] | LockstepError:
-    reply = PICKLED.decode_reply(data)
-    if isinstance(reply, LockstepError):
+def _decode_reply(data: memoryview) -> Reply | LockstepError:
+    reply: Any = PICKLED.decode_reply(data)
+    if isinstance(reply, LockstepError | Standing):
         return reply
     return [Grant(each[0], each[1], _unpickled(each[2])) if isinstance(each, tuple) else each for each in reply]
 
@@ -64,9 +78,7 @@ def _unpickled(data: bytes) -> Owner:
     return owner
 
 
-OPENS: Codec[Sequence[Ask], Sequence[Grant | LockstepError]] = Codec(
-    PICKLED.encode, PICKLED.decode, _encode_opened, _decode_opened
-)
+STRAIGHT: Codec[Question, Reply] = Codec(PICKLED.encode, PICKLED.decode, _encode_reply, _decode_reply)
 
 
 class DirectoryService:
@@ -108,11 +120,14 @@ class DirectoryService:
         self._directory.unregister(owner)
 
     async def address(self) -> str:
-        """Where `open` can be asked straight, without Ray (see RayDirectory)."""
+        """Where `open` and `report` can be asked straight, without Ray (see RayDirectory)."""
         if self._listening is None:
             host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-            self._listening = asyncio.create_task(CallServer(OPENS, self.open).start(host))
+            self._listening = asyncio.create_task(CallServer(STRAIGHT, self._answer).start(host))
         return await self._listening
+
+    async def _answer(self, question: Question) -> Reply:
+        return await (self.report(*question) if isinstance(question, Report) else self.open(question))
 
     async def open(self, asks: Sequence[Ask]) -> list[Grant | LockstepError]:
         """See Directory.open; what each ask is granted, or why it is not. First, hear what is lost or has ended."""

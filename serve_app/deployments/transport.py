@@ -17,7 +17,7 @@ from ray.serve._private.common import RequestMetadata
 from serve_app.config import DurabilityConfig
 from serve_app.deployments.autoscaling import NAMES
 from serve_app.deployments.directory_process import DirectoryProcess, Elsewhere
-from serve_app.deployments.directory_service import OPENS, DirectoryService
+from serve_app.deployments.directory_service import STRAIGHT, DirectoryService, Question, Reply, Report
 from serve_app.deployments.frame_channel import FrameChannel
 from serve_app.deployments.messages import CallChannel
 from serve_app.deployments.registration import News, Standing
@@ -47,7 +47,7 @@ class RayDirectory:
     def __init__(self, app: str) -> None:
         self._app = app
         self._processes = _processes(app)
-        self._straight: CallChannel[Sequence[Ask], Sequence[Grant | LockstepError]] | None = None
+        self._straight: CallChannel[Question, Reply] | None = None
         self._straightening = asyncio.Lock()
         self._opens = Together(self._open_all)
         self._losses = Together(self._lose_all)
@@ -135,7 +135,12 @@ class RayDirectory:
 
     async def report(self, owner: str, news: News, ends: dict[str, int], load: Load = IDLE) -> Standing:
         """See Registry."""
-        return await self.ask(DirectoryService.report, owner, news, ends, load)
+        try:
+            standing = await self._ask_straight(Report(owner, news, ends, load))
+        except OSError:  # the other process may have the directory by now
+            return await self.ask(DirectoryService.report, owner, news, ends, load)
+        assert isinstance(standing, Standing)
+        return standing
 
     async def lookup(self, session: str) -> Record:
         """Who holds a session."""
@@ -170,15 +175,20 @@ class RayDirectory:
             await self._straight.close()
 
     async def _open_all(self, asks: Sequence[Ask]) -> Sequence[Grant | LockstepError]:
-        """Straight to the directory's own port: a sequence of few timesteps costs less than a call through Ray."""
+        try:
+            found = await self._ask_straight(asks)
+        except OSError as error:
+            raise Unavailable(f"the directory does not answer: {error!r}") from error
+        assert not isinstance(found, Standing)
+        return found
+
+    async def _ask_straight(self, question: Question) -> Reply:
+        """At the directory's own port: a call through Ray costs more than a few timesteps do. Raises OSError."""
         if self._straight is None or self._straight.is_lost:
             async with self._straightening:
                 if self._straight is None or self._straight.is_lost:
-                    self._straight = CallChannel(OPENS, await self.ask(DirectoryService.address))
-        try:
-            return await self._straight.call(asks)
-        except OSError as error:
-            raise Unavailable(f"the directory does not answer: {error!r}") from error
+                    self._straight = CallChannel(STRAIGHT, await self.ask(DirectoryService.address))
+        return await self._straight.call(question)
 
     async def _lose_all(self, owners: Sequence[str]) -> Sequence[None]:
         for owner in dict.fromkeys(owners):
