@@ -19,6 +19,7 @@ STOP_WITHIN_S = 10
 SERVE_ENV = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",  # each turn takes 3 ms of a core
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",  # of each process; Prometheus asks more seldom
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.2",  # after three in vain it is started again
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "500ms",  # of an ingress that stands still: so long to answer, then 250 ms
 }
