@@ -190,7 +190,8 @@ class Session:
                 how = "read" if self._ack_on_receipt else "acknowledged"
                 raise WindowFull(
                     f"session {self.name!r} would have {held} timesteps submitted and not {how}, the limit is "
-                    f"{self.limits.max_window}: take outputs first, or raise session.max_window_timesteps",
+                    f"{self.limits.max_window}: take outputs first, or raise session.max_window_timesteps and "
+                    "engine.max_retained_bytes",
                     expected=self.next,
                 )
             self._failures_told = self._num_failures

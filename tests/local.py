@@ -19,7 +19,7 @@ from serve_app.ingress.hub import Hub
 from serve_app.ingress.outbox import Channel
 from serve_app.models.interface import RecurrentModel
 from serve_app.policy.session_queue import QueueLimits
-from serve_app.spec import ModelSpec, SessionLimits
+from serve_app.spec import ModelSpec
 
 T = TypeVar("T")
 REQUEST: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="none")
@@ -57,10 +57,9 @@ class LocalCluster:
         engine = self.engines[name] = Engine(model, config, name, spare_rows=spare_rows_of(config.session.max_sessions))
         self._running[name] = AsyncEngine(engine)
         session = config.session
-        limits = SessionLimits(session.max_segment_timesteps, session.max_window_timesteps, session.nan == "refuse")
         checkpoints = session.checkpoint_timesteps > 0
         self.owners[name] = Owner(
-            name, name, engine.spec, limits, session.max_sessions, config.frame.max_bytes, checkpoints,
+            name, name, engine.spec, engine.limits, session.max_sessions, config.frame.max_bytes, checkpoints,
             queue=QueueLimits(session.max_waiting, session.max_wait_s, session.default_priority),
             moves_per_s=session.moves_per_s,
         )  # fmt: skip

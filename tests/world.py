@@ -33,7 +33,6 @@ from serve_app.ingress.hub import Hub
 from serve_app.ingress.websocket import converse
 from serve_app.lease import LEASE_S, MARGIN_S, Lease
 from serve_app.session import Session
-from serve_app.spec import SessionLimits
 from serve_app.wire import decode_frame, decode_reply, encode_frame, encode_reply
 from tests.fakes import SumModel
 
@@ -458,10 +457,9 @@ class Replica:
         self.is_stopped = self.is_leaving = self.is_draining = self.reports = False
         self.lease = Lease()
         session = CONFIG.session
-        limits = SessionLimits(session.max_segment_timesteps, session.max_window_timesteps)
         spec = self.engine.spec
         self.card = Owner(
-            name, name, spec, limits, session.max_sessions, CONFIG.frame.max_bytes, checkpoints=True,
+            name, name, spec, self.engine.limits, session.max_sessions, CONFIG.frame.max_bytes, checkpoints=True,
             moves_per_s=session.moves_per_s,
         )  # fmt: skip
         self.registration = Registration(Registry(world, name), self.card, CONFIG.durability, self.lease, self.fence)

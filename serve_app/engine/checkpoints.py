@@ -15,6 +15,9 @@ WITHIN_S = 0.05
 FAR = 4096
 """Timesteps since the last, after which the next is due however short a time that was: senders retain all of them."""
 
+LONG_AGO = -1e18
+"""When a session was read that never was: with any number of seconds on top, even an infinite one, it is a time."""
+
 
 class Checkpointer:
     """Reads the states of sessions that are due, known by their rows: `together` of them at once, or after WITHIN_S.
@@ -33,7 +36,7 @@ class Checkpointer:
         self._is_due, self._busy = np.zeros((2, max_rows), np.bool_)
         self._num_ready = 0  # of those, by now
         self._apart_s = apart_s
-        self._read_at, self._due_at = np.full((2, max_rows), -math.inf)
+        self._read_at, self._due_at = np.full((2, max_rows), LONG_AGO)
         self._slabs: list[_Slab] = []
         #: When those that are due are to be read.
         self.read_at = math.inf

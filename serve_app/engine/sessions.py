@@ -252,7 +252,8 @@ class SessionTable:
             case _:
                 return WindowFull(
                     f"session {name!r} has {due - int(self.acked[row])} timesteps accepted and not acknowledged, the "
-                    f"limit is {self.max_window}: read outputs first, or raise session.max_window_timesteps",
+                    f"limit is {self.max_window}: read outputs first, or raise session.max_window_timesteps and "
+                    "engine.max_retained_bytes",
                     **expected,
                 )
 

@@ -16,7 +16,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from serve_app.errors import Overloaded
+from serve_app.errors import InvalidInput, Overloaded
 
 T = TypeVar("T", bound=Hashable)
 
@@ -110,12 +110,18 @@ class RequestQueue(Generic[T]):
     def add(
         self, items: Sequence[T], lengths: Sequence[int], now: float, priority: int = 1, timeout_s: float = 0.0
     ) -> None:
-        """Take requests in, each of its length, all or none. Raises Overloaded when too many would wait.
+        """Take requests in, each of its length, all or none.
 
+        Raises Overloaded when too many would wait, InvalidInput when these alone are too many.
         timeout_s: how long these may wait, if that is less than others of their priority (0: as long as those).
         """
         level = self._levels[priority - 1]
         if level.max_size:
+            if len(items) > level.max_size:
+                raise InvalidInput(
+                    f"{len(items)} rows of priority {priority} came at once, {level.max_size} may wait: send fewer, or "
+                    "raise batching.priorities[].max_queue_size"
+                )
             waiting = sum(map(len, self._lines[2 * priority - 2 : 2 * priority]))
             if waiting + len(items) > level.max_size:
                 raise Overloaded(

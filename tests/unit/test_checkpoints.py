@@ -1,5 +1,6 @@
 """What is read when, of sessions by row; states are their rows."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,14 @@ def test_those_of_a_session_are_some_time_apart() -> None:
     assert world.checkpointer.read(world.slot_of, [], world.checkpointer.read_at) == 2
     assert world.checkpointer.read_at == np.inf
     assert (world.sessions.checkpointed == [8, 8, 7 + FAR]).all()
+
+
+def test_those_that_are_never_due_by_time_are_when_they_have_run_far() -> None:
+    world = World(1, [1] * 2, apart_s=math.inf)
+    world.sessions.progress[1] = world.sessions.sent[1] = FAR
+    world.checkpointer.add(np.arange(2), 10.0)
+    assert world.checkpointer.read(world.slot_of, [], 1e9) == 1
+    assert (world.sessions.checkpointed == [0, FAR]).all()
 
 
 def test_each_sender_gets_its_own() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.errors import Overloaded
+from serve_app.errors import InvalidInput, Overloaded
 from serve_app.policy.request_queue import Level, RequestQueue
 
 
@@ -71,6 +71,8 @@ def test_a_full_queue_refuses_all_of_a_request() -> None:
     queue.add("ab", [1] * 2, now=0)
     with pytest.raises(Overloaded, match="2 rows of priority 1 wait, the limit is 3: try again later"):
         queue.add("cd", [1] * 2, now=0)
+    with pytest.raises(InvalidInput, match="4 rows of priority 1 came at once, 3 may wait: send fewer"):
+        queue.add("cdef", [1] * 4, now=0)
     queue.add("cd", [1] * 2, now=0, priority=2)
     queue.cancel("a")
     queue.add("ef", [1] * 2, now=0)
@@ -122,7 +124,10 @@ class Book:
         try:
             self.queue.add(numbers, [length] * count, self.now, priority, timeout_s)
         except Overloaded:
-            assert not fits
+            assert not fits and count <= level.max_size
+            return
+        except InvalidInput:
+            assert 0 < level.max_size < count
             return
         assert fits
         deadline = self.now + min(level.timeout_s or math.inf, timeout_s or math.inf)
