@@ -116,12 +116,13 @@ class _Lstm:
     def __init__(self, w_ih: torch.Tensor, w_hh: torch.Tensor, b_ih: torch.Tensor, b_hh: torch.Tensor) -> None:
         reorder = getattr(torch.ops.mkldnn, REORDER[0])
         self._hidden = w_hh.shape[1]
-        self._weights = *reorder(w_ih, w_hh, self._hidden, False, True, False, None), b_ih, b_hh
+        packed_ih, packed_hh = reorder(w_ih, w_hh, self._hidden, False, True, False, None)
+        self._weights = packed_ih, packed_hh, b_ih, b_hh
 
     def __call__(self, x: torch.Tensor, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> torch.Tensor:
-        y: torch.Tensor
-        y, h, c, _ = torch.ops.aten.mkldnn_rnn_layer(
-            x, *self._weights, *before, False, [], LSTM, self._hidden, 1, True, False, False, False
+        h, c = before
+        y, h, c, _ = torch.mkldnn_rnn_layer(
+            x, *self._weights, h, c, False, [], LSTM, self._hidden, 1, True, False, False, False
         )
         after[0].copy_(h)
         after[1].copy_(c)
