@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import socket
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -311,6 +312,20 @@ async def test_calls_end_with_their_client() -> None:
             await asyncio.sleep(0.001)
         assert echo.streams[1].has_left
         echo.streams[1].answer("nobody hears")
+
+
+async def test_a_client_whose_machine_is_gone_is_noticed() -> None:
+    async with served() as (_, client, server):
+        await client.status(client.call(INFER, message()))
+        (connection,) = server.connections
+        assert connection._transport is not None
+        of = connection._transport.get_extra_info("socket")
+        assert of.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        idle_s, every_s, tries = (
+            of.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        )
+        assert 0 < idle_s + every_s * tries <= grpc_server.LOST_AFTER_S
 
 
 async def test_what_is_no_http2_closes_the_connection() -> None:
