@@ -59,7 +59,7 @@ class LocalCluster:
         session = config.session
         checkpoints = session.checkpoint_timesteps > 0
         self.owners[name] = Owner(
-            name, name, engine.spec, engine.limits, session.max_sessions, config.frame.max_bytes, checkpoints,
+            name, name, engine.spec, engine.limits, session.max_sessions, engine.max_frame_bytes, checkpoints,
             queue=QueueLimits(session.max_waiting, session.max_wait_s, session.default_priority),
             moves_per_s=session.moves_per_s,
         )  # fmt: skip

@@ -459,7 +459,7 @@ class Replica:
         session = CONFIG.session
         spec = self.engine.spec
         self.card = Owner(
-            name, name, spec, self.engine.limits, session.max_sessions, CONFIG.frame.max_bytes, checkpoints=True,
+            name, name, spec, self.engine.limits, session.max_sessions, self.engine.max_frame_bytes, checkpoints=True,
             moves_per_s=session.moves_per_s,
         )  # fmt: skip
         self.registration = Registration(Registry(world, name), self.card, CONFIG.durability, self.lease, self.fence)

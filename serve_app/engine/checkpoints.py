@@ -14,7 +14,6 @@ WITHIN_S = 0.05
 """One that is due waits so long for others."""
 FAR = 4096
 """Timesteps since the last, after which the next is due however short a time that was: senders retain all of them."""
-
 LONG_AGO = -1e18
 """When a session was read that never was: with any number of seconds on top, even an infinite one, it is a time."""
 

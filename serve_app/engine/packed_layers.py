@@ -103,8 +103,8 @@ class PackedLayers:
         x = x.contiguous()  # what lies in another order would be read as if it did not
         before = [leaf.contiguous() for leaf in _leaves(state)]
         after = [torch.empty_like(leaf) for leaf in before]
-        each = (zip(*(leaf.unbind() for leaf in leaves), strict=True) for leaves in (before, after))
-        for layer, of_before, of_after in zip(self._layers, *each, strict=True):
+        of_layers = [zip(*(leaf.unbind() for leaf in leaves), strict=True) for leaves in (before, after)]
+        for layer, of_before, of_after in zip(self._layers, *of_layers, strict=True):
             x = layer(x, of_before, of_after)
         return x, tuple(after) if self._has_cell else after[0]
 

@@ -112,6 +112,19 @@ async def kept(session: Session, at_least: int) -> None:
         await run(session, 5)
 
 
+async def orphaned(sut: Ingresses) -> Session:
+    """The session "a", whose ingress and owner are gone, and of which a checkpoint is kept; there is another owner."""
+    first, *_ = sut.alive
+    session = await open_websocket(first, session="a")
+    await kept(session, 40)
+    carrier(session)._stopped = True
+    sut.kill(first)
+    await sut.cluster.kill("owner-0")
+    break_connection(session)
+    sut.cluster.add(SumModel())
+    return session
+
+
 async def finish(session: Session) -> None:
     """Close it; its outputs must all have come, once and in order."""
     session.close()
@@ -337,15 +350,9 @@ async def test_an_ingress_with_an_old_copy_does_not_go_on_with_it(tmp_path: Path
 
 async def test_who_resumes_at_once_by_two_ways_has_the_session_by_one() -> None:
     async with ingresses() as sut:
-        first, second = sut.alive
+        _, second = sut.alive
         third = await sut.add()
-        session = await open_websocket(first, session="a")
-        await kept(session, 40)
-        carrier(session)._stopped = True
-        sut.kill(first)
-        await sut.cluster.kill("owner-0")
-        break_connection(session)
-        sut.cluster.add(SumModel())
+        session = await orphaned(sut)
         hubs = [sut.hubs[address] for address in (second, second, third, third)]
         found = await asyncio.gather(*(hub.resume("a", session.progress) for hub in hubs), return_exceptions=True)
         assert [type(each) for each in found if not isinstance(each, Session)] == [NotOwner] * 3
@@ -570,14 +577,8 @@ async def test_a_client_keeps_its_inputs_until_they_are_safe_but_not_without_end
 async def test_a_session_that_is_in_the_store_only_can_be_aborted(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, durability=DurabilityConfig(store=str(tmp_path)))
     async with ingresses(SumModel(), config=config) as sut:
-        first, second = sut.alive
-        session = await open_websocket(first, session="a")
-        await kept(session, 40)
-        carrier(session)._stopped = True
-        sut.kill(first)
-        await sut.cluster.kill("owner-0")
-        break_connection(session)
-        sut.cluster.add(SumModel())
+        _, second = sut.alive
+        await orphaned(sut)
         await sut.cluster.start_directory()
         await sut.hubs[second].drop("a")
         await asyncio.gather(*sut.cluster.actor._drops)
