@@ -9,8 +9,12 @@ from unittest.mock import Mock
 import pytest
 
 from serve_app.deployments import transport
+from serve_app.deployments.directory_service import STRAIGHT, Question, Reply
+from serve_app.deployments.messages import CallServer
 from serve_app.deployments.recurrent import Recurrent
+from serve_app.deployments.registration import News, Standing
 from serve_app.deployments.transport import RayDirectory
+from serve_app.policy.autoscaling import IDLE
 
 pytestmark = pytest.mark.asyncio
 
@@ -28,6 +32,38 @@ async def test_whether_the_directory_is_down_while_its_processes_take_turns(
 
     monkeypatch.setattr(transport, "_is_dead", is_dead)
     assert await directory.is_down() == (dead == {"one", "other"})
+
+
+async def test_a_report_is_heard_though_its_way_to_the_directory_breaks_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Straight to the directory's port; by Ray, where it may be in the other process, when that connection is lost."""
+    straight: list[Any] = []
+    by_ray: list[str] = []
+
+    async def answer(question: Question) -> Reply:
+        straight.append(question)
+        if len(straight) == 2:
+            for caller in list(server._callers):
+                caller.close()
+        return Standing(1, is_known=True)
+
+    async def remote(method: str, *args: Any) -> Any:
+        by_ray.append(method)
+        return address if method == "address" else Standing(2, is_known=True)
+
+    server = CallServer(STRAIGHT, answer)
+    address = await server.start("127.0.0.1")
+    process = SimpleNamespace(ask=SimpleNamespace(remote=remote))
+    monkeypatch.setattr(transport, "_processes", lambda app: deque([process]))
+    directory, news = RayDirectory("app"), News([1], [2, 3])
+    assert [await directory.report("owner", news, {}) for _ in range(3)] == [
+        Standing(incarnation, is_known=True) for incarnation in (1, 2, 1)
+    ]
+    assert straight == [("owner", news, {}, IDLE)] * 3
+    assert by_ray == ["address", "report", "address"]
+    await directory.close()
+    await server.stop()
 
 
 async def test_a_replica_that_does_not_report_any_more_is_not_healthy() -> None:
