@@ -20,6 +20,9 @@ SERVE_ENV = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",  # each turn takes 3 ms of a core
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",  # of each process; Prometheus asks more seldom
+    # What the dashboard shows of nodes, and of itself: tens of ms of a core each time, for which sessions wait.
+    "REPORTER_UPDATE_INTERVAL_MS": "15000",
+    "METRICS_RECORD_INTERVAL_S": "15",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.2",  # after three in vain it is started again
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "500ms",  # of an ingress that stands still: so long to answer, then 250 ms
 }

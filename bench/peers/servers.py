@@ -130,10 +130,13 @@ def application(
 
 
 @contextmanager
-def triton(version: str, strategy: str, *, ragged: bool = False, max_batch_size: int = 64) -> Iterator[Server]:
+def triton(
+    version: str, strategy: str, *, ragged: bool = False, max_batch_size: int = 64, as_it_comes: bool = False
+) -> Iterator[Server]:
     """Triton's server with the same model through its Python backend.
 
-    ragged: requests of unequal length may be merged, and the model pads them.
+    ragged: requests of unequal length may be merged, and the model pads them. as_it_comes: without the allocator
+    settings of our replicas; its speed is one of two then, by the luck of its heap at the start, most often the slow.
     """
     binaries, port = fetch_triton(version), free_port()
     with tempfile.TemporaryDirectory(prefix="triton") as folder:
@@ -155,7 +158,7 @@ sequence_batching {{ max_sequence_idle_microseconds: 2000000 {STRATEGIES[strateg
             "PYTHONHOME": sys.base_prefix,
             "LOCKSTEP_PEERS_PATH": sysconfig.get_path("purelib"),
             "OMP_NUM_THREADS": "1",
-            **REPLICA_ENV,  # as our replicas have them: without, its speed is one of two, by the luck of its heap
+            **({} if as_it_comes else REPLICA_ENV),
         }
         command = [
             str(binaries / "bin" / "tritonserver"), f"--model-repository={model.parent}",
