@@ -1,17 +1,16 @@
 """Lockstep beside Triton, under the same unmodified perf_analyzer: `python -m bench.triton [--json FILE]`.
 
 The model is a 2x256 LSTM in fp32 on one torch thread; Triton has it through its Python backend, which is the only one
-that its wheels carry. It runs as it comes, and with the allocator settings of our replicas, which make it faster.
-Requests go over gRPC streams, one segment a message, the next of a sequence when the last is answered. Servers and
-perf_analyzer share this machine; each server runs alone, in turn, several times; medians count.
+that its wheels carry. It runs as it comes, and `tuned`: with the allocator settings of our replicas, which make it
+faster. Each figure is there against both. Requests go over gRPC streams, one segment a message, the next of a sequence
+when the last is answered. Servers and perf_analyzer share this machine; each server runs alone, in turn, several times;
+medians count.
 
 `steps`: 64 sequences, 1 timestep each, against Triton 2.36 with the `oldest` strategy: 2.51 crashes with it at 64
 streams, and with the `direct` strategy runs of this model did not end. `ragged`: 32 sequences, lengths uniform in
 1 … 16, against its default, which merges only requests of equal length, and against its ragged batching with padding in
-the model. The default is Triton as it comes; beside it stands the ratio to the same with our allocator settings
-(`vs_triton_ragged_default_tuned`). Everywhere else the best of both counts. Lockstep takes requests at the gRPC port of
-its ingress; beside that stand the way through HAProxy and the tuned naive application of bench.naive behind Serve's own
-proxy.
+the model. Lockstep takes requests at the gRPC port of its ingress; beside that stand the way through HAProxy and the
+naive application of bench.naive behind Serve's own proxy.
 """
 
 import csv
@@ -43,13 +42,12 @@ STEPS: Mapping[str, Start] = {
     "Triton 2.36": partial(triton, "2.36", "oldest", as_it_comes=True),
     "Triton 2.36, tuned": partial(triton, "2.36", "oldest"),
 }
-DEFAULT, TUNED = "Triton 2.36, default", "Triton 2.36, default, tuned"
 RAGGED: Mapping[str, Start] = {
     OURS: lockstep,
-    DEFAULT: partial(triton, "2.36", "oldest", as_it_comes=True),
-    TUNED: partial(triton, "2.36", "oldest"),
-    "Triton 2.36, ragged and padded": partial(triton, "2.36", "oldest", ragged=True, as_it_comes=True),
-    "Triton 2.36, ragged and padded, tuned": partial(triton, "2.36", "oldest", ragged=True),
+    "Triton 2.36, default": partial(triton, "2.36", "oldest", as_it_comes=True),
+    "Triton 2.36, default, tuned": partial(triton, "2.36", "oldest"),
+    "Triton 2.36, padded": partial(triton, "2.36", "oldest", ragged=True, as_it_comes=True),
+    "Triton 2.36, padded, tuned": partial(triton, "2.36", "oldest", ragged=True),
 }
 SEQUENCE_LENGTH = 50
 MAX_TIMESTEPS = 16
@@ -129,19 +127,18 @@ def main(seconds: float, runs: int, json_file: Path | None) -> None:
         click.echo(f"\n{kind}\n{table(head, [(name, *result.values()) for name, result in results.items()])}")
         for name, result in results.items():
             figures |= {f"{kind}_{figure}: {name}": value for figure, value in result.items()}
-    ours, others = steps[OURS], [result for name, result in steps.items() if name.startswith("Triton")]
-    figures |= {
-        "vs_triton_best": ours["per_s"] / max(other["per_s"] for other in others),
-        "vs_triton_best_p99": min(other["p99_ms"] for other in others) / ours["p99_ms"],
-        "vs_triton_cpu": ours["per_cpu_s"] / max(other["per_cpu_s"] for other in others),
-    }
+    ours, ours_ragged = steps[OURS], ragged[OURS]
+    for tuned in ("", "_tuned"):
+        kind = ", tuned" if tuned else ""
+        best = steps["Triton 2.36" + kind]
+        figures |= {
+            f"vs_triton_best{tuned}": ours["per_s"] / best["per_s"],
+            f"vs_triton_best_p99{tuned}": best["p99_ms"] / ours["p99_ms"],
+            f"vs_triton_cpu{tuned}": ours["per_cpu_s"] / best["per_cpu_s"],
+            f"vs_triton_ragged_default{tuned}": ours_ragged["per_s"] / ragged[f"Triton 2.36, default{kind}"]["per_s"],
+            f"vs_triton_ragged_padded{tuned}": ours_ragged["per_s"] / ragged[f"Triton 2.36, padded{kind}"]["per_s"],
+        }
     figures["vs_naive_grpc"] = ours["per_s"] / steps[NAIVE]["per_s"]
-    ours_per_s = ragged[OURS]["per_s"]
-    figures |= {
-        "vs_triton_ragged_default": ours_per_s / ragged[DEFAULT]["per_s"],
-        "vs_triton_ragged_default_tuned": ours_per_s / ragged[TUNED]["per_s"],
-        "vs_triton_ragged_padded": ours_per_s / max(each["per_s"] for name, each in ragged.items() if "padded" in name),
-    }
     for name, figure in figures.items():
         if name.startswith("vs_"):
             click.echo(f"{name}: {figure:.2f}")

@@ -12,7 +12,7 @@ import ray
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray._private.state import actors
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
-from ray.serve._private.common import RequestMetadata
+from ray.serve._private.common import ReplicaID, RequestMetadata
 
 from serve_app.config import DurabilityConfig
 from serve_app.deployments.autoscaling import NAMES
@@ -32,6 +32,7 @@ from serve_app.spec import ModelSpec
 NAMESPACE = "lockstep"
 SERVE_NAMESPACE = "serve"
 RETRY_S = 1.0
+ANSWER_WITHIN_S = 2.0
 P = ParamSpec("P")
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
@@ -216,6 +217,34 @@ class ReplicaActor:
             return await _result(self._actor.handle_request.remote(pickle.dumps(metadata), *args))
         except (ValueError, Unavailable) as error:
             raise StateLost(f"replica {self._address!r} is gone, and its sessions with it ({error})") from error
+
+
+class OtherReplicas:
+    """The other replicas of a deployment, by the names that Serve gives to their actors (see ingress.siblings)."""
+
+    def __init__(self, own: ReplicaID, method: str) -> None:
+        """method: of the deployment's class; it takes the question."""
+        self._own, self._method = own.to_full_id_str(), method
+        self._prefix = self._own.removesuffix(own.unique_id)
+        self._actors: dict[str, ReplicaActor] = {}
+
+    async def ask(self, question: Any) -> list[Any]:
+        """See Siblings."""
+        found = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
+        names = {each["name"] for each in found if each["namespace"] == SERVE_NAMESPACE} - {self._own}
+        self._actors = {
+            name: self._actors.get(name) or ReplicaActor(name) for name in names if name.startswith(self._prefix)
+        }
+        answers = await asyncio.gather(*(self._ask(name, actor, question) for name, actor in self._actors.items()))
+        return [answer for some in answers for answer in some]
+
+    async def _ask(self, name: str, actor: ReplicaActor, question: Any) -> list[Any]:
+        try:
+            async with asyncio.timeout(ANSWER_WITHIN_S):
+                return [await actor.call(self._method, question)]
+        except (LockstepError, RayError, TimeoutError) as error:  # it starts, stops, or stands still
+            logger.warning("replica %r does not answer, the others go on without: %r", name, error)
+            return []
 
 
 class BatchedHandles:

@@ -10,14 +10,15 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, NoReturn, TypeVar
 from uuid import uuid4
 
 import numpy as np
 
-from serve_app.errors import InvalidInput, LockstepError, Unavailable
+from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownModel, UnknownRegion
 from serve_app.ingress.batched import BatchedModels, NoModels
 from serve_app.ingress.catalog import Catalog, Spec
 from serve_app.ingress.codec import MAX_NAME, is_unicode
@@ -26,6 +27,7 @@ from serve_app.ingress.model_control import WATCH_S, Marks, ModelControl
 from serve_app.ingress.peers import Peers
 from serve_app.ingress.sequences import Forwarded, LetGo, Request, Result, SequenceId, Space
 from serve_app.ingress.shared_memory import Part, SharedMemory
+from serve_app.ingress.siblings import CountsOf, NoSiblings, Question, Regions, Siblings, Unregister
 from serve_app.rows import BatchedSpec, RowsRequest, RowsResult, check_rows
 from serve_app.spec import ModelSpec, TensorSpec, split_name
 
@@ -61,6 +63,9 @@ MIN_NAMED = 64
 """Clients with a name that are remembered, though they use nothing; of more it is looked who does."""
 MAX_FORMS = 256
 """Requests have others where sequences start and end, and for each number of timesteps."""
+NOT_KNOWN = UnknownModel, Unavailable, UnknownRegion
+"""What `InferenceServer.know` knows a way out of."""
+T = TypeVar("T")
 Parameter = bool | int | str | float
 Parameters = Mapping[str, Parameter]
 NOWHERE: Mapping[str, Part] = {}
@@ -133,8 +138,9 @@ class InferenceServer:
         batched: BatchedModels | None = None,
         control: ModelControl | None = None,
         peers: Peers | None = None,
+        siblings: Siblings | None = None,
     ) -> None:
-        """peers: the other ingresses (None: there are none)."""
+        """peers, siblings: the other ingresses (None: there are none)."""
         self.peers = peers or Peers(hub)
         self.peers.on(Forwarded, self._run_forwarded)
         self.peers.on(LetGo, self._let_go)
@@ -142,6 +148,7 @@ class InferenceServer:
         #: Settings that clients may read and write, with the values they have here. Nothing is traced.
         self.trace: dict[str, list[str]] = {"trace_level": ["OFF"], "trace_rate": ["1000"], "trace_count": ["-1"]}
         self.log: dict[str, bool | int | str] = {"log_info": True, "log_warning": True, "log_error": True}
+        self._siblings = siblings or NoSiblings()
         self._hub = hub
         self._batched = batched or NoModels()
         self._looked_at, self._refreshing = -math.inf, asyncio.Lock()
@@ -205,12 +212,14 @@ class InferenceServer:
     async def statistics(self, name: str, version: str) -> list[dict[str, Any]]:
         """ModelStatistics of one model, or of all where no name is given; of all versions, or one.
 
-        Raises UnknownModel.
+        Of all ingresses together. Raises UnknownModel.
         """
         await self.look()
         names = self._catalog.names(name, version) if name else sorted(self._catalog.specs)
         sessions = {each: found._asdict() for each, found in (await self._hub.statistics()).items()}
-        return [{**self._of(each).described(each), "session_stats": sessions.get(each, {})} for each in names]
+        elsewhere = await self._siblings.ask(CountsOf(names))
+        found = {each: self._of(each).with_others(counted[each] for counted in elsewhere) for each in names}
+        return [{**counts.described(each), "session_stats": sessions.get(each, {})} for each, counts in found.items()]
 
     async def index(self, *, only_ready: bool) -> list[dict[str, str]]:
         """The models that are configured, each of their versions."""
@@ -244,6 +253,40 @@ class InferenceServer:
             await self._control.unload(each)
         await self.look()
 
+    def tell(self, question: Question) -> Any:
+        """What another ingress asks."""
+        match question:
+            case CountsOf(models):
+                return {name: self._of(name) for name in models}
+            case Regions():
+                return self.memory.status("")
+            case Unregister(name):
+                return self.memory.unregister(name)
+
+    # System shared memory. A client registers a region at one ingress, and names it to any on that machine.
+
+    async def regions(self, name: str) -> dict[str, dict[str, str | int]]:
+        """SystemSharedMemoryStatus of one region, or of all where no name is given. Raises UnknownRegion."""
+        await self._find_regions()
+        return self.memory.status(name)
+
+    async def register_region(self, name: str, key: str, offset: int, byte_size: int) -> None:
+        """Map a region. Raises RegionExists, InvalidInput."""
+        await self._find_regions()
+        self.memory.register(name, key, offset, byte_size)
+
+    async def unregister_region(self, name: str) -> None:
+        """Forget a region, or all where no name is given. One that is not there is no error."""
+        self.memory.unregister(name)
+        await self._siblings.ask(Unregister(name))
+
+    async def _find_regions(self) -> None:
+        """Map what was registered at other ingresses, too; those on other machines have what is not here."""
+        for regions in await self._siblings.ask(Regions()):
+            for name in regions.keys() - self.memory.status("").keys():
+                with suppress(InvalidInput):
+                    self.memory.register(**regions[name])
+
     # Inference.
 
     def space(self, client: str | None) -> Space:
@@ -271,7 +314,7 @@ class InferenceServer:
         inputs: Sequence[Input],
         outputs: Mapping[str, Mapping[str, Any]],
     ) -> Call:
-        """What a request asks for. Raises InvalidInput, and UnknownModel or Unavailable: `refresh`, and read again.
+        """What a request asks for. Raises InvalidInput, and what `know` knows a way out of.
 
         outputs: the parameters of those that it names; of none, all are meant.
         """
@@ -348,6 +391,19 @@ class InferenceServer:
         if await self._catalog.look():
             self.forms.clear()
         self._looked_at = time.monotonic()
+
+    async def know(self, read: Callable[[], T]) -> T:
+        """What `read` returns, which calls that; what is not known here is looked for before it is refused."""
+        looked: list[Callable[[], Awaitable[None]]] = []
+        while True:
+            try:
+                return read()
+            except NOT_KNOWN as error:
+                look = self._find_regions if isinstance(error, UnknownRegion) else self.refresh
+                if look in looked:
+                    raise
+            looked.append(look)
+            await look()
 
     async def refresh(self) -> None:
         """`look`, unless somebody has just done that."""
@@ -477,6 +533,15 @@ class Statistics:
         """A request has failed."""
         self.failed += 1
         self.failed_ns += took_ns
+
+    def with_others(self, others: "Iterable[Statistics]") -> "Statistics":
+        """Of this process and others together."""
+        total = replace(self)
+        for other in others:
+            for each in fields(self):
+                both = getattr(total, each.name), getattr(other, each.name)
+                setattr(total, each.name, max(both) if each.name == "last_ns" else sum(both))
+        return total
 
     def described(self, served_as: str) -> dict[str, Any]:
         """ModelStatistics. What is neither queue nor step is the way there and back: compute_output."""

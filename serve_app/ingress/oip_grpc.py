@@ -12,10 +12,11 @@ import grpc
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
-from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownModel, WindowFull
+from serve_app.errors import InvalidInput, LockstepError, WindowFull
 from serve_app.ingress.grpc_server import MAX_OUTSTANDING_BYTES, GrpcServer, methods
 from serve_app.ingress.oip import (
     DATATYPE_OF,
+    NOT_KNOWN,
     Answer,
     Call,
     Form,
@@ -165,7 +166,7 @@ class InferenceService:
     ) -> pb.SystemSharedMemoryStatusResponse:
         """The regions that are registered."""
         with told(grpc_context):
-            regions = self.inference.memory.status(request.name)
+            regions = await self.inference.regions(request.name)
             return _filled(pb.SystemSharedMemoryStatusResponse(), {"regions": regions})
         return pb.SystemSharedMemoryStatusResponse()
 
@@ -174,7 +175,7 @@ class InferenceService:
     ) -> pb.SystemSharedMemoryRegisterResponse:
         """Map a region."""
         with told(grpc_context):
-            self.inference.memory.register(request.name, request.key, request.offset, request.byte_size)
+            await self.inference.register_region(request.name, request.key, request.offset, request.byte_size)
             return pb.SystemSharedMemoryRegisterResponse()
         return pb.SystemSharedMemoryRegisterResponse()
 
@@ -182,7 +183,7 @@ class InferenceService:
         self, request: pb.SystemSharedMemoryUnregisterRequest, grpc_context: Context
     ) -> pb.SystemSharedMemoryUnregisterResponse:
         """Forget a region, or all."""
-        self.inference.memory.unregister(request.name)
+        await self.inference.unregister_region(request.name)
         return pb.SystemSharedMemoryUnregisterResponse()
 
     async def CudaSharedMemoryStatus(
@@ -223,7 +224,7 @@ class InferenceService:
     async def ModelInfer(self, request: pb.ModelInferRequest, grpc_context: Context) -> pb.ModelInferResponse:
         """Run one request."""
         with told(grpc_context):
-            call = await know_and_read(self.inference, request)
+            call = await self.inference.know(partial(read_request, self.inference, request))
             answer = await self.inference.infer(call, client_name(dict(grpc_context.invocation_metadata())))
             response = pb.ModelInferResponse()
             write_response(request, answer, response)
@@ -343,7 +344,7 @@ class RequestStream:
                 datatype = request.inputs[0].datatype
                 self._inference.learn(key, call, request.model_name, request.model_version, datatype)
             return self._ask(request, call)
-        except (UnknownModel, Unavailable):
+        except NOT_KNOWN:
             return False
         except LockstepError as error:
             self._reply_error(request, error)
@@ -370,7 +371,7 @@ class RequestStream:
         while self._held:
             request = self._held[0]
             try:
-                call = await know_and_read(self._inference, request)
+                call = await self._inference.know(partial(read_request, self._inference, request))
                 while not self._ask(request, call):
                     assert isinstance(call.request, Request)
                     await self._space.room(call.request)
@@ -568,15 +569,6 @@ def read_request(inference: InferenceServer, request: pb.ModelInferRequest) -> C
     inputs = _inputs(inference, request)
     outputs = {output.name: _parameters(output.parameters) for output in request.outputs}
     return inference.read(request.model_name, request.model_version, request.id, parameters, inputs, outputs)
-
-
-async def know_and_read(inference: InferenceServer, request: pb.ModelInferRequest) -> Call:
-    """See `read_request`; models are looked at again before it is refused for one that is not there."""
-    try:
-        return read_request(inference, request)
-    except (UnknownModel, Unavailable):
-        await inference.refresh()
-    return read_request(inference, request)
 
 
 def write_response(request: Asked, answer: Answer, response: pb.ModelInferResponse) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from serve_app.errors import InvalidInput, LockstepError, Unavailable, UnknownModel
+from serve_app.errors import InvalidInput, LockstepError
 from serve_app.ingress.oip import DATATYPE_OF, Answer, Call, InferenceServer, Input, client_name, write_tensor
 from serve_app.ingress.presence import while_there
 from serve_app.ingress.sequences import Request as SequenceRequest
@@ -115,7 +116,7 @@ async def infer(request: Request, model: str, version: str = "") -> Response:
     """Run one request."""
     inference = _inference(request)
     head, tail = await _read_body(request)
-    call, wanted = await _read_request(inference, model, version, head, tail)
+    call, wanted = await inference.know(partial(_read_request, inference, model, version, head, tail))
     answering = inference.infer(call, client_name(request.headers))
     waits = isinstance(call.request, SequenceRequest) and call.request.start
     answer = await (while_there(request, answering) if waits else answering)
@@ -147,7 +148,7 @@ async def unload(request: Request, model: str) -> Response:
 @router.get("/systemsharedmemory/region/{region}/status")
 async def memory_status(request: Request, region: str = "") -> Response:
     """The regions that are registered."""
-    return _json(list(_inference(request).memory.status(region).values()))
+    return _json(list((await _inference(request).regions(region)).values()))
 
 
 @router.post("/systemsharedmemory/region/{region}/register")
@@ -157,7 +158,7 @@ async def memory_register(request: Request, region: str) -> Response:
     key, offset, byte_size = wanted.get("key"), wanted.get("offset", 0), wanted.get("byte_size")
     if not isinstance(key, str) or type(offset) is not int or type(byte_size) is not int:
         raise InvalidInput(f"region '{region}' needs key, a text, and byte_size, a whole number; offset may be one")
-    _inference(request).memory.register(region, key, offset, byte_size)
+    await _inference(request).register_region(region, key, offset, byte_size)
     return _json({})
 
 
@@ -165,7 +166,7 @@ async def memory_register(request: Request, region: str) -> Response:
 @router.post("/systemsharedmemory/region/{region}/unregister")
 async def memory_unregister(request: Request, region: str = "") -> Response:
     """Forget a region, or all."""
-    _inference(request).memory.unregister(region)
+    await _inference(request).unregister_region(region)
     return _json({})
 
 
@@ -262,7 +263,7 @@ def _unpacked(body: bytes, encoding: str) -> bytes:
     return data
 
 
-async def _read_request(
+def _read_request(
     inference: InferenceServer, model: str, version: str, head: dict[str, Any], tail: memoryview
 ) -> tuple[Call, dict[str, dict[str, Any]]]:
     """The call, and the parameters of each output that is asked for."""
@@ -291,12 +292,7 @@ async def _read_request(
     identity = head.get("id", "")
     if not isinstance(identity, str):
         raise InvalidInput(f"id is {identity!r}, expected a text")
-    arguments = model, version, identity, parameters, inputs, outputs
-    try:
-        return inference.read(*arguments), outputs
-    except (UnknownModel, Unavailable):
-        await inference.refresh()
-    return inference.read(*arguments), outputs
+    return inference.read(model, version, identity, parameters, inputs, outputs), outputs
 
 
 def _write_response(

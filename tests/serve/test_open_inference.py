@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import shared_memory
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -135,6 +137,12 @@ def answers_grpc(port: int) -> bool:
         except grpc.RpcError:
             return False
         return bool(ready.ready)
+
+
+def ask_once(address: str, method: str, message: Any) -> Any:
+    """One call over a connection of its own."""
+    with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        return getattr(oip_pb2_grpc.GRPCInferenceServiceStub(channel), method)(message, timeout=20)
 
 
 class Lost(Exception):
@@ -278,6 +286,21 @@ def test_sequences_come_in_through_any_ingress_and_outlive_it(expected: Path, tm
             "an ingress of another node or cluster would get some of its clients"
         )
         assert {each.result() for each in sequences(12, 1)} == {(0, 0)}
+        ask = pb.ModelStatisticsRequest(name="rnn")
+        answers = [ask_once(addresses["own"], "ModelStatistics", ask) for _ in range(8)]  # of either ingress
+        counts = {answer.model_stats[0].inference_count for answer in answers}
+        assert len(counts) == 1, "each counts for itself"
+        assert counts.pop() >= 12 * TIMESTEPS / 3
+        memory = shared_memory.SharedMemory(create=True, size=64)
+        try:
+            region = pb.SystemSharedMemoryRegisterRequest(name="r", key=memory.name, byte_size=64)
+            ask_once(addresses["own"], "SystemSharedMemoryRegister", region)
+            for _ in range(8):
+                known = ask_once(addresses["own"], "SystemSharedMemoryStatus", pb.SystemSharedMemoryStatusRequest())
+                assert known.regions["r"].key == memory.name
+        finally:
+            memory.close()
+            memory.unlink()
 
         running = sequences(12, 101)
         session = pool.submit(run_session, addresses["http"], "a", x[0], y[0])
