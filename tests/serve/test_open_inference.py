@@ -309,6 +309,7 @@ def test_sequences_come_in_through_any_ingress_and_outlive_it(expected: Path, tm
         told = sum(told for _, told in (each.result() for each in running))
         assert 0 < told <= 3 * len(running)  # those whose ingress it was
         session.result()
+        assert ask_once(addresses["own"], "ModelStatistics", ask).model_stats[0].inference_count > 0
 
 
 @pytest.mark.parametrize("way", ["serve", "own"])
