@@ -129,14 +129,14 @@ def main(seconds: float, runs: int, json_file: Path | None) -> None:
             figures |= {f"{kind}_{figure}: {name}": value for figure, value in result.items()}
     ours, ours_ragged = steps[OURS], ragged[OURS]
     for tuned in ("", "_tuned"):
-        kind = ", tuned" if tuned else ""
-        best = steps["Triton 2.36" + kind]
+        way = ", tuned" if tuned else ""
+        best = steps[f"Triton 2.36{way}"]
         figures |= {
             f"vs_triton_best{tuned}": ours["per_s"] / best["per_s"],
             f"vs_triton_best_p99{tuned}": best["p99_ms"] / ours["p99_ms"],
             f"vs_triton_cpu{tuned}": ours["per_cpu_s"] / best["per_cpu_s"],
-            f"vs_triton_ragged_default{tuned}": ours_ragged["per_s"] / ragged[f"Triton 2.36, default{kind}"]["per_s"],
-            f"vs_triton_ragged_padded{tuned}": ours_ragged["per_s"] / ragged[f"Triton 2.36, padded{kind}"]["per_s"],
+            f"vs_triton_ragged_default{tuned}": ours_ragged["per_s"] / ragged[f"Triton 2.36, default{way}"]["per_s"],
+            f"vs_triton_ragged_padded{tuned}": ours_ragged["per_s"] / ragged[f"Triton 2.36, padded{way}"]["per_s"],
         }
     figures["vs_naive_grpc"] = ours["per_s"] / steps[NAIVE]["per_s"]
     for name, figure in figures.items():

@@ -258,10 +258,10 @@ class InferenceServer:
         match question:
             case CountsOf(models):
                 return {name: self._of(name) for name in models}
-            case Regions():
-                return self.memory.status("")
-            case Unregister(name):
-                return self.memory.unregister(name)
+            case Regions(memory):
+                return self.memory.status("") if memory == self.memory.identity else {}
+            case Unregister(memory, name):
+                return self.memory.unregister(name) if memory == self.memory.identity else None
 
     # System shared memory. A client registers a region at one ingress, and names it to any on that machine.
 
@@ -278,13 +278,13 @@ class InferenceServer:
     async def unregister_region(self, name: str) -> None:
         """Forget a region, or all where no name is given. One that is not there is no error."""
         self.memory.unregister(name)
-        await self._siblings.ask(Unregister(name))
+        await self._siblings.ask(Unregister(self.memory.identity, name))
 
     async def _find_regions(self) -> None:
-        """Map what was registered at other ingresses, too; those on other machines have what is not here."""
-        for regions in await self._siblings.ask(Regions()):
+        """Map what was registered at other ingresses with the same memory, too."""
+        for regions in await self._siblings.ask(Regions(self.memory.identity)):
             for name in regions.keys() - self.memory.status("").keys():
-                with suppress(InvalidInput):
+                with suppress(InvalidInput):  # its client has removed it since
                     self.memory.register(**regions[name])
 
     # Inference.

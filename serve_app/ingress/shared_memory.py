@@ -1,6 +1,7 @@
 """System shared memory of the Open Inference Protocol: regions that clients on this machine have made, by name."""
 
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +72,8 @@ class SharedMemory:
     """The regions that are registered."""
 
     def __init__(self) -> None:
+        #: Which memory it is: processes on other machines, and in other containers, have another.
+        self.identity = socket.gethostname()
         self._regions: dict[str, Region] = {}
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:

@@ -11,12 +11,15 @@ class CountsOf(NamedTuple):
 
 
 class Regions(NamedTuple):
-    """The regions of shared memory that are registered, as SharedMemory.status has them."""
+    """The regions that are registered, as SharedMemory.status has them, where the memory is the same."""
+
+    memory: str
 
 
 class Unregister(NamedTuple):
-    """Forget a region, or all where no name is given."""
+    """Forget a region, or all where no name is given, where the memory is the same."""
 
+    memory: str
     name: str
 
 

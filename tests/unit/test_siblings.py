@@ -117,11 +117,28 @@ async def test_shared_memory_is_registered_at_all_of_them() -> None:
         memory.unlink()
 
 
-async def test_memory_of_another_machine_is_not_found() -> None:
+async def test_other_machines_have_regions_of_their_own() -> None:
+    memory = shared_memory.SharedMemory(create=True, size=16)
+    try:
+        async with ingresses(2) as (servers, clients):
+            servers[1].memory.identity = "another machine"
+            register = {"key": memory.name, "byte_size": 16}
+            assert (await clients[0].post(REGION + "register", json=register)).status_code == 200
+            missing = await clients[1].post(INFER, json=in_memory(1))
+            assert (missing.status_code, missing.json()["error"]) == (404, "Unable to find shared memory region: 'r'")
+            assert (await clients[1].post(REGION + "register", json=register)).status_code == 200
+            assert (await clients[1].post("/v2/systemsharedmemory/unregister")).status_code == 200
+            assert (await clients[0].get(REGION + "status")).status_code == 200
+    finally:
+        memory.close()
+        memory.unlink()
+
+
+async def test_a_region_that_its_client_has_removed_is_not_found() -> None:
     memory = shared_memory.SharedMemory(create=True, size=16)
     async with ingresses(2) as (servers, clients):
         servers[0].memory.register("r", memory.name, 0, 16)
         memory.close()
-        memory.unlink()  # so that there is none of that name where the other ingress runs
+        memory.unlink()
         missing = await clients[1].post(INFER, json=in_memory(1))
         assert (missing.status_code, missing.json()["error"]) == (404, "Unable to find shared memory region: 'r'")

@@ -7,13 +7,15 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from ray.serve._private.common import DeploymentID, ReplicaID
 
 from serve_app.deployments import transport
 from serve_app.deployments.directory_service import STRAIGHT, Question, Reply
 from serve_app.deployments.messages import CallServer
 from serve_app.deployments.recurrent import Recurrent
 from serve_app.deployments.registration import News, Standing
-from serve_app.deployments.transport import RayDirectory
+from serve_app.deployments.transport import OtherReplicas, RayDirectory
+from serve_app.errors import StateLost
 from serve_app.policy.autoscaling import IDLE
 
 pytestmark = pytest.mark.asyncio
@@ -64,6 +66,30 @@ async def test_a_report_is_heard_though_its_way_to_the_directory_breaks_meanwhil
     assert by_ray == ["address", "report", "address"]
     await directory.close()
     await server.stop()
+
+
+async def test_replicas_that_do_not_answer_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ReplicaID("own", DeploymentID("Ingress", "app"))
+    of = own.to_full_id_str().removesuffix("own")
+
+    class Replica:
+        def __init__(self, name: str) -> None:
+            self.name = name.removeprefix(of)
+
+        async def call(self, method: str, question: str) -> str:
+            if self.name == "gone":
+                raise StateLost("it is gone")
+            if self.name == "standing":
+                await asyncio.Event().wait()
+            return f"{self.name} {method} {question}"
+
+    names = [of + each for each in ("own", "one", "gone", "standing", "other")]
+    found = [{"name": each, "namespace": "serve"} for each in [*names, "SERVE_REPLICA::app#Recurrent#x", "directory"]]
+    elsewhere = [{"name": of + "not_serves", "namespace": "lockstep"}]
+    monkeypatch.setattr(transport.ray.util, "list_named_actors", lambda all_namespaces: found + elsewhere)
+    monkeypatch.setattr(transport, "ReplicaActor", Replica)
+    monkeypatch.setattr(transport, "ANSWER_WITHIN_S", 0.05)
+    assert sorted(await OtherReplicas(own, "tell").ask("it")) == ["one tell it", "other tell it"]
 
 
 async def test_a_replica_that_does_not_report_any_more_is_not_healthy() -> None:
