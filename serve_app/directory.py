@@ -39,6 +39,10 @@ TAKEN_WITHIN_S = 60.0
 """An owner has said by then that it has taken a session in, or never will."""
 ARRIVE_WITHIN_S = 5.0
 """Sessions that an owner was to give back have gone on elsewhere by then, or never will."""
+MIN_FREE = 256
+"""None is granted ahead where fewer places are free: sessions that come at once might find none."""
+UNUSED_WITHIN_S = 3.0
+"""A sender that lives has given back by then what it was granted ahead, and has not used."""
 GONE_KEPT = 256
 """So many owners that were given up last may come again, with all that has ended at them: it is counted once."""
 
@@ -104,6 +108,8 @@ class Described(NamedTuple):
 
 
 NEW = -1
+AHEAD = ""
+"""The session of a grant that has yet to get one."""
 
 
 class Claim(NamedTuple):
@@ -153,6 +159,19 @@ class Ask(NamedTuple):
     turn: Turn = USUAL
     waited_s: float = 0.0
     lost: str = ""
+
+
+class Ahead(NamedTuple):
+    """What `Directory.open_ahead` is asked. `ended`: see Ask.
+
+    unused: epochs, by owner, of places granted ahead in which no session has begun, nor will.
+    """
+
+    sender: str
+    model: str | None
+    places: int
+    unused: Mapping[str, Collection[int]]
+    ended: Mapping[str, Collection[int]]
 
 
 class SessionStatistics(NamedTuple):
@@ -225,6 +244,7 @@ class Directory:
         self._tallies: dict[str, _Tally] = {}  # by model
         self._sessions: dict[str, Record] = {}
         self._held: dict[str | None, dict[int, str]] = {None: {}}  # by owner: epoch -> session
+        self._ahead: dict[str, dict[int, str]] = {}  # places granted ahead, by owner: epoch -> sender
         self._kept: set[str] = set()  # keys
         self._waiting: dict[str, float] = {}  # since when no owner has the session, by key: some of those kept
         self._untaken: dict[int, tuple[str, float]] = {}  # by epoch, in order: since when no owner has said it has it
@@ -239,6 +259,7 @@ class Directory:
         self._owners[owner.name] = owner
         self._tallies.setdefault(owner.spec.name, _Tally()).joined_at = self._now
         self._held.setdefault(owner.name, {})
+        self._ahead.setdefault(owner.name, {})
         self._retiring.discard(owner.name)
         self.heard(owner.name)
 
@@ -306,6 +327,7 @@ class Directory:
         self._retiring.discard(owner)
         self._leaving.pop(owner, None)
         self._loads.pop(owner, None)
+        self._ahead.pop(owner, None)
         lost = self._held.pop(owner, {})
         for session in lost.values():
             self._orphan(session)
@@ -354,8 +376,7 @@ class Directory:
             serving = {name: one for name, one in serving.items() if _alike(one, self._owners[before])} or serving
         if is_new and (unloaded := {owner.spec.name for owner in serving.values()} & self._unloaded.keys()):
             raise Unavailable(f"model {unloaded.pop()!r} is unloaded: load it before a session starts")
-        load = {name: len(self._held[name]) for name in serving}
-        limits = {name: owner.max_sessions for name, owner in serving.items()}
+        load, limits = self._filled(serving)
         if is_new:
             self._line_up(
                 (session, sender), serving, sum(max(0, limits[name] - load[name]) for name in load), turn, waited_s
@@ -373,18 +394,59 @@ class Directory:
                 f"{sum(load.values())} sessions are open, all that the replicas take: try again later, or raise "
                 "session.max_sessions or replicas"
             )
-        self._last_epoch += 1
-        since, followed = self._last_epoch, NEW if claim is None else claim.epoch
+        epoch = since = self._next_epoch(session)
         if claim is not None and not claim.fingerprint:
             since = record.since if record is not None and record.epoch == claim.epoch else claim.epoch
-        self._put(session, Record(self._last_epoch, chosen, sender, since, resumable, followed))
-        self._untaken[self._last_epoch] = session, self._now
+        followed = NEW if claim is None else claim.epoch
+        self._put(session, Record(epoch, chosen, sender, since, resumable, followed))
         tally = self._tallies[serving[chosen].spec.name]
         tally.opened += is_new
         if before in self._owners and before != chosen:
             tally.moved += 1
             self._leaving[before] = max(0, self._num_leaving(before) - 1), self._now
-        return Grant(session, self._last_epoch, serving[chosen])
+        return Grant(session, epoch, serving[chosen])
+
+    def open_ahead(self, sender: str, model: str | None, places: int) -> list[Grant]:
+        """Places for sessions that may begin at any moment, under names that nobody else has.
+
+        As many as that, while half of all places are free, MIN_FREE at least, and nobody waits for one. A session
+        counts as open from when its owner has taken it in (see `taken`). Raises as `open` does for other reasons.
+        """
+        serving = self._serving("", model, None)
+        served_as = next(iter(serving.values())).spec.name
+        queue = self._tallies[served_as].queue
+        queue.forget_gone(self._now)
+        if len(queue) or served_as in self._unloaded:
+            return []
+        load, limits = self._filled(serving)
+        num_all = sum(limits.values())
+        num_free = num_all - sum(load.values())
+        grants: list[Grant] = []
+        while len(grants) < min(places, num_free - max(MIN_FREE, num_all // 2)):
+            chosen = choose_owner(load, limits)
+            assert chosen is not None
+            load[chosen] += 1
+            epoch = self._next_epoch(AHEAD)
+            self._ahead[chosen][epoch] = sender
+            grants.append(Grant(AHEAD, epoch, serving[chosen]))
+        return grants
+
+    def unused(self, epochs: Mapping[str, Collection[int]]) -> None:
+        """No session has begun, or will, in these places that were granted ahead; by owner."""
+        for owner, some in epochs.items():
+            for epoch in some:
+                self._ahead.get(owner, {}).pop(epoch, None)
+
+    def _filled(self, serving: Mapping[str, Owner]) -> tuple[dict[str, int], dict[str, int]]:
+        """Of each owner, how many sessions it has, or may have in a moment, and how many it takes."""
+        load = {name: len(self._held[name]) + len(self._ahead[name]) for name in serving}
+        return load, {name: owner.max_sessions for name, owner in serving.items()}
+
+    def _next_epoch(self, session: str) -> int:
+        """Of a grant, which an owner is to take up."""
+        self._last_epoch += 1
+        self._untaken[self._last_epoch] = session, self._now
+        return self._last_epoch
 
     def _line_up(
         self, who: tuple[str, str], serving: Mapping[str, Owner], num_free: int, turn: Turn, waited_s: float
@@ -399,8 +461,10 @@ class Directory:
         max_wait_s = min(limits.max_wait_s, turn.max_wait_s)
         num_open = sum(len(self._held[name]) for name in serving)
         text = f"{num_open} sessions are open, all that the replicas take"
-        if waited_s < max_wait_s and ahead < limits.max_waiting:
-            ask_again_s = min(ASK_AGAIN_S, max_wait_s - waited_s)
+        num_unused = sum(len(self._ahead[name]) for name in serving)
+        wait_s = max_wait_s if ahead >= num_unused else max(max_wait_s, UNUSED_WITHIN_S)
+        if waited_s < wait_s and ahead < max(limits.max_waiting, num_unused):
+            ask_again_s = min(ASK_AGAIN_S, wait_s - waited_s)
             raise TooManySessions(f"{text}, and {ahead} wait before this one", ask_again_s=ask_again_s)
         tally.queue.leave(who)
         error: type[LockstepError] = TooManySessions
@@ -429,9 +493,8 @@ class Directory:
             raise InvalidInput(f"session {session!r} was not opened to be resumed: open it with resumable=true")
         owner, epoch = self._owners[record.owner], record.epoch
         if record.sender != sender:
-            epoch = self._last_epoch = self._last_epoch + 1
+            epoch = self._next_epoch(session)
             self._put(session, replace(record, epoch=epoch, sender=sender, before=NEW))
-            self._untaken[epoch] = session, self._now
         return Grant(session, epoch, owner), record.epoch
 
     def release(self, session: str, epoch: int) -> None:
@@ -443,10 +506,23 @@ class Directory:
             else:
                 self._forget(session)  # only who had it before can go on with it
 
-    def taken(self, epochs: Iterable[int]) -> None:
-        """An owner has taken these sessions in."""
-        for epoch in epochs:
+    def taken(self, owner: str, sessions: Iterable[tuple[int, str]]) -> None:
+        """An owner has taken these sessions in: their epochs, and names. Of a place granted ahead that is news."""
+        for epoch, session in sessions:
             self._untaken.pop(epoch, None)
+            sender = self._begun_ahead(owner, epoch)
+            if sender is None:
+                continue
+            record = self._sessions.get(session)
+            if record is None or record.epoch < epoch:  # else it has gone on elsewhere since
+                self._put(session, Record(epoch, owner, sender, epoch))
+
+    def _begun_ahead(self, owner: str, epoch: int) -> str | None:
+        """A session has begun, in a place granted ahead to the sender that is returned; None if it was none."""
+        sender = self._ahead.get(owner, {}).pop(epoch, None)
+        if sender is not None:
+            self._tallies[self._owners[owner].spec.name].opened += 1
+        return sender
 
     def _give_up_untaken(self) -> None:
         """Their senders have died before they said anything of them, or could not be answered."""
@@ -455,7 +531,9 @@ class Directory:
             if self._now - granted_at <= TAKEN_WITHIN_S:
                 return
             del self._untaken[epoch]
-            if session in self._sessions and self._sessions[session].owner is not None:
+            if session == AHEAD:
+                self.unused({owner: [epoch] for owner in self._ahead})
+            elif session in self._sessions and self._sessions[session].owner is not None:
                 self.release(session, epoch)
 
     def lookup(self, session: str) -> Record:
@@ -511,6 +589,7 @@ class Directory:
         """
         dropped = []
         for epoch in epochs:
+            self._begun_ahead(owner, epoch)  # and it has ended before its owner has said so
             session = self._held.get(owner, {}).get(epoch)
             if session is None and epoch >= self._first_epoch:
                 session = self._held[None].get(epoch)
@@ -542,8 +621,8 @@ class Directory:
         on.
         """
         refused: dict[str, LockstepError] = {}
-        self.taken(held.epoch for held in sessions.values())
         for session, (epoch, owner) in sessions.items():
+            self._untaken.pop(epoch, None)
             record = self._sessions.get(session)
             if record is None and epoch >= self._first_epoch:
                 refused[session] = UnknownSession(f"session {session!r} is over")

@@ -10,7 +10,7 @@ from serve_app import lease
 from serve_app.config import AppConfig
 from serve_app.deployments.directory_service import DirectoryService
 from serve_app.deployments.registration import News
-from serve_app.directory import Ask, Described, Directory, Grant, Owner, SessionStatistics, Slab
+from serve_app.directory import Ahead, Ask, Described, Directory, Grant, Owner, SessionStatistics, Slab
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.engine import Engine, spare_rows_of
 from serve_app.errors import LockstepError, StateLost, Unavailable
@@ -107,6 +107,10 @@ class LocalCluster:
         if isinstance(opened, LockstepError):
             raise opened
         return opened
+
+    async def open_ahead(self, ask: Ahead) -> Sequence[Grant]:
+        self._report()
+        return await self.actor.open_ahead(ask)
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
         return await self.actor.attach(session, sender)

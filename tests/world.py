@@ -478,7 +478,7 @@ class Replica:
         directory = self.world.actor._directory
         is_known = directory.knows(self.name) and self.lease.holds
         stats = self.engine.stats
-        news = bool(stats.taken_epochs or stats.ended_epochs or directory._moves(self.card, 1)[self.name])
+        news = bool(stats.taken or stats.ended_epochs or directory._moves(self.card, 1)[self.name])
         return (news or not is_known) and not (self.is_stopped or self.is_leaving or self.reports)
 
     def receive(self, data: bytes, call: Call) -> None:
@@ -591,7 +591,7 @@ class Ingress:
         self.connections: list[Connection] = []
 
     def __getattr__(self, method: str) -> Callable[..., asyncio.Future[Any]]:
-        if method not in ("attach", "gone", "migrate", "release", "keep", "fetch", "lost", "models"):
+        if method not in ("attach", "gone", "migrate", "open_ahead", "release", "keep", "fetch", "lost", "models"):
             raise AttributeError(method)
         return partial(self.world.ask, self.name, method)
 

@@ -5,7 +5,7 @@ import logging
 import math
 import pickle
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
@@ -19,7 +19,7 @@ from serve_app.config import DurabilityConfig
 from serve_app.deployments.directory_metrics import DirectoryMetrics
 from serve_app.deployments.messages import PICKLED, CallServer, Codec, is_listening
 from serve_app.deployments.registration import News, Standing
-from serve_app.directory import Ask, Described, Directory, Grant, Owner, Record, SessionStatistics, Slab
+from serve_app.directory import Ahead, Ask, Described, Directory, Grant, Owner, Record, SessionStatistics, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.policy.autoscaling import IDLE, Load
 from serve_app.spec import ModelSpec
@@ -40,8 +40,8 @@ class Report(NamedTuple):
     load: Load
 
 
-Question = Sequence[Ask] | Report
-"""What is asked many times a second, and so straight: sessions are to open, an owner reports."""
+Question = Sequence[Ask] | Ahead | Report
+"""What is asked many times a second, and so straight: sessions are to open, now or soon, an owner reports."""
 Reply = Sequence[Grant | LockstepError] | Standing
 
 
@@ -127,7 +127,9 @@ class DirectoryService:
         return await self._listening
 
     async def _answer(self, question: Question) -> Reply:
-        return await (self.report(*question) if isinstance(question, Report) else self.open(question))
+        if isinstance(question, Report):
+            return await self.report(*question)
+        return await (self.open_ahead(question) if isinstance(question, Ahead) else self.open(question))
 
     async def open(self, asks: Sequence[Ask]) -> list[Grant | LockstepError]:
         """See Directory.open; what each ask is granted, or why it is not. First, hear what is lost or has ended."""
@@ -135,6 +137,13 @@ class DirectoryService:
         for owner in {ask.lost: None for ask in asks if ask.lost}:
             await self.lost(owner)
         return [await self._open(ask) for ask in asks]
+
+    async def open_ahead(self, ask: Ahead) -> list[Grant]:
+        """See Directory.open_ahead."""
+        self._directory.tick(lease.now())
+        self._directory.unused(ask.unused)
+        self._end(ask.ended)
+        return self._directory.open_ahead(ask.sender, ask.model, ask.places) if ask.places else []
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
         """See Directory.attach."""
@@ -175,7 +184,7 @@ class DirectoryService:
         """See Registry."""
         self.num_reports += 1
         self._directory.tick(now := lease.now())
-        self._directory.taken(news.taken)
+        self._directory.taken(owner, news.taken)
         self._drop(self._directory.ended(owner, news.ended))
         self._directory.tell(owner, ends, load)
         self._drop(self._directory.expire(now))
@@ -251,8 +260,7 @@ class DirectoryService:
         return epoch, await self._stored(lambda store: store.get(key_of(session)))
 
     async def _open(self, ask: Ask) -> Grant | LockstepError:
-        for owner, epochs in ask.ended.items():
-            self._drop(self._directory.ended(owner, epochs))
+        self._end(ask.ended)
         try:
             if ask.claim is not None:
                 await self._recall([ask.session])
@@ -262,6 +270,10 @@ class DirectoryService:
             )  # fmt: skip
         except LockstepError as error:
             return error
+
+    def _end(self, ended: Mapping[str, Collection[int]]) -> None:
+        for owner, epochs in ended.items():
+            self._drop(self._directory.ended(owner, epochs))
 
     async def _recall(self, sessions: Iterable[str]) -> None:
         """Learn from the store of sessions that an earlier directory has known."""

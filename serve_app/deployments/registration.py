@@ -30,9 +30,9 @@ class Standing(NamedTuple):
 
 
 class News(NamedTuple):
-    """The epochs under which an owner has taken sessions in since its last report, and of those that have ended."""
+    """The sessions that an owner has taken in since its last report, epochs and names; epochs that have ended."""
 
-    taken: list[int]
+    taken: list[tuple[int, str]]
     ended: list[int]
 
     def after(self, told: "News") -> "News":

@@ -21,7 +21,7 @@ from serve_app.deployments.directory_service import STRAIGHT, DirectoryService, 
 from serve_app.deployments.frame_channel import FrameChannel
 from serve_app.deployments.messages import CallChannel
 from serve_app.deployments.registration import News, Standing
-from serve_app.directory import Ask, Described, Grant, Owner, Record, SessionStatistics, Slab
+from serve_app.directory import Ahead, Ask, Described, Grant, Owner, Record, SessionStatistics, Slab
 from serve_app.errors import LockstepError, StateLost, Unavailable
 from serve_app.ingress.outbox import Channel
 from serve_app.ingress.together import Together
@@ -50,12 +50,17 @@ class RayDirectory:
         self._processes = _processes(app)
         self._straight: CallChannel[Question, Reply] | None = None
         self._straightening = asyncio.Lock()
-        self._opens = Together(self._open_all)
+        self._opens = Together(self._ask_for_grants)
         self._losses = Together(self._lose_all)
 
     def open(self, ask: Ask) -> Awaitable[Grant]:
         """See DirectoryClient."""
         return self._opens.call(ask)
+
+    async def open_ahead(self, ask: Ahead) -> Sequence[Grant]:
+        """See DirectoryClient."""
+        grants = await self._ask_for_grants(ask)
+        return [grant for grant in grants if isinstance(grant, Grant)]
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
         """See DirectoryClient."""
@@ -175,7 +180,7 @@ class RayDirectory:
         if self._straight is not None:
             await self._straight.close()
 
-    async def _open_all(self, asks: Sequence[Ask]) -> Sequence[Grant | LockstepError]:
+    async def _ask_for_grants(self, asks: Sequence[Ask] | Ahead) -> Sequence[Grant | LockstepError]:
         try:
             found = await self._ask_straight(asks)
         except OSError as error:

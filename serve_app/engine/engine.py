@@ -348,7 +348,7 @@ class Engine:
                         self._page_of[row] = self._pool.admit(ask.initial_state)
         except LockstepError as error:
             return Notice(ask.epoch, "refused", error.to_wire())
-        self.stats.taken_epochs.append(ask.epoch)
+        self.stats.taken.append((ask.epoch, ask.session))
         return Notice(ask.epoch, "opened")
 
     def _adopt(self, ask: Open, sender: int, now: float) -> Notice:
@@ -372,7 +372,7 @@ class Engine:
         rows = np.array([row])
         self._outputs.drop_below(rows, self._sessions.acked[rows])
         self._mail[sender].mark(rows)
-        self.stats.taken_epochs.append(ask.epoch)
+        self.stats.taken.append((ask.epoch, ask.session))
         accepted, rewind = int(self._sessions.next[row]), int(self._sessions.rewind[row])
         return Notice(ask.epoch, "opened", progress=accepted, rewind=rewind, acked=acked)
 

@@ -39,7 +39,7 @@ class Stats:
     checkpoints: int = 0
     refusals: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
-    taken_epochs: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_ENDED_KEPT))
+    taken: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=MAX_ENDED_KEPT))
     ended_epochs: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_ENDED_KEPT))
     recent: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=MAX_STEPS_KEPT))
 
@@ -54,9 +54,9 @@ class Stats:
         """The steps since the last call."""
         return [self.recent.popleft() for _ in range(len(self.recent))]
 
-    def take_taken(self) -> list[int]:
-        """The epochs under which sessions were taken in since the last call."""
-        return [self.taken_epochs.popleft() for _ in range(len(self.taken_epochs))]
+    def take_taken(self) -> list[tuple[int, str]]:
+        """The sessions that were taken in since the last call: epochs, and names."""
+        return [self.taken.popleft() for _ in range(len(self.taken))]
 
     def take_ended(self) -> list[int]:
         """The epochs of sessions that ended since the last call."""

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Coroutine, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
@@ -14,7 +15,7 @@ from uuid import uuid4
 import numpy as np
 
 from serve_app.checkpoint import decode_checkpoint
-from serve_app.directory import NEW, USUAL, Ask, Claim, Described, Grant, Owner, SessionStatistics, Slab, Turn
+from serve_app.directory import NEW, USUAL, Ahead, Ask, Claim, Described, Grant, Owner, SessionStatistics, Slab, Turn
 from serve_app.errors import (
     InvalidInput,
     LockstepError,
@@ -26,6 +27,7 @@ from serve_app.errors import (
     UnknownSession,
 )
 from serve_app.frame import ABORT, ADOPTED, MOVE, UNKNOWN, Frame, Notice, Open
+from serve_app.ingress.grants_ahead import GrantsAhead
 from serve_app.ingress.keeper import Keeper
 from serve_app.ingress.outbox import Channel, Outbox
 from serve_app.session import Session, State
@@ -62,6 +64,10 @@ class DirectoryClient(Protocol):
 
     def open(self, ask: Ask) -> Awaitable[Grant]:
         """A grant for a session."""
+        ...
+
+    async def open_ahead(self, ask: Ahead) -> Sequence[Grant]:
+        """Grants for sessions that may begin; fewer than are asked for where places are few."""
         ...
 
     async def attach(self, session: str, sender: str) -> tuple[Grant, int]:
@@ -134,6 +140,7 @@ class Hub:
         self._watching: asyncio.Task[None] | None = None
         self._resuming: set[str] = set()
         self._keeper = Keeper(directory, self.sender, self._superseded)
+        self._ahead = GrantsAhead(self._open_ahead)
         self._past: OrderedDict[str, str] = OrderedDict()  # why sessions ended, for those who ask late
 
     async def open(
@@ -184,10 +191,25 @@ class Hub:
         """
         grant = await self._place(Ask(name, self.sender, model, {}, resumable, turn=turn))
         session, outbox = await self._session_at(grant)
+        self._begin_at(session, outbox, resumable=resumable)
+        return session
+
+    def begin_ahead(self, name: str, model: str | None) -> Session | None:
+        """As `begin`, under a name that nobody else has, nor asks for, and at once; None where it cannot be."""
+        if self._stopped or (grant := self._ahead.take(model)) is None:
+            return None
+        outbox = self._outboxes.get(grant.owner.name) or self._add_outbox(grant.owner)
+        if outbox.failed:
+            self._ahead.give_back(grant)
+            return None
+        session = self._session(replace(grant, session=name), outbox)
+        self._begin_at(session, outbox, resumable=False)
+        return session
+
+    def _begin_at(self, session: Session, outbox: Outbox, *, resumable: bool) -> None:
         session.begin_at(0)
         self._take_in(session, resumable=resumable)
-        self._start(self._confirm(session, outbox.open(session, Open(grant.epoch, grant.session))))
-        return session
+        self._start(self._confirm(session, outbox.open(session, Open(session.epoch, session.name))))
 
     async def _place(self, ask: Ask) -> Grant:
         """The grant of a new session, when it is its turn. If this is cancelled then no place is taken."""
@@ -206,14 +228,22 @@ class Hub:
                 giving_back.add_done_callback(self._giving_back.discard)
                 raise
             except Unavailable:  # who knows whether it has heard
-                for owner, epochs in ended.items():
-                    self._ended.setdefault(owner, []).extend(epochs)
+                self._have_ended(ended)
                 raise
             except TooManySessions as error:
                 if "ask_again_s" not in error.details:
                     raise
                 ask_again_s = error.details["ask_again_s"]
             await asyncio.sleep(ask_again_s)
+
+    async def _open_ahead(self, model: str | None, places: int, unused: dict[str, list[int]]) -> Sequence[Grant]:
+        """See GrantsAhead."""
+        ended, self._ended = self._ended, {}
+        try:
+            return await self._directory.open_ahead(Ahead(self.sender, model, places, unused, ended))
+        except Unavailable:
+            self._have_ended(ended)
+            raise
 
     async def _give_back(self, asking: Awaitable[Grant]) -> None:
         with suppress(LockstepError):
@@ -431,6 +461,7 @@ class Hub:
         """Give everything up; sessions that are still open fail, and no other is opened."""
         self._stopped = True
         await self._keeper.stop()
+        await self._ahead.stop()
         tasks = [*self._tasks, *filter(None, [self._watching])]
         for task in tasks:
             task.cancel()
@@ -462,12 +493,16 @@ class Hub:
         except asyncio.CancelledError:
             self.has_ended(owner.name, grant.epoch)
             raise
+        return self._session(grant, outbox, state), outbox
+
+    def _session(self, grant: Grant, outbox: Outbox, state: State = None) -> Session:
+        owner = grant.owner
         session = Session(
             grant.session, owner.spec, owner.limits, outbox, epoch=grant.epoch, ack_on_receipt=self._ack_on_receipt,
             initial_state=state, retains=owner.checkpoints,
         )  # fmt: skip
         session.owner = owner.name
-        return session, outbox
+        return session
 
     def _take_in(self, session: Session, resumable: bool) -> None:
         """Its owner has it: see to it from now on."""
@@ -485,16 +520,18 @@ class Hub:
                 del self._outboxes[owner.name]
         if self._stopped:
             raise Unavailable(STOPPED)
-        if outbox is None:
-            channel = self._directory.connect(owner)
-            forget, lost = partial(self._forget, owner.name), partial(self._lost, owner.name)
-            self._num_outboxes += 1  # an owner that was given up may live, and answer calls that nobody hears
-            sender = f"{self.sender}/{self._num_outboxes}"
-            outbox = Outbox(owner.name, sender, owner.spec, owner.max_bytes, channel, forget, lost)
-            self._outboxes[owner.name] = outbox
-            if self._watching is None:
-                watching = asyncio.get_running_loop().create_task(self._watch(), context=contextvars.Context())
-                self._watching = watching
+        return self._add_outbox(owner) if outbox is None else outbox
+
+    def _add_outbox(self, owner: Owner) -> Outbox:
+        channel = self._directory.connect(owner)
+        forget, lost = partial(self._forget, owner.name), partial(self._lost, owner.name)
+        self._num_outboxes += 1  # an owner that was given up may live, and answer calls that nobody hears
+        sender = f"{self.sender}/{self._num_outboxes}"
+        outbox = Outbox(owner.name, sender, owner.spec, owner.max_bytes, channel, forget, lost)
+        self._outboxes[owner.name] = outbox
+        if self._watching is None:
+            watching = asyncio.get_running_loop().create_task(self._watch(), context=contextvars.Context())
+            self._watching = watching
         return outbox
 
     async def _watch(self) -> None:
@@ -521,6 +558,7 @@ class Hub:
 
     def _lost(self, owner: str, session: Session, error: LockstepError) -> None:
         """The owner is gone, or going: let the session go on elsewhere, or fail."""
+        self._ahead.drop(owner)
         if not session.can_move or not isinstance(error, StateLost | Unavailable):
             self._give_up(owner, session, error)
             return
@@ -593,6 +631,11 @@ class Hub:
     def has_ended(self, owner: str, epoch: int) -> None:
         """Let the directory know, with the next session that opens, so that the name is free again."""
         self._ended.setdefault(owner, []).append(epoch)
+
+    def _have_ended(self, ended: dict[str, list[int]]) -> None:
+        """As `has_ended`, of some that the directory was not told of."""
+        for owner, epochs in ended.items():
+            self._ended.setdefault(owner, []).extend(epochs)
 
     def _forget(self, owner: str, session: Session) -> None:
         """It is over."""

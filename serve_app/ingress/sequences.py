@@ -110,6 +110,8 @@ class Result(NamedTuple):
     model: str
 
 
+Begin = Session | Callable[[], Awaitable[Session]]
+"""The session of a sequence, or how it comes to one."""
 Reply = Callable[[Result | LockstepError], None]
 """Called once, on the event loop, with what came of a request."""
 Notice = Callable[[LockstepError], None]
@@ -150,8 +152,7 @@ class Space:
         if sequence is not None and sequence.stream is not stream and self._insists(request):
             sequence.move_to(stream)
         if request.start:
-            begin = partial(self._begin, self._session_name(request), request, sequence)
-            sequence = self._put(request, begin, stream, request.priority)
+            sequence = self._start(request, sequence, stream)
             sequence.notice = notice if request.notice else None
         elif sequence is None and self._peers is not None and stream is None:
             self._forward(self._peers, request, reply)
@@ -261,10 +262,15 @@ class Space:
     def _session_name(self, request: Request) -> str:
         return f"sequence {request.sequence!r} of {request.model} @{self._name}"
 
-    def _put(
-        self, request: Request, begin: Callable[[], Awaitable[Session]], stream: object, priority: int | None = None
-    ) -> "Sequence":
-        """From now on the id means a sequence with the session that `begin` comes to."""
+    def _start(self, request: Request, before: "Sequence | None", stream: object) -> "Sequence":
+        """before: see `_begin`."""
+        name, begun = self._session_name(request), None
+        if self._peers is None and before is None:  # then nobody else knows of such a session
+            begun = self._hub.begin_ahead(name, request.model)
+        return self._put(request, begun or partial(self._begin, name, request, before), stream, request.priority)
+
+    def _put(self, request: Request, begin: Begin, stream: object, priority: int | None = None) -> "Sequence":
+        """From now on the id means a sequence with that session."""
         key = request.model, request.sequence
         sequence = Sequence(self._hub, self._session_name(request), begin, self._peers is not None)
         sequence.stream, sequence.priority = stream, priority
@@ -414,7 +420,7 @@ class _Asked(NamedTuple):
 class Sequence:
     """One sequence, from its start to its end, or as long as it is here."""
 
-    def __init__(self, hub: Hub, name: str, begin: Callable[[], Awaitable[Session]], outlives: bool) -> None:
+    def __init__(self, hub: Hub, name: str, begin: Begin, outlives: bool) -> None:
         """outlives: another ingress can go on with it. Then an answer is kept until it has been sent."""
         self.stream: object = None
         self.notice: Notice | None = None
@@ -438,8 +444,12 @@ class Sequence:
         self._sending: asyncio.TimerHandle | None = None
         self._is_over = asyncio.get_running_loop().create_future()
         self._waiting: list[asyncio.Future[None]] = []
-        self._opening = asyncio.create_task(self._open(begin))
-        self._opening.add_done_callback(self._on_opening)
+        self._opening: asyncio.Task[None] | None = None
+        if isinstance(begin, Session):
+            self._opened(begin)
+        else:
+            self._opening = asyncio.create_task(self._open(begin))
+            self._opening.add_done_callback(self._on_opening)
 
     def ask(self, request: Request, reply: Reply, *, is_lost: bool = False) -> None:
         """See Space.ask. is_lost: it was on its way to another ingress, and may have run; it is only told so."""
@@ -522,7 +532,7 @@ class Sequence:
         """End it at once."""
         if self._session is not None:
             self._session.abort()
-        else:
+        elif self._opening is not None:
             self._opening.cancel()
 
     def _on_opening(self, opening: asyncio.Task[None]) -> None:
@@ -534,7 +544,10 @@ class Sequence:
             session = await begin()
         except LockstepError as error:
             self._end(error)
-            return
+        else:
+            self._opened(session)
+
+    def _opened(self, session: Session) -> None:
         self._session = session
         session.changed = self._on_change
         if self._has_lost or session.acked < session.next:

@@ -471,7 +471,7 @@ async def test_the_sequences_of_a_stream_without_a_name_cost_the_directory_nothi
                 done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
                 space.ask(Request("sum", sequence, i == 0, i == 2, x), done.set_result, one)
                 assert totals(await done) == [i + 1]
-        assert one.directory.asked.keys() <= {"open", "gone"}
+        assert one.directory.asked.keys() <= {"open", "open_ahead", "gone"}
         assert one.directory.asked["open"] == 19
         done = asyncio.get_running_loop().create_future()
         space.ask(Request("sum", 99, True, False, x), done.set_result, one)

@@ -1,22 +1,32 @@
 """The directory as lists of events: who has which session, who may go on with it, and what is kept of it."""
 
+import dataclasses
+import random
+from collections import Counter
+from contextlib import suppress
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from serve_app import directory as module
 from serve_app.checkpoint_store import key_of
-from serve_app.directory import GONE_KEPT, TAKEN_WITHIN_S, Claim, Directory, Held, Owner
+from serve_app.directory import GONE_KEPT, TAKEN_WITHIN_S, UNUSED_WITHIN_S, Claim, Directory, Held, Owner
 from serve_app.errors import (
     InvalidInput,
     LockstepError,
     NotOwner,
     SessionExists,
     StateLost,
+    TooManySessions,
     Unavailable,
     UnknownModel,
     UnknownSession,
 )
 from serve_app.lease import LEASE_S, MARGIN_S
 from serve_app.policy.autoscaling import IDLE
+from serve_app.policy.session_queue import QueueLimits
 from serve_app.spec import ModelSpec, SessionLimits, TensorSpec
 
 
@@ -340,12 +350,12 @@ def test_a_grant_that_no_owner_takes_up_is_given_up(directory: Directory) -> Non
     now = pass_time(directory, 1)
     for session in ("taken", "kept", "resumed", "lost", "gone"):
         directory.open(session, "s", resumable=True)
-    directory.taken(directory.lookup(session).epoch for session in ("taken", "resumed", "lost"))
+    directory.taken("x", ((directory.lookup(session).epoch, session) for session in ("taken", "resumed", "lost")))
     assert keep(directory, "kept", directory.lookup("kept").epoch) is None
     assert keep(directory, "lost", directory.lookup("lost").epoch) is None
     for session in ("resumed", "lost"):
         directory.attach(session, "another")
-    directory.taken([directory.lookup("resumed").epoch])
+    directory.taken("x", [(directory.lookup("resumed").epoch, "resumed")])
     now = pass_time(directory, TAKEN_WITHIN_S - 1, now)
     assert all(directory.lookup(session).owner == "x" for session in ("taken", "kept", "resumed", "lost", "gone"))
     pass_time(directory, 2, now)
@@ -360,7 +370,7 @@ def test_a_directory_that_stood_still_first_hears_what_owners_have_taken(directo
     now = pass_time(directory, 1)
     epoch = directory.open("a", "s").epoch
     directory.tick(now + 10 * TAKEN_WITHIN_S)
-    directory.taken([epoch])
+    directory.taken("x", [(epoch, "a")])
     directory.heard("x")
     pass_time(directory, 2, now + 10 * TAKEN_WITHIN_S)
     assert directory.lookup("a").owner == "x"
@@ -502,3 +512,135 @@ def test_where_a_session_was_to_go_is_forgotten_with_it(directory: Directory) ->
     directory.register(owner("x"))
     assert directory.open("b", "s").owner.name == "y"
     assert directory.open("a", "s").owner.name == "x", "there is more room"
+
+
+@pytest.fixture
+def roomy(monkeypatch: pytest.MonkeyPatch, directory: Directory) -> Directory:
+    """One that grants places ahead though its owners take ten sessions each."""
+    monkeypatch.setattr(module, "MIN_FREE", 0)
+    return directory
+
+
+def test_a_place_granted_ahead_is_a_session_when_its_owner_says_so(roomy: Directory) -> None:
+    (first, second) = roomy.open_ahead("s", "sum", 2)
+    assert (first.epoch < second.epoch, first.owner.name) == (True, "x")
+    assert (roomy.statistics()["sum"].open, roomy.statistics()["sum"].opened) == (0, 0)
+    assert roomy.sessions("", 10) == []
+    roomy.taken("x", [(first.epoch, "a")])
+    assert roomy.lookup("a").epoch == first.epoch
+    assert roomy.describe("a").sender == "s"
+    assert (roomy.statistics()["sum"].open, roomy.statistics()["sum"].opened) == (1, 1)
+    roomy.ended("x", [first.epoch])
+    assert roomy.statistics()["sum"].open == 0
+    roomy.ended("x", [second.epoch])  # its sender says so before its owner has said that it was taken in
+    roomy.taken("x", [(second.epoch, "b")])
+    roomy.ended("x", [second.epoch])
+    assert (roomy.statistics()["sum"].open, roomy.statistics()["sum"].opened) == (0, 2)
+    with pytest.raises(UnknownSession):
+        roomy.lookup("b")
+
+
+def test_of_two_that_began_under_a_name_the_later_has_it(roomy: Directory) -> None:
+    """The first is over then, since the name is the sender's own; the directory may have to hear of that."""
+    first, second, third = roomy.open_ahead("s", "sum", 3)
+    roomy.taken("x", [(first.epoch, "a"), (third.epoch, "a"), (second.epoch, "a")])
+    assert roomy.lookup("a").epoch == third.epoch
+    roomy.ended("x", [first.epoch, second.epoch])
+    assert roomy.lookup("a").epoch == third.epoch
+    assert roomy.num_sessions() == {"x": 1}
+
+
+def test_one_that_went_on_elsewhere_before_its_owner_told_of_it_stays_there(roomy: Directory) -> None:
+    (grant,) = roomy.open_ahead("s", "sum", 1)
+    roomy.register(owner("y"))
+    moved = roomy.open("a", "s", claim=Claim(grant.epoch))
+    roomy.taken("x", [(grant.epoch, "a")])
+    assert roomy.lookup("a").epoch == moved.epoch
+
+
+def test_places_granted_ahead_are_taken_from_nobody_for_long(roomy: Directory) -> None:
+    assert len(roomy.open_ahead("s", "sum", 100)) == 5, "half of them"
+    for i in range(5):
+        roomy.open(f"s{i}", "s")
+    with pytest.raises(TooManySessions) as waiting:
+        roomy.open("last", "s")
+    assert waiting.value.details["ask_again_s"] > 0, "those that are not used will be given back"
+    with pytest.raises(TooManySessions) as refused:
+        roomy.open("last", "s", waited_s=UNUSED_WITHIN_S)
+    assert "ask_again_s" not in refused.value.details
+    pass_time(roomy, TAKEN_WITHIN_S + 2)
+    assert roomy.open("last", "s").owner.name == "x", "their sender is dead, it seems"
+
+
+def test_none_is_granted_ahead_where_others_wait_or_places_are_few(
+    monkeypatch: pytest.MonkeyPatch, roomy: Directory
+) -> None:
+    monkeypatch.setattr(module, "MIN_FREE", 10)
+    assert roomy.open_ahead("s", "sum", 1) == []
+    roomy.register(owner("y"))
+    grants = roomy.open_ahead("s", "sum", 20)
+    assert sorted(grant.owner.name for grant in grants) == ["x"] * 5 + ["y"] * 5
+    roomy.unused({"x": [grant.epoch for grant in grants], "y": [grant.epoch for grant in grants]})
+    for i in range(20):
+        roomy.open(f"s{i}", "s")
+    assert roomy.open_ahead("s", "sum", 1) == []
+    roomy.register(dataclasses.replace(owner("z", model="other"), queue=QueueLimits(max_wait_s=10), max_sessions=21))
+    for i in range(21):
+        roomy.open(f"o{i}", "s", "other")
+    with pytest.raises(TooManySessions):
+        roomy.open("waits", "s", "other")
+    roomy.ended("z", [roomy.lookup(f"o{i}").epoch for i in range(21)])
+    assert roomy.open_ahead("s", "other", 1) == [], "the first place is for who waits"
+    roomy.open("waits", "s", "other")
+    assert len(roomy.open_ahead("s", "other", 1)) == 1
+    roomy.unload("other")
+    assert roomy.open_ahead("s", "other", 1) == []
+    with pytest.raises(UnknownModel):
+        roomy.open_ahead("s", "unknown", 1)
+
+
+def test_places_granted_ahead_are_gone_with_their_owner(roomy: Directory) -> None:
+    (grant,) = roomy.open_ahead("s", "sum", 1)
+    assert roomy.unregister("x") == 0
+    roomy.register(owner("x"))
+    roomy.taken("x", [(grant.epoch, "a")])
+    assert roomy.statistics()["sum"].opened == 0
+    assert roomy.num_sessions() == {"x": 0}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_no_owner_is_ever_promised_more_sessions_than_it_takes(seed: int) -> None:
+    """Whatever is opened, granted ahead, taken, used or not, and ends; and in the end all places are free."""
+    rng = random.Random(seed)
+    directory, ahead, live, number = Directory(2), [], [], 0
+    for name in "xy":
+        directory.register(owner(name))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MIN_FREE", rng.choice([0, 5, 15]))
+        for _ in range(200):
+            what, number = rng.random(), number + 1
+            if what < 0.3:
+                with suppress(TooManySessions):
+                    grant = directory.open(f"s{number}", "s")
+                    live.append((grant.owner.name, grant.epoch))
+            elif what < 0.5:
+                ahead += directory.open_ahead("s", "sum", rng.randint(1, 8))
+            elif what < 0.7 and ahead:
+                grant = ahead.pop(rng.randrange(len(ahead)))
+                directory.taken(grant.owner.name, [(grant.epoch, f"a{number}")])
+                live.append((grant.owner.name, grant.epoch))
+            elif what < 0.8 and ahead:
+                grant = ahead.pop(rng.randrange(len(ahead)))
+                directory.unused({grant.owner.name: [grant.epoch]})
+            elif live:
+                at, epoch = live.pop(rng.randrange(len(live)))
+                directory.ended(at, [epoch])
+            promised = Counter([at for at, _ in live] + [grant.owner.name for grant in ahead])
+            assert max(promised.values(), default=0) <= 10
+            assert directory.statistics()["sum"].open == len(live)
+        assert len({epoch for _, epoch in live} | {grant.epoch for grant in ahead}) == len(live) + len(ahead)
+        for at, epoch in live:
+            directory.ended(at, [epoch])
+        directory.unused({name: [grant.epoch for grant in ahead] for name in "xy"})
+        assert [directory.open(f"e{i}", "s").owner.name for i in range(20)].count("x") == 10

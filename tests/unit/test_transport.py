@@ -58,7 +58,7 @@ async def test_a_report_is_heard_though_its_way_to_the_directory_breaks_meanwhil
     address = await server.start("127.0.0.1")
     process = SimpleNamespace(ask=SimpleNamespace(remote=remote))
     monkeypatch.setattr(transport, "_processes", lambda app: deque([process]))
-    directory, news = RayDirectory("app"), News([1], [2, 3])
+    directory, news = RayDirectory("app"), News([(1, "a")], [2, 3])
     assert [await directory.report("owner", news, {}) for _ in range(3)] == [
         Standing(incarnation, is_known=True) for incarnation in (1, 2, 1)
     ]
