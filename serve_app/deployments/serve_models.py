@@ -21,6 +21,7 @@ logger = logging.getLogger("ray.serve")
 LOOK_S = 0.2
 KNOWN_S = 2 * WATCH_S
 """Until every way in knows that there is nothing to ask: at a deployment without replicas a request waits for ever."""
+STOPPED_WITHIN_S = 30.0
 FAILED = "A replica failed to start"
 """In what Serve says of a deployment."""
 
@@ -61,6 +62,7 @@ class ServeModels:
                 await self._running(model, replicas, before["message"])
             except Unavailable:
                 await self._scale(deployment, 0)
+                await self._stopped(deployment)
                 raise
         await self._directory.load(model)
 
@@ -125,6 +127,17 @@ class ServeModels:
             if FAILED in found["message"] and found["message"] != said:
                 raise Unavailable(f"model {model!r} cannot be loaded: {found['message'][-1000:]}")
             await asyncio.sleep(LOOK_S)
+
+    async def _stopped(self, deployment: str) -> None:
+        """Wait until no replica is left: one that fails later would be taken for one of the next attempt."""
+        try:
+            async with asyncio.timeout(STOPPED_WITHIN_S):
+                while True:
+                    if not (await self._details(deployment))["replicas"]:
+                        return
+                    await asyncio.sleep(LOOK_S)
+        except TimeoutError:
+            logger.warning("deployment %r has replicas that did not start, and do not stop either", deployment)
 
     async def _scale(self, deployment: str, replicas: int) -> bool:
         """Let Serve start or stop replicas; False where the application is not configured for that, or Serve scales."""
