@@ -399,6 +399,9 @@ class Directory:
             since = record.since if record is not None and record.epoch == claim.epoch else claim.epoch
         followed = NEW if claim is None else claim.epoch
         self._put(session, Record(epoch, chosen, sender, since, resumable, followed))
+        if record is None and claim is not None:
+            for each in self._ahead:
+                self._begun_ahead(each, claim.epoch)  # and it moves before its owner has said so
         tally = self._tallies[serving[chosen].spec.name]
         tally.opened += is_new
         if before in self._owners and before != chosen:
@@ -460,10 +463,13 @@ class Directory:
             return
         max_wait_s = min(limits.max_wait_s, turn.max_wait_s)
         num_open = sum(len(self._held[name]) for name in serving)
-        text = f"{num_open} sessions are open, all that the replicas take"
-        num_unused = sum(len(self._ahead[name]) for name in serving)
-        wait_s = max_wait_s if ahead >= num_unused else max(max_wait_s, UNUSED_WITHIN_S)
-        if waited_s < wait_s and ahead < max(limits.max_waiting, num_unused):
+        num_ahead = sum(len(self._ahead[name]) for name in serving)
+        promised = f" and {num_ahead} about to be" if num_ahead else ""
+        text = f"{num_open} sessions are open{promised}, all that the replicas take"
+        wait_s, max_waiting = max_wait_s, limits.max_waiting
+        if ahead < num_ahead:  # it finds a place unless they are used
+            wait_s, max_waiting = min(turn.max_wait_s, max(max_wait_s, UNUSED_WITHIN_S)), num_ahead
+        if waited_s < wait_s and ahead < max_waiting:
             ask_again_s = min(ASK_AGAIN_S, wait_s - waited_s)
             raise TooManySessions(f"{text}, and {ahead} wait before this one", ask_again_s=ask_again_s)
         tally.queue.leave(who)
@@ -511,10 +517,7 @@ class Directory:
         for epoch, session in sessions:
             self._untaken.pop(epoch, None)
             sender = self._begun_ahead(owner, epoch)
-            if sender is None:
-                continue
-            record = self._sessions.get(session)
-            if record is None or record.epoch < epoch:  # else it has gone on elsewhere since
+            if sender is not None and session not in self._sessions:
                 self._put(session, Record(epoch, owner, sender, epoch))
 
     def _begun_ahead(self, owner: str, epoch: int) -> str | None:

@@ -115,6 +115,8 @@ class Session:
         self.rewind = 0
         #: The owner was told so.
         self.acked_told = 0
+        #: The owner that was to take it in has not, and is gone.
+        self.is_unopened = False
         #: A frame with inputs of this session is on its way, and not known to be accepted.
         self.in_flight = False
         #: Why the session ended (closed, idle, aborted, …), None while it lives.
@@ -449,8 +451,11 @@ class Session:
     @property
     def can_move(self) -> bool:
         """Whether it can go on at another owner."""
-        has_point = bool(self._checkpoints) and self._checkpoints[0][0] <= self.progress
-        return has_point and self._retains and self.end_reason is None and self._close != ABORT
+        if not self._checkpoints or self.end_reason is not None or self._close == ABORT:
+            return False
+        at, _ = self._checkpoints[0]
+        has_inputs = self._retains or (self.is_unopened and self.accepted == at)
+        return has_inputs and at <= self.progress
 
     @property
     def can_return(self) -> bool:
@@ -536,7 +541,7 @@ class Session:
         self.carrier = carrier
         self.handed = self.accepted = timestep
         self.acked_told = 0
-        self.in_flight = self._close_told = False
+        self.is_unopened = self.in_flight = self._close_told = False
         self._end = None
         self._early.clear()  # all comes again, and if a step fails there, not as it was
         while len(self._checkpoints) > 1:

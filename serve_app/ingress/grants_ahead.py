@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app.directory import Grant
-from serve_app.errors import LockstepError
+from serve_app.errors import LockstepError, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class GrantsAhead:
         self._open_ahead = open_ahead
         self._models: dict[str | None, _Model] = {}
         self._unused: dict[str, list[int]] = {}
-        self._asking: set[asyncio.Task[None]] = set()
+        self._asking: set[asyncio.Task[object]] = set()
         self._looking: asyncio.TimerHandle | None = None
         self._stopped = False
 
@@ -63,11 +63,14 @@ class GrantsAhead:
         return grant
 
     def drop(self, owner: str) -> None:
-        """No session can begin there."""
+        """Let no session begin at that owner, which may be gone."""
         for one in self._models.values():
-            for each in [each for each in one.grants if each[1].owner.name == owner]:
-                one.grants.remove(each)
-                self.give_back(each[1])
+            grants, one.grants = one.grants, deque()
+            for until, grant in grants:
+                if grant.owner.name == owner:
+                    self.give_back(grant)
+                else:
+                    one.grants.append((until, grant))
 
     def give_back(self, grant: Grant) -> None:
         """No session has begun there."""
@@ -80,39 +83,48 @@ class GrantsAhead:
             self._looking.cancel()
         try:
             async with asyncio.timeout(GIVE_BACK_WITHIN_S):
-                await asyncio.gather(*self._asking)
+                await asyncio.gather(*self._asking, return_exceptions=True)
                 for one in self._models.values():
                     for _, grant in one.grants:
                         self.give_back(grant)
                     one.grants.clear()
                 if self._unused:
-                    await self._ask(None, _Model(), 0)
+                    await self._tell()
         except TimeoutError:
             logger.warning("the directory does not answer: it has places kept free for a minute that are not used")
 
-    def _start(self, work: Coroutine[None, None, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, object]) -> None:
         """In a context of its own: it must not die with the request that it is begun in."""
         task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
         self._asking.add(task)
         task.add_done_callback(self._asking.discard)
 
     async def _ask(self, model: str | None, one: _Model, places: int) -> None:
-        unused, self._unused = self._unused, {}
         until = asyncio.get_running_loop().time() + LIFE_S
-        grants: Sequence[Grant] = ()
         try:
-            grants = await self._open_ahead(model, places, unused)
-        except LockstepError as error:  # the next session that asks is told, too
-            logger.debug("no grants ahead: %s", error)
+            grants = await self._tell(model, places)
         finally:
             one.is_asking = False
         one.grants.extend((until, grant) for grant in grants)
         if len(grants) < places:
             one.asks_from = until
 
+    async def _tell(self, model: str | None = None, places: int = 0) -> Sequence[Grant]:
+        """Give back what is not used, and get so many others; none where the directory says why not."""
+        unused, self._unused = self._unused, {}
+        try:
+            return await self._open_ahead(model, places, unused)
+        except LockstepError as error:  # the next session that asks is told, too
+            logger.debug("no grants ahead: %s", error)
+            if isinstance(error, Unavailable):  # who knows whether it has heard
+                for owner, epochs in unused.items():
+                    self._unused.setdefault(owner, []).extend(epochs)
+            return ()
+
     def _look_later(self) -> None:
-        if self._looking is None and self._models and not self._stopped:
-            self._looking = asyncio.get_running_loop().call_later(LIFE_S, self._look)
+        if self._looking is None and (self._models or self._unused) and not self._stopped:
+            loop = asyncio.get_running_loop()
+            self._looking = loop.call_later(LIFE_S, self._look, context=contextvars.Context())
 
     def _look(self) -> None:
         """Give back what has expired, though nobody takes any."""
@@ -122,7 +134,7 @@ class GrantsAhead:
             if not (one.begun or one.grants or one.is_asking):
                 del self._models[model]
         if self._unused:
-            self._start(self._ask(None, _Model(), 0))
+            self._start(self._tell())
         self._look_later()
 
     def _expire(self, one: _Model, now: float) -> None:

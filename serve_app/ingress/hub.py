@@ -201,6 +201,7 @@ class Hub:
         outbox = self._outboxes.get(grant.owner.name) or self._add_outbox(grant.owner)
         if outbox.failed:
             self._ahead.give_back(grant)
+            self._ahead.drop(grant.owner.name)
             return None
         session = self._session(replace(grant, session=name), outbox)
         self._begin_at(session, outbox, resumable=False)
@@ -254,6 +255,7 @@ class Hub:
         try:
             await opening
         except LockstepError as error:
+            session.is_unopened = True
             self._lost(session.owner, session, error)
 
     async def resume(self, name: str, acked: int, rewind: int = 0, *, keep: bool = True) -> Session:

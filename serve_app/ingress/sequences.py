@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,6 +131,7 @@ class Space:
         self._client = client
         self._peers = peers
         self._sequences: dict[tuple[str, SequenceId], Sequence] = {}
+        self._started = count(1)
         self._forwarding: set[asyncio.Task[None]] = set()
         self._streams: set[object] = set()
 
@@ -265,8 +267,9 @@ class Space:
     def _start(self, request: Request, before: "Sequence | None", stream: object) -> "Sequence":
         """before: see `_begin`."""
         name, begun = self._session_name(request), None
-        if self._peers is None and before is None:  # then nobody else knows of such a session
-            begun = self._hub.begin_ahead(name, request.model)
+        if self._peers is None:  # then nobody else knows of it, and no two have the same name
+            name = f"{name} #{next(self._started)}"
+            begun = self._hub.begin_ahead(name, request.model) if before is None else None
         return self._put(request, begun or partial(self._begin, name, request, before), stream, request.priority)
 
     def _put(self, request: Request, begin: Begin, stream: object, priority: int | None = None) -> "Sequence":

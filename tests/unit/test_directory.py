@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from serve_app import directory as module
 from serve_app.checkpoint_store import key_of
-from serve_app.directory import GONE_KEPT, TAKEN_WITHIN_S, UNUSED_WITHIN_S, Claim, Directory, Held, Owner
+from serve_app.directory import GONE_KEPT, TAKEN_WITHIN_S, UNUSED_WITHIN_S, USUAL, Claim, Directory, Held, Owner, Turn
 from serve_app.errors import (
     InvalidInput,
     LockstepError,
@@ -540,22 +540,14 @@ def test_a_place_granted_ahead_is_a_session_when_its_owner_says_so(roomy: Direct
         roomy.lookup("b")
 
 
-def test_of_two_that_began_under_a_name_the_later_has_it(roomy: Directory) -> None:
-    """The first is over then, since the name is the sender's own; the directory may have to hear of that."""
-    first, second, third = roomy.open_ahead("s", "sum", 3)
-    roomy.taken("x", [(first.epoch, "a"), (third.epoch, "a"), (second.epoch, "a")])
-    assert roomy.lookup("a").epoch == third.epoch
-    roomy.ended("x", [first.epoch, second.epoch])
-    assert roomy.lookup("a").epoch == third.epoch
-    assert roomy.num_sessions() == {"x": 1}
-
-
 def test_one_that_went_on_elsewhere_before_its_owner_told_of_it_stays_there(roomy: Directory) -> None:
     (grant,) = roomy.open_ahead("s", "sum", 1)
     roomy.register(owner("y"))
     moved = roomy.open("a", "s", claim=Claim(grant.epoch))
     roomy.taken("x", [(grant.epoch, "a")])
     assert roomy.lookup("a").epoch == moved.epoch
+    assert roomy.statistics()["sum"].opened == 1
+    assert sum(roomy.num_sessions().values()) == 1
 
 
 def test_places_granted_ahead_are_taken_from_nobody_for_long(roomy: Directory) -> None:
@@ -565,9 +557,10 @@ def test_places_granted_ahead_are_taken_from_nobody_for_long(roomy: Directory) -
     with pytest.raises(TooManySessions) as waiting:
         roomy.open("last", "s")
     assert waiting.value.details["ask_again_s"] > 0, "those that are not used will be given back"
-    with pytest.raises(TooManySessions) as refused:
-        roomy.open("last", "s", waited_s=UNUSED_WITHIN_S)
-    assert "ask_again_s" not in refused.value.details
+    for turn, waited_s in ((USUAL, UNUSED_WITHIN_S), (Turn(max_wait_s=0.5), 0.5), (Turn(max_wait_s=0), 0)):
+        with pytest.raises(TooManySessions, match="5 sessions are open and 5 about to be") as refused:
+            roomy.open("last", "s", turn=turn, waited_s=waited_s)
+        assert "ask_again_s" not in refused.value.details
     pass_time(roomy, TAKEN_WITHIN_S + 2)
     assert roomy.open("last", "s").owner.name == "x", "their sender is dead, it seems"
 

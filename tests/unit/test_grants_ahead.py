@@ -36,12 +36,13 @@ class Places:
     def __init__(self, free: int = 10**6) -> None:
         self.free, self.last, self.asked = free, 0, list[int]()
         self.out: dict[int, str] = {}
-        self.fails = False
+        self.fails = self.has_failed = False
         self.told = asyncio.Event()
 
     async def open_ahead(self, model: str | None, places: int, unused: dict[str, list[int]]) -> Sequence[Grant]:
         await asyncio.sleep(0)
         if self.fails:
+            self.has_failed = True
             raise Unavailable("none is there")
         self.asked.append(places)
         for owner, epochs in unused.items():
@@ -127,6 +128,24 @@ async def test_a_directory_that_has_none_is_left_alone_for_a_while(fails: bool) 
     async with asyncio.timeout(10):
         while ahead.take("sum") is None:
             await asyncio.sleep(SOON_S / 10)
+    await ahead.stop()
+
+
+@pytest.mark.usefixtures("_soon")
+async def test_what_is_not_used_is_given_back_though_the_directory_was_not_there_for_a_while() -> None:
+    places = Places()
+    ahead = GrantsAhead(places.open_ahead)
+    for _ in range(FEW + 1):
+        ahead.take("sum")
+    await turns()
+    assert len(places.out) == FEW + 1
+    places.fails = True
+    async with asyncio.timeout(10):
+        while not places.has_failed:
+            await asyncio.sleep(SOON_S / 10)
+        places.fails = False
+        await places.told.wait()
+    assert places.out == {}
     await ahead.stop()
 
 
@@ -263,6 +282,19 @@ async def test_a_session_that_began_ahead_is_known_when_its_owner_has_told_of_it
         assert await ask(space, 100, 4, end=True) == 7
 
 
+async def test_an_id_that_is_used_again_is_another_session() -> None:
+    """The grant that the second begins with may be older than that of the first."""
+    async with stream(FloatSumModel()) as (cluster, space, asked):
+        for _ in range(FEW + 1):
+            await sequence(space, 7)
+        await turns()
+        before = asked["open"]
+        assert await ask(space, 7, 3, start=True) == 3
+        assert asked["open"] == before
+        assert (await cluster.statistics())["sum"].open == cluster.engines["owner-0"].num_sessions == 1
+        assert await ask(space, 7, 3, end=True) == 6
+
+
 async def test_the_opening_of_one_that_begins_goes_with_the_frame_of_the_others() -> None:
     async with stream(FloatSumModel()) as (cluster, space, _):
         await asyncio.gather(*(ask(space, number, 1, start=True) for number in range(1, 21)))
@@ -281,6 +313,19 @@ async def test_sequences_begin_where_an_owner_lives() -> None:
         await asyncio.gather(*(sequence(space, number) for number in range(101, 141)))
         for number in range(201, 241):
             await sequence(space, number, length=2)
+
+
+@pytest.mark.parametrize("ends", ["kill", "drain"])
+async def test_one_that_began_where_an_owner_has_just_left_goes_on_elsewhere_without_checkpoints(ends: str) -> None:
+    """All its inputs are here, as long as none was accepted."""
+    config = dataclasses.replace(CONFIG, session=dataclasses.replace(CONFIG.session, checkpoint_timesteps=0))
+    async with stream(FloatSumModel(), FloatSumModel(), config=config) as (cluster, space, _), asyncio.timeout(30):
+        await asyncio.gather(*(sequence(space, number, 2) for number in range(1, 41)))
+        await turns()
+        await getattr(cluster, ends)("owner-0")
+        before = len(cluster.frames)
+        await asyncio.gather(*(sequence(space, number, 2) for number in range(101, 141)))
+        assert any(frame.owner == "owner-0" and frame.opens for frame in cluster.frames[before:])
 
 
 async def test_as_many_sequences_begin_at_once_as_there_are_places(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ class Controller:
     def __init__(self) -> None:
         self.target, self.is_whole, self.message = 0, False, ""
         self.replicas: list[str] = []
-        self.looks = 0
+        self.looks, self.is_stuck = 0, False
         self.get_serve_instance_details = SimpleNamespace(remote=self._look)
         self.update_deployment_replicas = SimpleNamespace(remote=self._update)
 
@@ -33,7 +33,7 @@ class Controller:
 
     async def _look(self) -> dict[str, Any]:
         self.looks += 1
-        if self.looks % 3 == 0 and self.replicas:
+        if self.looks % 3 == 0 and self.replicas and not self.is_stuck:
             if self.target and self.is_whole:
                 self.replicas = ["RUNNING"] * self.target
             elif self.replicas.pop() and not self.is_whole:
@@ -86,12 +86,12 @@ async def test_replicas_that_do_not_stop_hold_up_the_answer_for_a_while_only(
     models, controller, _ = served()
     monkeypatch.setattr(serve_models, "STOPPED_WITHIN_S", 0.05)
 
-    async def stuck(deployment: DeploymentID, target: int) -> None:
-        controller.replicas = ["STARTING"] * max(2, target)
-        controller.target, controller.looks = target, 0 if target else -(10**9)
+    async def update(deployment: DeploymentID, target: int) -> None:
+        await controller._update(deployment, target)
+        controller.is_stuck = target == 0
 
-    controller.update_deployment_replicas.remote = stuck
+    controller.update_deployment_replicas.remote = update
     async with asyncio.timeout(10):
         with pytest.raises(Unavailable, match="cannot be loaded"):
             await models.load("rnn")
-    assert (controller.target, len(controller.replicas)) == (0, 2)
+    assert (controller.target, controller.replicas) == (0, ["STOPPING"])
