@@ -108,12 +108,19 @@ class Engine:
         self._max_answered = max(1, config.frame.max_bytes // output_bytes)  # timesteps of one answer
 
     def prepare(self) -> None:
-        """Set up what the smallest and the largest steps need, so that the first sessions need not wait for it."""
-        for k in {self._scheduler.timesteps[0], self._scheduler.timesteps[-1]}:
-            for batch in {1, self._scheduler.max_batch_size}:
-                self._runner.prepare(int(k), batch)
+        """Set up what the shortest steps need, of however many sessions, and the smallest and largest of the longest.
+
+        Live sessions bring a timestep at a time, of many numbers of sessions as soon as they start: each would have all
+        wait while a graph is captured. Those of more timesteps take much memory, and may never come.
+        """
+        shortest, longest = (int(self._scheduler.timesteps[i]) for i in (0, -1))
+        most = self._scheduler.max_batch_size
+        for batch in (most, 1):
+            self._runner.prepare(longest, batch)
+        for batch in range(most, 0, -1):  # smaller ones may use the memory of larger ones
+            self._runner.prepare(shortest, batch)
         if self._checkpoint_every:
-            self._pool.prepare(self._scheduler.max_batch_size)
+            self._pool.prepare(most)
 
     def step(self, now: float) -> bool:
         """Launch a batch of whatever is ready, complete one that has run; False when there was nothing to do.

@@ -69,6 +69,13 @@ def interleave(sender: Sender, x: dict[int, np.ndarray], rng: random.Random) -> 
 SIZES = {"slots": st.integers(1, 40), "batch": st.integers(1, 16), "step": st.integers(1, 9)}
 
 
+def test_a_start_prepares_short_steps_of_any_size_the_largest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, prepared = Engine(SumModel(), config(batch=4, step=8)), list[tuple[int, int]]()
+    monkeypatch.setattr(engine._runner, "prepare", lambda k, batch: prepared.append((k, batch)))
+    engine.prepare()
+    assert prepared == [(8, 4), (8, 1), (1, 4), (1, 3), (1, 2), (1, 1)]
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32), st.fixed_dictionaries(SIZES), st.booleans(), st.booleans())
 def test_any_interleaving_equals_alone(seed: int, sizes: dict[str, int], overlap: bool, takes_views: bool) -> None:
