@@ -133,11 +133,12 @@ class ServeModels:
         try:
             async with asyncio.timeout(STOPPED_WITHIN_S):
                 while True:
-                    if not (await self._details(deployment))["replicas"]:
+                    found = await self._details(deployment)
+                    if found["target_num_replicas"] or not found["replicas"]:  # somebody loads it again
                         return
                     await asyncio.sleep(LOOK_S)
-        except TimeoutError:
-            logger.warning("deployment %r has replicas that did not start, and do not stop either", deployment)
+        except (TimeoutError, RayError) as error:
+            logger.warning("deployment %r may have replicas that did not start, and do not stop: %r", deployment, error)
 
     async def _scale(self, deployment: str, replicas: int) -> bool:
         """Let Serve start or stop replicas; False where the application is not configured for that, or Serve scales."""

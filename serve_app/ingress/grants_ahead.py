@@ -119,6 +119,7 @@ class GrantsAhead:
             if isinstance(error, Unavailable):  # who knows whether it has heard
                 for owner, epochs in unused.items():
                     self._unused.setdefault(owner, []).extend(epochs)
+                self._look_later()
             return ()
 
     def _look_later(self) -> None:

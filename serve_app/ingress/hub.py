@@ -560,7 +560,8 @@ class Hub:
 
     def _lost(self, owner: str, session: Session, error: LockstepError) -> None:
         """The owner is gone, or going: let the session go on elsewhere, or fail."""
-        self._ahead.drop(owner)
+        if session.end_reason is None:
+            self._ahead.drop(owner)
         if not session.can_move or not isinstance(error, StateLost | Unavailable):
             self._give_up(owner, session, error)
             return

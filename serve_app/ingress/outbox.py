@@ -113,7 +113,6 @@ class Outbox:
             notice = await opened
             if session.epoch not in self._sessions:  # lost since that was said, and nobody else sees to it
                 raise StateLost(f"owner {self._owner!r} is gone, or stopping")
-            return notice
         except asyncio.CancelledError:
             self._opening.pop(session.epoch, None)
             if session.stays:
@@ -123,7 +122,8 @@ class Outbox:
             raise
         finally:
             self._opening.pop(session.epoch, None)
-            session.offer()
+        session.offer()
+        return notice
 
     def notify(self, session: Session) -> None:
         """See Carrier."""

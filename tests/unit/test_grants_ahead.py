@@ -149,6 +149,29 @@ async def test_what_is_not_used_is_given_back_though_the_directory_was_not_there
     await ahead.stop()
 
 
+@pytest.mark.usefixtures("_soon")
+async def test_what_is_not_used_is_given_back_though_the_directory_was_slow_to_fail() -> None:
+    places, may_fail = Places(), asyncio.Event()
+
+    async def open_ahead(model: str | None, number: int, unused: dict[str, list[int]]) -> Sequence[Grant]:
+        if unused and not places.has_failed:
+            await may_fail.wait()
+            places.has_failed = True
+            raise Unavailable("it was not there")
+        return await places.open_ahead(model, number, unused)
+
+    ahead = GrantsAhead(open_ahead)
+    for _ in range(FEW + 1):
+        ahead.take("sum")
+    async with asyncio.timeout(10):
+        while ahead._looking is not None or not places.out:  # nothing is left to look after
+            await asyncio.sleep(SOON_S / 10)
+        may_fail.set()
+        await places.told.wait()
+    assert places.out == {}
+    await ahead.stop()
+
+
 async def test_none_is_of_an_owner_that_is_gone() -> None:
     places = Places()
     ahead = GrantsAhead(places.open_ahead)

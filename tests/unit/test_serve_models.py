@@ -95,3 +95,19 @@ async def test_replicas_that_do_not_stop_hold_up_the_answer_for_a_while_only(
         with pytest.raises(Unavailable, match="cannot be loaded"):
             await models.load("rnn")
     assert (controller.target, controller.replicas) == (0, ["STOPPING"])
+
+
+async def test_a_load_that_failed_is_answered_when_another_has_begun(
+    served: Callable[[], tuple[ServeModels, Controller, Directory]],
+) -> None:
+    models, controller, _ = served()
+
+    async def update(deployment: DeploymentID, target: int) -> None:
+        await controller._update(deployment, target or 2)
+        controller.is_whole = controller.is_stuck = target == 0
+
+    controller.update_deployment_replicas.remote = update
+    async with asyncio.timeout(10):
+        with pytest.raises(Unavailable, match="cannot be loaded"):
+            await models.load("rnn")
+    assert (controller.target, controller.replicas) == (2, ["STARTING"] * 2)
