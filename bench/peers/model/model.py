@@ -24,11 +24,14 @@ class TritonPythonModel:
         self.zero = torch.zeros(options["layers"], options["hidden"])
 
     def execute(self, requests):
-        zero = backend.Tensor.from_dlpack("y", torch.utils.dlpack.to_dlpack(self.zero[None, :1]))
-        none = backend.InferenceResponse([zero])
         found = iter(self.run([request for request in requests if request.correlation_id()]))
         # The direct strategy fills its batches up with requests that are nobody's.
-        return [next(found) if request.correlation_id() else none for request in requests]
+        return [next(found) if request.correlation_id() else self.none() for request in requests]
+
+    def none(self):
+        zero = torch.zeros_like(self.zero[None, :1])
+        tensor = backend.Tensor.from_dlpack("y", torch.utils.dlpack.to_dlpack(zero))
+        return backend.InferenceResponse([tensor])
 
     @torch.inference_mode()
     def run(self, requests):
