@@ -9,8 +9,8 @@ medians count.
 `steps`: 64 sequences, 1 timestep each, against Triton 2.36 with the `oldest` strategy: 2.51 crashes with it at 64
 streams. With `direct` the 99th percentile of either is longer, and runs of 2.51 mostly do not end. `ragged`: 32
 sequences, lengths uniform in 1 … 16, against its default, which merges only requests of equal length, and against its
-ragged batching with padding in the model. Lockstep takes requests at the gRPC port of its ingress; beside that stand the
-way through HAProxy and the naive application of bench.naive behind Serve's own proxy.
+ragged batching with padding in the model. Lockstep takes requests at the gRPC port of its ingress; beside that stand
+the way through HAProxy and the naive application of bench.naive behind Serve's own proxy.
 """
 
 import csv
