@@ -25,7 +25,7 @@ from serve_app.spec import ModelSpec, SessionLimits, TensorSpec
 from tests.fakes import FloatSumModel
 from tests.local import LocalCluster, local
 
-SOON_S = 0.05
+SOON_S = 0.2
 SPEC = ModelSpec("sum", TensorSpec((1,)), {})
 OWNERS = [Owner(name, name, SPEC, SessionLimits(), max_sessions=100, max_bytes=100) for name in "xy"]
 
@@ -50,7 +50,7 @@ class Places:
                 assert self.out.pop(epoch) == owner
                 self.free += 1
                 self.told.set()
-        grants = [Grant(AHEAD, self.last + i + 1, random.choice(OWNERS)) for i in range(min(places, self.free))]
+        grants = [Grant(AHEAD, self.last + i + 1, OWNERS[i % 2]) for i in range(min(places, self.free))]
         self.last, self.free = self.last + len(grants), self.free - len(grants)
         self.out |= {grant.epoch: grant.owner.name for grant in grants}
         return grants
@@ -59,6 +59,17 @@ class Places:
 async def turns() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
+
+
+async def some_ahead() -> tuple[Places, GrantsAhead]:
+    """FEW + 1 grants of `sum` are there."""
+    places = Places()
+    ahead = GrantsAhead(places.open_ahead)
+    for _ in range(FEW + 1):
+        ahead.take("sum")
+    await turns()
+    assert len(places.out) == FEW + 1
+    return places, ahead
 
 
 @pytest.fixture
@@ -76,7 +87,10 @@ async def test_where_few_sessions_begin_nothing_is_asked_for_ahead() -> None:
     await ahead.stop()
 
 
-async def test_where_many_begin_all_but_the_first_find_one_and_few_asks_bring_them() -> None:
+async def test_where_many_begin_all_but_the_first_find_one_and_few_asks_bring_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grants_ahead, "LIFE_S", 60.0)
     places = Places()
     ahead = GrantsAhead(places.open_ahead)
     found = []
@@ -94,12 +108,7 @@ async def test_where_many_begin_all_but_the_first_find_one_and_few_asks_bring_th
 
 @pytest.mark.usefixtures("_soon")
 async def test_what_nobody_takes_in_time_is_given_back() -> None:
-    places = Places()
-    ahead = GrantsAhead(places.open_ahead)
-    for _ in range(FEW + 1):
-        ahead.take("sum")
-    await turns()
-    assert len(places.out) == FEW + 1
+    places, ahead = await some_ahead()
     async with asyncio.timeout(10):
         await places.told.wait()
     await turns()
@@ -108,7 +117,6 @@ async def test_what_nobody_takes_in_time_is_given_back() -> None:
     await ahead.stop()
 
 
-@pytest.mark.usefixtures("_soon")
 @pytest.mark.parametrize("fails", [True, False])
 async def test_a_directory_that_has_none_is_left_alone_for_a_while(fails: bool) -> None:
     places = Places(free=0)
@@ -133,12 +141,7 @@ async def test_a_directory_that_has_none_is_left_alone_for_a_while(fails: bool) 
 
 @pytest.mark.usefixtures("_soon")
 async def test_what_is_not_used_is_given_back_though_the_directory_was_not_there_for_a_while() -> None:
-    places = Places()
-    ahead = GrantsAhead(places.open_ahead)
-    for _ in range(FEW + 1):
-        ahead.take("sum")
-    await turns()
-    assert len(places.out) == FEW + 1
+    places, ahead = await some_ahead()
     places.fails = True
     async with asyncio.timeout(10):
         while not places.has_failed:
